@@ -1,0 +1,266 @@
+"""The Python API: ``quantize``, ``load``, ``evaluate``. The command line is a thin layer over these."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from sordino.corpus import DEFAULT_TEXT, Text, calibration_windows, load_text, tokenize
+from sordino.errors import InputError, SordinoError
+from sordino.recipe import Recipe, load_recipe
+from sordino.version import __version__
+from sordino.walk.assemble import assemble
+from sordino.walk.heap import keep_freed_memory
+from sordino.walk.plan import Plan, make_plan
+from sordino.walk.source import Source, open_source
+from sordino.walk.store import WORK, Work, write_text
+from sordino.walk.walk import Walk
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind.
+
+    Attributes:
+        out: the checkpoint.
+        manifest: what ``sordino.json`` says (bits, per-block errors, guard).
+        run: what ``run.json`` says (seconds, memory, host).
+    """
+
+    out: Path
+    manifest: dict[str, Any]
+    run: dict[str, Any]
+
+
+def quantize(
+    model: str,
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    text: str = DEFAULT_TEXT,
+    windows: int | None = None,
+    seqlen: int | None = None,
+    seed: int = 0,
+    overrides: tuple[str, ...] = (),
+    blocks: tuple[int, int] | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Quantize a model into a folder; the same call continues an interrupted run.
+
+    Args:
+        model: Hugging Face directory or hub name, ``.gguf`` file, or ``smollm2``.
+        recipe: preset name, TOML file or recipe.
+        out: folder of the checkpoint; made if missing.
+        text: calibration text, see :func:`sordino.corpus.load_text`.
+        windows: calibration windows, instead of the recipe's.
+        seqlen: tokens of a window, instead of the recipe's.
+        seed: of the windows' choice and the moves' random numbers.
+        overrides: ``key=value`` changes to the recipe.
+        blocks: range of blocks to quantize; the others keep full precision.
+        fresh: start over, removing what an earlier run left in ``out``.
+        progress: called with (what, done, total).
+
+    Returns:
+        The result; its manifest is what the checkpoint carries.
+
+    Raises:
+        InputError: if something given cannot be used; nothing loadable is left behind.
+        SordinoError: if the run fails, or the final guard finds the result worse than RTN.
+
+    Example:
+        >>> quantize("smollm2", "gptq-w4", "out")  # doctest: +SKIP
+    """
+    started, cpu = time.time(), _cpu_seconds()
+    keep_freed_memory()
+    out = Path(out)
+    source = open_source(str(model))
+    chosen = load_recipe(recipe, (*overrides, *_calibration(windows, seqlen)))
+    if fresh:
+        _clear(out)
+    plan = make_plan(source, chosen, blocks, out)
+    content = load_text(text) if plan.needs_text else None
+    fingerprint = _fingerprint(source, chosen, content, seed, plan)
+    done = _finished(out, fingerprint)
+    if done is not None:
+        return done
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        work = Work(out, fingerprint)
+        work.save()
+        result = _run(source, plan, work, content, seed, out, progress or _silent)
+    except (OSError, SafetensorError) as error:
+        if "No such file" in str(error) and not isinstance(error, OSError):
+            raise
+        raise InputError(f"cannot write to {out}: {_reason(error)}") from None
+    seconds = work.state["seconds"] + time.time() - started
+    run = _run_facts(seconds, _cpu_seconds() - cpu, plan)
+    write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
+    work.remove()
+    if result["guard"].get("failed"):
+        g = result["guard"]
+        raise SordinoError(
+            f"the result is worse than RTN of the same format (KL {g['kl']:.4f} against {g['rtn_kl']:.4f} on held-out "
+            f"text); it is kept in {out} and marked in sordino.json; try more --windows or another --text"
+        )
+    return Result(out, result, run)
+
+
+def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
+    """Load a checkpoint (or any model that :func:`quantize` takes) and its tokenizer.
+
+    Args:
+        path: Sordino checkpoint, Hugging Face directory or hub name, ``.gguf`` file or ``smollm2``.
+        options: passed on to ``AutoModelForCausalLM.from_pretrained``, e.g. ``dtype=torch.float32``.
+
+    Returns:
+        The transformers model in eval mode, and its tokenizer.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    folder = Path(path) if (Path(path) / "config.json").is_file() else open_source(str(path)).path
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json")
+    options = {"dtype": "auto", "trust_remote_code": False} | options
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # loading takes a second; its bar would break into ours
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except SordinoError:
+        raise
+    except Exception as error:
+        raise InputError(f"{folder} cannot be loaded: {_reason(error)}") from None
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    return model.eval(), tokenizer
+
+
+def doctor(model: str, recipe: str | Path | Recipe, overrides: tuple[str, ...] = ()) -> tuple[Source, Plan]:
+    """Preflight without work: the source and the plan of a run.
+
+    Raises:
+        InputError: naming what does not fit and the remedy.
+    """
+    source = open_source(model)
+    return source, make_plan(source, load_recipe(recipe, overrides), None, None)
+
+
+def _run(source: Source, plan: Plan, work: Work, text: Text | None, seed: int, out: Path, progress: Progress) -> dict[str, Any]:
+    """Walk, check the final guard, assemble; returns the manifest."""
+    windows = None
+    if text is not None:
+        ids = tokenize(text, source.tokenizer())
+        c = plan.recipe.calibration
+        windows = calibration_windows(ids, c.seqlen, c.windows, plan.heldout, seed)
+    ends = Walk(source, plan, work, windows, seed, progress).run()
+    progress("write", 0, 1)
+    guard: dict[str, Any] = dict(ends.guard)
+    if guard and guard["kl"] > guard["rtn_kl"]:
+        guard["failed"] = True
+    manifest = {
+        "sordino": __version__,
+        "recipe": plan.recipe.name,
+        "recipe_digest": plan.recipe.digest,
+        "run": work.fingerprint,
+        "seed": seed,
+        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        "coverage": plan.coverage(),
+        "bits_per_weight": plan.bits_per_weight(),
+        "batch": plan.batch,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "guard": guard,
+        "blocks": work.state["reports"],
+    }
+    stored = assemble(source, plan, work, ends, out, manifest)
+    progress("write", 1, 1)
+    return stored
+
+
+def _calibration(windows: int | None, seqlen: int | None) -> list[str]:
+    given = {"windows": windows, "seqlen": seqlen}
+    return [f"calibration.{k}={v}" for k, v in given.items() if v is not None]
+
+
+def _fingerprint(source: Source, recipe: Recipe, text: Text | None, seed: int, plan: Plan) -> dict[str, Any]:
+    return {
+        "model": source.fingerprint(),
+        "recipe": recipe.digest,
+        "text": text.digest if text else None,
+        "seed": seed,
+        "blocks": list(plan.blocks),
+        "version": __version__,
+    }
+
+
+def _finished(out: Path, fingerprint: dict[str, Any]) -> Result | None:
+    """The result of an identical run that is complete; refuses a folder that holds something else."""
+    manifest = out / "sordino.json"
+    if (out / "config.json").is_file():
+        if not manifest.is_file():
+            raise InputError(f"{out} holds a model that Sordino did not write; choose another folder")
+        stored = json.loads(manifest.read_text(encoding="utf-8"))
+        if stored["run"] != fingerprint:
+            raise InputError(f"{out} holds the result of another run; use --fresh to replace it, or another folder")
+        if (out / "run.json").is_file():
+            Work(out, fingerprint).remove()
+            return Result(out, stored, json.loads((out / "run.json").read_text(encoding="utf-8")))
+    elif out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and holds no Sordino run; choose another folder")
+    return None
+
+
+def _clear(out: Path) -> None:
+    """Remove what Sordino itself wrote into a folder, config.json first."""
+    manifest = out / "sordino.json"
+    if manifest.is_file():
+        files = json.loads(manifest.read_text(encoding="utf-8")).get("files", [])
+        for name in sorted({*files, "run.json", "sordino.json"}, key=lambda n: (n != "config.json", n == "sordino.json")):
+            (out / Path(name).name).unlink(missing_ok=True)
+    if (out / WORK).is_dir():
+        import shutil
+
+        shutil.rmtree(out / WORK)
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _run_facts(seconds: float, cpu: float, plan: Plan) -> dict[str, Any]:
+    return {
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu, 2),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "estimated_memory_bytes": plan.memory,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress."""

@@ -1,0 +1,278 @@
+"""The command line: parse, call, print. Nothing is computed here.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 success, 1 a failure, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sordino.errors import InputError, SordinoError
+from sordino.progress import Bars, quiet_libraries
+from sordino.version import __version__
+
+app = typer.Typer(
+    name="sordino",
+    help="Quantize large language models to few bits, and measure what is left of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_out = Console()
+
+Model = Annotated[str, typer.Argument(help="Hugging Face directory or hub name, .gguf file, or 'smollm2'.")]
+RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="Preset name (see 'sordino recipes') or TOML file.")]
+TextSpec = Annotated[str, typer.Option("--text", help="Text or jsonl file, builtin:pydoc, builtin:docstrings or hub:NAME.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one value of the recipe, e.g. format.weights.bits=3. Repeatable."),
+]
+WindowsOption = Annotated[int | None, typer.Option(min=1, help="How many windows of text.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"sordino {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    quiet_libraries()
+
+
+@app.command()
+def quantize(
+    model: Model,
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the checkpoint.")],
+    text: TextSpec = "builtin:pydoc",
+    windows: WindowsOption = None,
+    seqlen: Annotated[int | None, typer.Option(min=2, help="Tokens of a calibration window.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the windows; same seed, same bytes.")] = 0,
+    set_: SetOption = None,
+    blocks: Annotated[str | None, typer.Option(help="A:B quantizes these blocks only; the rest stays as it is.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing an interrupted run.")] = False,
+) -> None:
+    """Quantize MODEL by a recipe into a folder that transformers loads.
+
+    An interrupted run continues where it stopped when the same command is given again.
+
+    Example: sordino quantize smollm2 -r gptq-w4 -o out --text wiki.valid.raw
+    """
+    from sordino.api import quantize as run
+
+    with Bars() as bars:
+        result = run(
+            model, recipe, out, text=text, windows=windows, seqlen=seqlen, seed=seed,
+            overrides=tuple(set_ or ()), blocks=_blocks(blocks), fresh=fresh, progress=bars,
+        )  # fmt: skip
+    _print_result(result)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: TextSpec = "builtin:docstrings",
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    windows: WindowsOption = None,
+    against: Annotated[str | None, typer.Option(help="Reference model for KL and agreement.")] = None,
+    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float32.")] = "auto",
+    json_: JsonFile = None,
+) -> None:
+    """Measure perplexity (and divergence from a reference) of a checkpoint or model.
+
+    Example: sordino eval out --text wiki.test.raw --windows 32 --against smollm2
+    """
+    from sordino.measure.evaluate import evaluate as run
+
+    with Bars() as bars:
+        result = run(model, text=text, seqlen=seqlen, windows=windows, against=against, dtype=_dtype(dtype), progress=bars)
+    rows = result.to_json()
+    if json_:
+        _write_json(json_, rows)
+    table = Table("figure", "value", title=f"{model} on {text}, {result.windows} windows of {result.seqlen}")
+    for name, value in _pretty(rows):
+        table.add_row(name, value)
+    _out.print(table)
+
+
+@app.command()
+def compare(
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints or models.")],
+    text: TextSpec = "builtin:docstrings",
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    windows: WindowsOption = None,
+    against: Annotated[str | None, typer.Option(help="Reference model for KL and agreement.")] = None,
+    json_: JsonFile = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write a CSV file.")] = None,
+    md: Annotated[Path | None, typer.Option(help="Also write a Markdown table.")] = None,
+) -> None:
+    """Measure several checkpoints on the same text and set them side by side.
+
+    Example: sordino compare out-w4 out-w3 --against smollm2 --text wiki.test.raw --windows 8
+    """
+    from sordino.measure.compare import compare as run
+
+    with Bars() as bars:
+        comparison = run(checkpoints, text=text, seqlen=seqlen, windows=windows, against=against, progress=bars)
+    for path, content in ((csv, comparison.to_csv()), (md, comparison.to_markdown())):
+        if path:
+            _write(path, content)
+    if json_:
+        _write_json(json_, comparison.to_json())
+    _print_comparison(comparison)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint or model.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+) -> None:
+    """Continue a prompt greedily.
+
+    Example: sordino generate out --prompt "The capital of France is" --max-new-tokens 20
+    """
+    from sordino.runtime.generate import generate as run
+
+    print(run(checkpoint, prompt, max_new_tokens, chat=chat))
+
+
+@app.command()
+def doctor(
+    model: Model,
+    recipe: RecipeName,
+    for_: Annotated[str, typer.Option("--for", help="Engines to check the format against: vllm,gguf.")] = "",
+    set_: SetOption = None,
+) -> None:
+    """Say in seconds whether a run will fit and divide, and what it will make; no work is done.
+
+    Example: sordino doctor smollm2 -r gptq-w3 --for vllm,gguf
+    """
+    from sordino.walk.doctor import examine
+
+    table = Table("check", "finding", title=f"{model} with {recipe}")
+    for name, finding in examine(model, recipe, tuple(set_ or ()), tuple(e for e in for_.split(",") if e)):
+        table.add_row(name, finding)
+    _out.print(table)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this one as TOML.")] = None) -> None:
+    """List the presets, or print one as TOML to start your own from."""
+    from sordino.recipe import load_recipe, presets
+
+    if name:
+        print(load_recipe(name).to_toml(), end="")
+        return
+    table = Table("recipe", "what it does")
+    for preset in presets():
+        table.add_row(preset, load_recipe(preset).summary)
+    _out.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the checkpoint and figures.")] = Path("demo"),
+    model: Annotated[str, typer.Option(help="Model to use.")] = "smollm2",
+) -> None:
+    """The main job end to end on a small real model: quantize, measure against full precision, generate."""
+    from sordino.demo import run_demo
+
+    run_demo(model, out, _out, _print_result, _print_comparison)
+
+
+def main() -> None:
+    """Entry point: turns Sordino's errors into one line and an exit code."""
+    try:
+        app()
+    except SordinoError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command continues where it stopped", 130)
+    except BrokenPipeError:
+        os._exit(1)  # the reader of our output is gone; there is nobody to tell
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"sordino: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _blocks(spec: str | None) -> tuple[int, int] | None:
+    if spec is None:
+        return None
+    first, colon, last = spec.partition(":")
+    if not (colon and first.isdigit() and last.isdigit()):
+        raise InputError(f"--blocks {spec}: write A:B, e.g. 0:2")
+    return int(first), int(last)
+
+
+def _dtype(word: str) -> Any:
+    import torch
+
+    kinds = {"auto": "auto", "bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+    if word not in kinds:
+        raise InputError(f"--dtype {word}: one of {', '.join(kinds)}")
+    return kinds[word]
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _write_json(path: Path, data: Any) -> None:
+    _write(path, json.dumps(data, indent=1) + "\n")
+
+
+def _pretty(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Figures with their standard errors, leaving out what was not asked for."""
+    lines = []
+    for name, value in row.items():
+        if value is None or name.endswith("_stderr"):
+            continue
+        error = row.get(f"{name}_stderr")
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        lines.append((name, shown if error is None else f"{shown} ± {error:.4f}"))
+    return lines
+
+
+def _print_comparison(comparison: Any) -> None:
+    table = Table(*comparison.header)
+    for row in comparison.cells():
+        table.add_row(*row)
+    _out.print(table)
+
+
+def _print_result(result: Any) -> None:
+    manifest, run = result.manifest, result.run
+    table = Table("figure", "value", title=f"{manifest['recipe']} → {result.out}")
+    table.add_row("coverage", manifest["coverage"])
+    table.add_row("bits per quantized weight", f"{manifest['bits_per_weight']:.3f}")
+    table.add_row("bytes", f"{manifest['bytes']:,}")
+    guard = manifest["guard"]
+    if guard:
+        table.add_row("KL to full precision, held out", f"{guard['kl']:.4f} (RTN of the same format: {guard['rtn_kl']:.4f})")
+    fallbacks = [str(b["block"]) for b in manifest["blocks"] if b.get("fallback")]
+    if fallbacks:
+        table.add_row("blocks where RTN was better and taken", ", ".join(fallbacks))
+    table.add_row("time", f"{run['seconds']:.0f} s wall, {run['cpu_seconds']:.0f} s CPU")
+    table.add_row("peak memory", f"{run['peak_memory_bytes'] / 2**30:.2f} GiB")
+    _out.print(table)

@@ -1,0 +1,39 @@
+"""The demo: quantize a small real model, measure it against full precision, let both speak."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sordino.api import quantize
+from sordino.measure.compare import compare
+from sordino.progress import Bars
+from sordino.runtime.generate import generate
+
+Show = Callable[[Any], None]
+
+_PROMPT = "Why is the sky blue?"
+
+
+def run_demo(model: str, out: Path, console: Console, show_result: Show, show_comparison: Show) -> None:
+    """Run it; figures are printed and written to ``OUT/figures.json``.
+
+    Calibrates on CPython's help topics and evaluates on other text, the docstrings of its standard library.
+    """
+    console.rule(f"1. quantize {model} with gptq-w4")
+    with Bars() as bars:
+        result = quantize(model, "gptq-w4", out / "gptq-w4", windows=32, progress=bars)
+    show_result(result)
+    console.rule("2. measure against full precision")
+    with Bars() as bars:
+        figures = compare([model, result.out], text="builtin:docstrings", against=model, seqlen=1024, windows=6, progress=bars)
+    show_comparison(figures)
+    (out / "figures.json").write_text(json.dumps(figures.to_json(), indent=1) + "\n", encoding="utf-8")
+    console.rule("3. generate")
+    for name in (model, str(result.out)):
+        answer = generate(name, _PROMPT, 48, chat=True)
+        console.print(f"[bold]{name}[/bold]: {_PROMPT}\n  {answer.strip()}\n", highlight=False)

@@ -1,0 +1,23 @@
+"""The two ways Sordino says no, and one way it warns.
+
+``InputError`` is the user's to mend (exit code 2): a missing file, a recipe typo, a group that does not divide.
+``SordinoError`` is a failure of the run (exit code 1). Both carry one line that names the thing and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class SordinoError(Exception):
+    """A run failed; the message is one line. Exit code 1."""
+
+    exit_code = 1
+
+
+class InputError(SordinoError):
+    """What was given cannot be used; the message names it and the remedy in one line. Exit code 2."""
+
+    exit_code = 2
+
+
+class SordinoWarning(UserWarning):
+    """Something the user should know that does not stop the run."""

@@ -1,0 +1,149 @@
+"""Quality against full precision: perplexity, KL divergence, top-1 agreement, honest bits.
+
+PPL = exp(mean NLL) over non-overlapping windows of L tokens, tokenized once without added specials; positions
+1 … L-1 of each window are scored. Standard errors treat windows as the independent unit: tokens of one window are not.
+Shapes: N windows of L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sordino.api import load
+from sordino.corpus import EVAL_TEXT, eval_windows, load_text, tokenize
+from sordino.measure.size import Size, size_of
+from sordino.numerics.divergence import token_kl
+
+Progress = Callable[[str, int, int], None]
+_ROWS = 256  # positions whose logits are looked at in fp32 at once
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one model; what was not asked for is None.
+
+    Attributes:
+        ppl: perplexity, with standard error.
+        kl: mean KL to the reference in nats per token, with standard error.
+        top1_agreement: share of positions where both models prefer the same token, with standard error.
+        bits_per_weight: stored bits of the quantized linears over their parameters.
+        bits_per_parameter: stored bits of the whole checkpoint over all parameters.
+        bytes: of the checkpoint's safetensors.
+        windows: how many windows were scored.
+        seqlen: tokens of a window.
+        seconds: wall time of the forward passes.
+    """
+
+    ppl: float
+    ppl_stderr: float
+    kl: float | None
+    kl_stderr: float | None
+    top1_agreement: float | None
+    top1_agreement_stderr: float | None
+    bits_per_weight: float
+    bits_per_parameter: float
+    bytes: int
+    windows: int
+    seqlen: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As written by ``sordino eval --json``."""
+        return asdict(self) | {"tasks": None}
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    text: str = EVAL_TEXT,
+    seqlen: int = 2048,
+    windows: int | None = None,
+    against: str | Path | None = None,
+    dtype: torch.dtype | str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a checkpoint (or a full-precision model) on text.
+
+    Args:
+        model: anything that :func:`sordino.load` takes.
+        text: evaluation text, see :func:`sordino.corpus.load_text`.
+        seqlen: tokens of a window.
+        windows: how many windows from the start; None for all.
+        against: reference for KL and agreement, usually the full-precision model.
+        dtype: compute dtype; "auto" is the model's own.
+        progress: called with (what, done, total).
+
+    Raises:
+        InputError: if something cannot be loaded or the text is shorter than one window.
+    """
+    subject, tokenizer = load(model, dtype=dtype)
+    reference = load(against, dtype=dtype)[0] if against is not None else None
+    ids = eval_windows(tokenize(load_text(text), tokenizer), seqlen, windows)
+    started = time.time()
+    scores = [_score(subject, reference, w) for w in _watched(ids, progress)]
+    seconds = time.time() - started
+    nll, kl, agree = (torch.stack([s[i] for s in scores]) for i in range(3))
+    size: Size = size_of(subject)
+    ppl = math.exp(min(float(nll.mean()), 700.0))
+    return Evaluation(
+        ppl=ppl,
+        ppl_stderr=ppl * _stderr(nll),
+        kl=float(kl.mean()) if reference is not None else None,
+        kl_stderr=_stderr(kl) if reference is not None else None,
+        top1_agreement=float(agree.mean()) if reference is not None else None,
+        top1_agreement_stderr=_stderr(agree) if reference is not None else None,
+        bits_per_weight=size.bits_per_weight,
+        bits_per_parameter=size.bits_per_parameter,
+        bytes=size.bytes,
+        windows=len(ids),
+        seqlen=seqlen,
+        seconds=round(seconds, 2),
+    )
+
+
+def _watched(ids: Tensor, progress: Progress | None) -> Any:
+    for i, window in enumerate(ids):
+        if progress is not None:
+            progress("eval", i, len(ids))
+        yield window
+    if progress is not None:
+        progress("eval", len(ids), len(ids))
+
+
+@torch.no_grad()
+def _score(model: Any, reference: Any, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean NLL, KL and agreement of one window [L]; the last two are zero without a reference."""
+    hidden, target = _hidden(model, window), None
+    if reference is not None:
+        target = _hidden(reference, window)
+    nll, kl, agree = [], [], []
+    for i in range(0, len(window) - 1, _ROWS):
+        rows = slice(i, min(i + _ROWS, len(window) - 1))
+        logits = model.lm_head(hidden[rows]).float()
+        nll.append(F.cross_entropy(logits, window[rows.start + 1 : rows.stop + 1], reduction="none"))
+        if target is not None:
+            divergence, same = token_kl(reference.lm_head(target[rows]), logits)
+            kl.append(divergence)
+            agree.append(same.float())
+    zero = torch.zeros(())
+    return torch.cat(nll).mean(), torch.cat(kl).mean() if kl else zero, torch.cat(agree).mean() if agree else zero
+
+
+def _hidden(model: Any, window: Tensor) -> Tensor:
+    """Final hidden states of one window, [L, D]; logits are made from slices of it, never all at once."""
+    out: Tensor = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]
+    return out
+
+
+def _stderr(per_window: Tensor) -> float:
+    n = len(per_window)
+    return float(per_window.double().std() / math.sqrt(n)) if n > 1 else float("nan")

@@ -1,0 +1,90 @@
+"""Second moments of calibration inputs, and the triangular factor GPTQ walks along.
+
+Sums over tokens are kept unnormalized in fp32, so that several processes can add them up. Products of bf16 inputs are
+exact in fp32; symmetry halves the work. Shapes: T tokens, N input features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_TILE = 192
+_EXACT = 8192
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Add ``x^T x`` to the upper block triangle of ``total``, in place.
+
+    Args:
+        total: fp32 [N, N]; only tiles on and above the diagonal are touched, see :func:`mirror`.
+        x: float [T, N].
+    """
+    x = x.float()
+    n = x.shape[1]
+    for i in range(0, n, _TILE):
+        # One product per block row: the tile of the diagonal and everything to its right.
+        total[i : i + _TILE, i:].addmm_(x[:, i : i + _TILE].T, x[:, i:])
+
+
+def mirror(total: Tensor) -> Tensor:
+    """Fill the lower triangle from the upper one, in place and tile by tile; returns ``total`` fp32 [N, N]."""
+    n = total.shape[0]
+    for i in range(0, n, _TILE):
+        tile = total[i : i + _TILE, i : i + _TILE]
+        tile.copy_(torch.triu(tile) + torch.triu(tile, 1).T)
+        total[i + _TILE :, i : i + _TILE] = total[i : i + _TILE, i + _TILE :].T
+    return total
+
+
+def inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Upper triangular ``U`` with ``U^T U = (H + d I)^-1``, raising the damping until it exists.
+
+    With J the reversal of the index order, ``J H J = L L^T`` gives ``U = (J L J)^-1``: one Cholesky factorization and
+    one triangular inverse, without ever forming the inverse of H. Computed in fp64, beyond 8192 columns in fp32 (where
+    an fp64 copy would not fit beside a large model's block).
+
+    Args:
+        h: fp32 [N, N] symmetric, positive diagonal.
+        damp: first damping, as a share of the mean diagonal.
+
+    Returns:
+        ``U`` fp32 [N, N] and the damping share that was used.
+
+    Raises:
+        ValueError: if H holds numbers that are not finite, or its diagonal is not positive on average.
+    """
+    n = h.shape[0]
+    mean = float(h.diagonal().double().mean())
+    if not math.isfinite(mean) or not bool(torch.isfinite(h).all()):
+        raise ValueError("the Hessian holds numbers that are not finite")
+    if mean <= 0:  # no damping, being a share of the mean, would ever help
+        raise ValueError("the Hessian's mean diagonal is not positive")
+    dtype = torch.float64 if n <= _EXACT else torch.float32
+    share = damp
+    while True:
+        damped = h.flip(0, 1).to(dtype)
+        damped.diagonal().add_(share * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        del damped
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            upper = lower.flip(0, 1)
+            del lower
+            _invert_upper(upper)
+            return upper.float(), share
+        share = max(share * 10, 1e-6)
+
+
+def _invert_upper(u: Tensor) -> None:
+    """Invert an upper triangular matrix in place, by halves: inv [[A, B], [0, C]] = [[A', -A' B C'], [0, C']]."""
+    n = u.shape[0]
+    if n <= 256:
+        u.copy_(torch.linalg.solve_triangular(u, torch.eye(n, dtype=u.dtype), upper=True))
+        return
+    half = n // 2
+    a, b, c = u[:half, :half], u[:half, half:], u[half:, half:]
+    _invert_upper(a)
+    _invert_upper(c)
+    b.copy_(-(a @ b) @ c)

@@ -1,0 +1,283 @@
+"""Recipes: a number format plus an ordered list of moves, typed and validated.
+
+A recipe is a TOML file (the presets are ``recipes/*.toml``). Its ``[format]`` table says how every number is stored:
+weights (with one grid and one solver per linear, and overrides by name), activations, KV cache, embeddings, head. Its
+``[[moves]]`` say what is done around the rounding, in order. ``[calibration]`` says on how much text.
+Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from sordino.errors import InputError
+
+PRESET_DIR = Path(__file__).parent / "recipes"
+
+Bits = Literal[2, 3, 4, 8, 16]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: `true` is no 1
+Group = Literal["channel", "token", "tensor", "head", "auto"] | PositiveInt
+
+
+class _Table(BaseModel):
+    """A recipe table: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rtn(_Table):
+    """Round to nearest on a searched grid; needs no calibration text."""
+
+    name: Literal["rtn"] = "rtn"
+
+
+class Gptq(_Table):
+    """GPTQ: error compensation through the inverse Hessian of the quantized stream."""
+
+    name: Literal["gptq"] = "gptq"
+    damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    order: Literal["gar", "none"] = "gar"
+    static_groups: bool = False
+
+
+class Gptaq(Gptq):
+    """GPTAQ: GPTQ whose target is the full-precision stream (asymmetric calibration)."""
+
+    name: Literal["gptaq"] = "gptaq"  # type: ignore[assignment]
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
+
+
+def _by_name(value: Any) -> Any:
+    """Let ``solver = "gptq"`` stand for the solver with its default options."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+Solver = Annotated[Rtn | Gptq | Gptaq, Field(discriminator="name"), BeforeValidator(_by_name)]
+
+
+class WeightOverride(_Table):
+    """Other numbers for the linears whose name matches; what is not given stays as in the weights table."""
+
+    match: str
+    bits: Bits | None = None
+    group: Group | None = None
+    symmetric: bool | None = None
+    solver: Solver | None = None
+
+
+class WeightFormat(_Table):
+    """How the block linears are stored and which solver rounds them."""
+
+    bits: Bits = 16
+    group: Group = "auto"
+    symmetric: bool = False
+    grid: Literal["affine"] = "affine"
+    search: Annotated[int, Field(ge=0, le=200, strict=True)] = 24
+    solver: Solver = Rtn()
+    override: tuple[WeightOverride, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    def resolve(self, name: str) -> WeightFormat:
+        """Format of one linear, by its full name: overrides apply in order, ignored linears stay at 16 bits."""
+        update: dict[str, Any] = {"override": (), "ignore": ()}
+        for o in self.override:
+            if fnmatch.fnmatch(name, o.match):
+                update |= {k: getattr(o, k) for k in ("bits", "group", "symmetric", "solver") if getattr(o, k) is not None}
+        if any(fnmatch.fnmatch(name, pattern) for pattern in self.ignore):
+            update["bits"] = 16
+        return self.model_copy(update=update)
+
+
+class ActivationFormat(_Table):
+    """How the inputs of the block linears are rounded at run time; 16 bits means not at all."""
+
+    bits: Bits = 16
+    group: Group = "token"
+    symmetric: bool = True
+    mode: Literal["static", "dynamic"] = "dynamic"
+
+
+class KvFormat(_Table):
+    """How keys and values are stored in the cache; 16 bits means not rounded."""
+
+    bits: Bits = 16
+    group: Group = "head"
+    symmetric: bool = False
+    mode: Literal["static", "dynamic"] = "dynamic"
+
+
+class Format(_Table):
+    """Every stored number."""
+
+    weights: WeightFormat = WeightFormat()
+    activations: ActivationFormat = ActivationFormat()
+    kv: KvFormat = KvFormat()
+    embeddings: Literal[16, 8] = 16
+    head: Literal[16, 8, 4] = 16
+
+
+class Calibration(_Table):
+    """How much text the run looks at; the text itself is an option of the command."""
+
+    windows: PositiveInt = 128
+    seqlen: Annotated[int, Field(ge=2, strict=True)] = 512
+
+
+class MoveSpec(BaseModel):
+    """One move by name; its options are validated by the move itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    move: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class Recipe(_Table):
+    """A number format plus an ordered list of moves."""
+
+    name: str
+    summary: str = ""
+    format: Format = Format()
+    calibration: Calibration = Calibration()
+    moves: tuple[MoveSpec, ...] = ()
+    guard: Literal["on", "off"] = "on"
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that the result depends on (name and summary left out), 16 hex digits."""
+        body = self.model_dump(mode="json", exclude={"name", "summary"})
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, every default written out; reading it gives the same recipe."""
+        return to_toml(self.model_dump(mode="json"))
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with Sordino, sorted."""
+    return sorted(p.stem for p in PRESET_DIR.glob("*.toml"))
+
+
+def load_recipe(spec: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        spec: preset name, path of a TOML file, or a recipe.
+        overrides: ``key=value`` strings, e.g. ``format.weights.bits=3``; values are TOML, bare words are strings.
+
+    Raises:
+        InputError: naming the key or file and the nearest known one.
+    """
+    raw = spec.model_dump(mode="json") if isinstance(spec, Recipe) else _read(str(spec))
+    for item in overrides:
+        _override(raw, item)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"recipe {raw.get('name', spec)}: {_explain(error)}") from None
+
+
+def _read(spec: str) -> dict[str, Any]:
+    path = PRESET_DIR / f"{spec}.toml"
+    if spec not in presets():
+        path = Path(spec)
+        if not os.path.isfile(path):  # unlike Path.is_file, never raises
+            near = difflib.get_close_matches(spec, presets(), 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"presets: {', '.join(presets())}"
+            raise InputError(f"no recipe '{spec}': neither a preset nor a TOML file; {hint}")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:  # a ValueError: not TOML, or not UTF-8
+        raise InputError(f"recipe {path} cannot be read: {error}") from None
+    return {"name": path.stem, **raw}
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {item}: write key=value, e.g. --set format.weights.bits=3")
+    try:
+        value: Any = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+        raise InputError(f"--set {key}: {error}") from None
+    *parents, last = key.strip().split(".")
+    table: Any = raw
+    for depth, part in enumerate(parents):
+        if isinstance(table, list):
+            if part not in map(str, range(len(table))):
+                raise InputError(f"--set {item}: '{'.'.join(parents[:depth])}' has no entry {part}")
+            child = table[int(part)]
+        else:
+            child = table.setdefault(part, {})
+            if isinstance(child, str):  # `solver = "gptq"`, then `--set …solver.damp=…`
+                child = table[part] = {"name": child}
+        if not isinstance(child, dict | list):
+            raise InputError(f"--set {item}: '{'.'.join(parents[: depth + 1])}' is not a table")
+        table = child
+    if not isinstance(table, dict):
+        raise InputError(f"--set {item}: name a key of an entry, e.g. moves.0.{last}")
+    table[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first thing that is wrong."""
+    first = error.errors()[0]
+    # Tags of unions appear in pydantic's location but not in the recipe.
+    path = ".".join(str(p) for p in first["loc"] if p not in ("rtn", "gptq", "gptaq") and "[" not in str(p))
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        near = difflib.get_close_matches(key, sorted(_known_keys()), 1)
+        return f"unknown key '{path}'" + (f"; did you mean '{near[0]}'?" if near else "")
+    return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]} (got {first['input']!r})"
+
+
+def _known_keys() -> set[str]:
+    tables: tuple[type[BaseModel], ...] = (
+        Recipe, Format, WeightFormat, WeightOverride, ActivationFormat, KvFormat, Calibration, Rtn, Gptq, Gptaq,
+    )  # fmt: skip
+    return {field for table in tables for field in table.model_fields}
+
+
+def to_toml(table: Mapping[str, Any], prefix: str = "") -> str:
+    """Write a nested mapping as TOML, leaving out None; the standard library only reads it."""
+    lines, children = [], []
+    for key, value in table.items():
+        path = f"{prefix}{_toml_key(key)}"
+        if isinstance(value, Mapping):
+            children.append(f"\n[{path}]\n{to_toml(value, path + '.')}")
+        elif isinstance(value, list | tuple) and value and all(isinstance(entry, Mapping) for entry in value):
+            children += [f"\n[[{path}]]\n{to_toml(entry, path + '.')}" for entry in value]
+        elif value is not None:
+            lines.append(f"{_toml_key(key)} = {_toml_value(value)}\n")
+    return "".join(lines + children)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)  # with inf and nan, which JSON lacks
+    # TOML's strings are JSON's, but for pairs of surrogates (never escaped) and DEL (always escaped).
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

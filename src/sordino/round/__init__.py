@@ -1,0 +1,1 @@
+"""Solvers: how numbers get onto a grid."""

@@ -1,0 +1,168 @@
+"""GPTQ and GPTAQ: column-by-column rounding with error compensation.
+
+GPTQ (Frantar et al., 2210.17323) rounds one input column at a time and spreads its error over the columns still to
+come, along ``U``, the upper Cholesky factor of the inverse Hessian. GPTAQ (2504.02692; formulas in the D²Quant
+release, spec section 3.3) also moves the weights towards the full-precision stream: with ``D = sum (x_fp - x) x^T`` it
+adds ``w_q P`` with ``P = alpha * triu(D U^T, 1) U``.
+
+Choices that matter:
+- a group's scale is fitted when its first column is reached, on the error-compensated weights;
+- activation ordering keeps groups whole (GAR): columns by falling diag H inside a group, groups by their largest;
+- a column that calibration never excites has nothing to compensate with: it is rounded to nearest, not zeroed.
+Everything is stored transposed inside ([C, R]), so that a column of the weight is contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sordino.contract import Grid, Rounded, Stats
+from sordino.numerics.affine import GridParams
+from sordino.numerics.gram import inverse_factor
+
+_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the inputs of a site contribute: column order [C], factor ``u`` and asymmetric term ``p`` (permuted)."""
+
+    perm: Tensor
+    u: Tensor
+    p: Tensor | None
+    notes: dict[str, float]
+
+
+class GptqSolver:
+    """GPTQ; with ``alpha`` above zero, GPTAQ.
+
+    Attributes:
+        damp: damping added to H, as a share of its mean diagonal; raised until the factorization succeeds.
+        order: ``gar`` or ``none``.
+        static_groups: fit every group's grid on the original weights before the first column.
+        alpha: strength of the asymmetric term.
+    """
+
+    def __init__(self, damp: float = 0.01, order: str = "gar", static_groups: bool = False, alpha: float = 0.0):
+        self.damp, self.order, self.static_groups, self.alpha = damp, order, static_groups, alpha
+        self.needs = frozenset({"H", "D"} if alpha > 0 else {"H"})
+
+    def prepare(self, stats: Stats | None, group: int) -> Prepared:
+        """Order the columns and factor the inverse Hessian. The sums need no normalization: the factor's size cancels.
+
+        Raises:
+            ValueError: without statistics, or if they hold numbers that are not finite.
+        """
+        if stats is None:
+            raise ValueError("GPTQ needs the Hessian of its inputs")
+        h = stats.h
+        dead = _revive(h)
+        perm = gar_order(h.diagonal(), group) if self.order == "gar" else torch.arange(h.shape[0])
+        u, damp = inverse_factor(h[perm[:, None], perm], self.damp)
+        p = None if stats.d is None else asymmetric_term(stats.d[perm[:, None], perm], u, self.alpha)
+        notes = {"damp": damp} if damp > self.damp else {}
+        return Prepared(perm, u, p, notes | ({"dead_columns": float(dead)} if dead else {}))
+
+    def solve(self, w: Tensor, prepared: Prepared, grid: Grid, group: int) -> Rounded:
+        """Round fp32 [R, C]."""
+        perm = prepared.perm
+        static = None
+        if self.static_groups:
+            fitted, order = grid.fit_groups(w, group), perm[::group] // group
+            static = GridParams(fitted.scale[:, order], fitted.zero[:, order])
+        codes, scale, zero = _walk_columns(w.T[perm], prepared.u, prepared.p, grid, group, static)
+        columns, groups = torch.argsort(perm), torch.argsort(perm[::group] // group)
+        codes, scale, zero = codes[columns].T.contiguous(), scale[:, groups], zero[:, groups]
+        return Rounded(codes, scale, zero, grid.bits, group, grid.symmetric, prepared.notes)
+
+
+def gar_order(diag: Tensor, group: int) -> Tensor:
+    """Activation order that keeps groups whole: [C] diagonal of H -> permutation int64 [C]."""
+    blocks = diag.view(-1, group)
+    inside = blocks.argsort(dim=1, descending=True, stable=True)
+    outside = blocks.amax(1).argsort(descending=True, stable=True)
+    return (inside + group * torch.arange(blocks.shape[0])[:, None])[outside].reshape(-1)
+
+
+def asymmetric_term(d: Tensor, u: Tensor, alpha: float) -> Tensor:
+    """GPTAQ's ``P = alpha * triu(D U^T, 1) U``, fp32 [C, C], strictly upper triangular times upper triangular."""
+    return alpha * (torch.triu(d @ u.T, 1) @ u)
+
+
+def _revive(h: Tensor) -> int:
+    """Give columns that were never excited the mean diagonal, in place, so that H is invertible; returns how many.
+
+    Their off-diagonal entries are zero, so they neither pass on nor take over any error.
+    """
+    diagonal = h.diagonal()
+    dead = diagonal == 0
+    count = int(dead.sum())
+    if count:
+        diagonal[dead] = diagonal.mean() if count < h.shape[0] else 1.0
+    return count
+
+
+def _walk_columns(
+    wt: Tensor, u: Tensor, p: Tensor | None, grid: Grid, group: int, static: GridParams | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The column loop.
+
+    Args:
+        wt: fp32 [C, R], permuted, contiguous; overwritten.
+        u: fp32 [C, C] upper factor of the inverse Hessian.
+        p: fp32 [C, C] asymmetric term or None.
+        grid: the grid.
+        group: columns in a group; groups are contiguous here.
+        static: grids fitted beforehand, [R, G] in permuted order, or None.
+
+    Returns:
+        codes uint8 [C, R], scale and zero fp32 [R, G], all in permuted order.
+    """
+    cols, rows = wt.shape
+    codes = torch.empty(cols, rows, dtype=torch.uint8)
+    scales, zeros = torch.empty(cols // group, rows), torch.empty(cols // group, rows)
+    step = _step(cols, group)
+    for start in range(0, cols, step):
+        stop = min(start + step, cols)
+        block = wt[start:stop]  # a view: in-block updates land in wt
+        before = torch.empty_like(block)
+        errors = torch.empty_like(block)
+        ub = u[start:stop]
+        for j in range(stop - start):
+            column = start + j
+            g, offset = divmod(column, group)
+            if offset == 0:
+                if static is None:
+                    params = grid.fit(wt[column : column + group].T.contiguous())
+                else:
+                    params = GridParams(static.scale[:, g : g + 1], static.zero[:, g : g + 1])
+                scales[g], zeros[g] = params.scale[:, 0], params.zero[:, 0]
+            w = block[j]
+            q, value = grid.nearest(w[:, None], GridParams(scales[g][:, None], zeros[g][:, None]))
+            codes[column] = q[:, 0]
+            before[j] = w
+            torch.sub(w, value[:, 0], out=errors[j]).div_(ub[j, column])
+            if j + 1 < stop - start:
+                block[j + 1 :].addr_(ub[j, column + 1 : stop], errors[j], alpha=-1.0)
+                if p is not None:
+                    block[j + 1 :].addr_(p[column, column + 1 : stop], before[j])
+        if stop < cols:
+            wt[stop:].addmm_(ub[:, stop:].T, errors, alpha=-1.0)
+            if p is not None:
+                wt[stop:].addmm_(p[start:stop, stop:].T, before)
+    return codes, scales.T.contiguous(), zeros.T.contiguous()
+
+
+def _step(cols: int, group: int) -> int:
+    """Columns of a lazy block: about 128, such that every group begins where a block begins or lies inside one.
+
+    Then the weights of a group are fully compensated when its grid is fitted, whatever the block size.
+    """
+    if group <= _BLOCK:
+        return group * (_BLOCK // group)
+    if group == cols:
+        return _BLOCK
+    return next(s for s in range(_BLOCK, 0, -1) if group % s == 0)

@@ -1,0 +1,1 @@
+"""What runs after quantization: modules that hold packed codes, and the transformers plugin."""

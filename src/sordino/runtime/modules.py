@@ -1,0 +1,134 @@
+"""Modules that hold packed codes and dequantize as they run.
+
+A quantized linear keeps its weight packed in memory; a forward unpacks a tile of rows, multiplies, and forgets it.
+Buffer names and layouts are those of compressed-tensors, so a checkpoint needs no renaming on load. Shapes:
+O = out_features, I = in_features, G = groups, g = I/G, b = bits, V = vocabulary, D = hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sordino.numerics.packing import pack, packed_words, unpack
+
+# Weights of one tile: big enough to keep the matmul busy, small enough that the tile stays out of the memory's way.
+_TILE = 1 << 22
+
+
+class QuantLinear(nn.Module):
+    """Linear with an affine-quantized weight.
+
+    Buffers:
+        weight_packed: int32 [O, ceil(I*b/32)], bit stream along the input.
+        weight_scale: bf16 [O, G].
+        weight_zero_point: int32 [ceil(O*b/32), G], bit stream along the output; None if symmetric.
+        bias: [O] parameter or None.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, group: int, symmetric: bool):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group, self.symmetric = bits, group, symmetric
+        groups = in_features // group
+        self.register_buffer("weight_packed", torch.zeros(out_features, packed_words(in_features, bits), dtype=torch.int32))
+        self.register_buffer("weight_scale", torch.zeros(out_features, groups, dtype=torch.bfloat16))
+        zero = None if symmetric else torch.zeros(packed_words(out_features, bits), groups, dtype=torch.int32)
+        self.register_buffer("weight_zero_point", zero)
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+
+    def codes(self, rows: slice = slice(None)) -> Tensor:
+        """Codes of some rows, uint8 [rows, I]."""
+        return unpack(self.weight_packed[rows], self.bits, self.in_features)
+
+    def zeros(self) -> Tensor:
+        """Zero points, uint8 [O, G]."""
+        if self.weight_zero_point is None:
+            return torch.full_like(self.weight_scale, 1 << (self.bits - 1), dtype=torch.uint8)
+        return unpack(self.weight_zero_point.T.contiguous(), self.bits, self.out_features).T
+
+    def dequantize(self, dtype: torch.dtype, rows: slice = slice(None), zeros: Tensor | None = None) -> Tensor:
+        """Weight values ``(code - zero) * scale`` of some rows, [rows, I].
+
+        In bf16 the difference is exact and the product is rounded once, the same as computing in fp32 and casting.
+        """
+        zeros = (self.zeros() if zeros is None else zeros)[rows]
+        scale = self.weight_scale[rows].to(dtype)
+        w = self.codes(rows).to(dtype).view(*scale.shape, self.group)
+        return w.sub_(zeros.to(dtype)[..., None]).mul_(scale[..., None]).view(scale.shape[0], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + bias`` for x [..., I] in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        zeros, step = self.zeros(), max(1, _TILE // self.in_features)
+        if step >= self.out_features:
+            return F.linear(x, self.dequantize(x.dtype, zeros=zeros), bias)
+        spans = [slice(i, min(i + step, self.out_features)) for i in range(0, self.out_features, step)]
+        out = torch.cat([F.linear(x, self.dequantize(x.dtype, s, zeros)) for s in spans], dim=-1)
+        return out if bias is None else out + bias
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}, {kind}"
+
+
+def pack_linear(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> dict[str, Tensor]:
+    """Buffers of a :class:`QuantLinear` from codes uint8 [O, I], scale fp32 [O, G] and zero fp32 [O, G]."""
+    out = {"weight_packed": pack(codes, bits), "weight_scale": scale.to(torch.bfloat16)}
+    if not symmetric:
+        out["weight_zero_point"] = pack(zero.T.to(torch.uint8).contiguous(), bits).T.contiguous()
+    return out
+
+
+class QuantEmbedding(nn.Module):
+    """Token embedding with symmetric 8-bit rows.
+
+    Buffers:
+        weight_packed: int32 [V, ceil(D*8/32)].
+        weight_scale: bf16 [V, 1].
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
+        self.register_buffer("weight_packed", torch.zeros(num_embeddings, packed_words(embedding_dim, 8), dtype=torch.int32))
+        self.register_buffer("weight_scale", torch.zeros(num_embeddings, 1, dtype=torch.bfloat16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of the table, [..., D] in the model's dtype."""
+        flat = ids.reshape(-1)
+        values = unpack(self.weight_packed[flat], 8, self.embedding_dim).to(self.dtype) - 128
+        return (values * self.weight_scale[flat].to(self.dtype)).view(*ids.shape, -1)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits=8"
+
+
+class TiedHead(nn.Module):
+    """Output projection that reads the table of a :class:`QuantEmbedding`; it owns no tensor, so none is stored twice."""
+
+    def __init__(self, table: QuantEmbedding):
+        super().__init__()
+        self._table: Any = (table,)  # in a tuple, so that torch does not register it as a child
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [..., V]; codes are exact in bf16, the row scale is applied to the product."""
+        table: QuantEmbedding = self._table[0]
+        rows = max(1, _TILE // table.embedding_dim)
+        parts = []
+        for i in range(0, table.num_embeddings, rows):
+            codes = unpack(table.weight_packed[i : i + rows], 8, table.embedding_dim).to(x.dtype) - 128
+            parts.append(F.linear(x, codes) * table.weight_scale[i : i + rows].to(x.dtype).view(-1))
+        return torch.cat(parts, dim=-1)

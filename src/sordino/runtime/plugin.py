@@ -1,0 +1,136 @@
+"""The transformers plugin: ``import sordino``, then ``from_pretrained`` loads a Sordino checkpoint.
+
+The checkpoint's ``config.json`` carries ``quantization_config = {"quant_method": "sordino", …}`` with the formats of
+its linears; before transformers loads a weight, the linears named there are replaced by :class:`QuantLinear`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sordino.errors import InputError
+from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+
+FORMAT_VERSION = 1
+
+
+@register_quantization_config("sordino")
+class SordinoConfig(QuantizationConfigMixin):
+    """How a checkpoint is stored.
+
+    Attributes:
+        groups: formats of linears: ``{"bits", "group", "symmetric", "modules": [name patterns]}``.
+        embeddings: 16 (plain) or 8.
+        head: 16 (plain), 8 or 4.
+        format_version: version of this layout.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]] | None = None,
+        embeddings: int = 16,
+        head: int = 16,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ):
+        unknown.pop("quant_method", None)
+        if format_version > FORMAT_VERSION:
+            raise InputError(f"checkpoint format {format_version} is newer than this Sordino reads ({FORMAT_VERSION})")
+        self.quant_method = "sordino"  # type: ignore[assignment]
+        self.groups, self.embeddings, self.head = groups or [], embeddings, head
+        self.format_version = format_version
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in ``config.json``."""
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "embeddings": self.embeddings,
+            "head": self.head,
+            "groups": self.groups,
+        }
+
+
+@register_quantizer("sordino")
+class SordinoQuantizer(HfQuantizer):
+    """Swaps modules before the weights come in; nothing is converted on load."""
+
+    requires_calibration = True
+    quantization_config: SordinoConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        quantize_skeleton(model, self.quantization_config)
+
+    def is_serializable(self, **_: Any) -> bool:
+        """Yes: save_pretrained writes the packed buffers as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: codes are integers."""
+        return False
+
+
+def quantize_skeleton(model: nn.Module, config: SordinoConfig) -> None:
+    """Replace the linears (and embedding, head) that ``config`` names by empty quantized modules, in place.
+
+    Raises:
+        InputError: if a pattern matches nothing.
+    """
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for group in config.groups:
+        for pattern in group["modules"]:
+            matched = fnmatch.filter(linears, pattern)
+            if not matched:
+                raise InputError(f"the checkpoint quantizes '{pattern}', which this model does not have")
+            for name in matched:
+                _swap_linear(model, name, linears[name], group)
+    if config.embeddings == 8:
+        _swap_embedding(model, tied=bool(model.config.tie_word_embeddings))  # type: ignore[union-attr]
+
+
+def _swap_linear(model: nn.Module, name: str, old: nn.Linear, group: dict[str, Any]) -> None:
+    size = old.in_features if group["group"] == "channel" else int(group["group"])
+    with torch.device("meta"):
+        new = QuantLinear(
+            old.in_features, old.out_features, old.bias is not None, group["bits"], size, bool(group["symmetric"])
+        )
+        if new.bias is not None:
+            new.bias = nn.Parameter(new.bias.to(old.weight.dtype), requires_grad=False)
+    model.set_submodule(name, new)
+
+
+def _swap_embedding(model: Any, tied: bool) -> None:
+    old = model.get_input_embeddings()
+    with torch.device("meta"):
+        table = QuantEmbedding(old.num_embeddings, old.embedding_dim, old.weight.dtype)
+    model.set_input_embeddings(table)
+    if tied:
+        model.set_output_embeddings(TiedHead(table))
+        # One table, no second name: there is nothing left for transformers to tie.
+        model._tied_weights_keys = None
+        model.all_tied_weights_keys = {}
+
+
+def compress_names(names: list[str], blocks: str, n_blocks: int) -> list[str]:
+    """Shorten ``{blocks}.{i}.rest`` to ``{blocks}.*.rest`` where all blocks are there; keep other names as they are."""
+    pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.(.+)")
+    per_rest: dict[str, list[str]] = {}
+    out = []
+    for name in names:
+        hit = pattern.fullmatch(name)
+        if hit:
+            per_rest.setdefault(hit[2], []).append(name)
+        else:
+            out.append(name)
+    for rest, members in per_rest.items():
+        out += [f"{blocks}.*.{rest}"] if len(members) == n_blocks else members
+    return out

@@ -1,0 +1,3 @@
+"""Sordino's version."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,120 @@
+"""From finished blocks to a checkpoint: shards, config, tokenizer, recipe, manifest, model card.
+
+Everything is written inside the work folder first and then renamed into OUT, ``config.json`` last: without it nothing
+loads the folder, so a killed run never leaves a checkpoint that looks whole. Names, sizes and order depend on the
+recipe and the model only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sordino.recipe import Recipe
+from sordino.runtime.plugin import SordinoConfig, compress_names
+from sordino.walk.ends import Ends
+from sordino.walk.plan import Plan
+from sordino.walk.source import Source, copy_files, copy_tokenizer
+from sordino.walk.store import Work
+
+SHARD_BYTES = 1 << 30
+
+
+def assemble(source: Source, plan: Plan, work: Work, ends: Ends, out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write the checkpoint; returns the manifest as stored.
+
+    Raises:
+        OSError: if the disk is full or read-only; OUT then holds no ``config.json``.
+    """
+    final = work.path / "final"
+    final.mkdir(parents=True, exist_ok=True)
+    for stale in final.iterdir():
+        stale.unlink()
+    stored = _write_shards(source, plan, work, ends, final)
+    copy_tokenizer(source.path, final)
+    copy_files(source.path, final, ["generation_config.json"])
+    (final / "recipe.toml").write_text(plan.recipe.to_toml(), encoding="utf-8")
+    (final / "README.md").write_text(model_card(plan.recipe, manifest), encoding="utf-8")
+    config = json.loads(source.config.to_json_string(use_diff=True))
+    config.pop("_name_or_path", None)
+    config["quantization_config"] = storage_config(plan).to_dict()
+    names = sorted([p.name for p in final.iterdir()] + ["sordino.json", "config.json"])
+    manifest = manifest | {"bytes": stored, "files": names}
+    (final / "sordino.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (final / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name in sorted(names, key=lambda n: n == "config.json"):
+        (final / name).replace(out / name)
+    return manifest
+
+
+def storage_config(plan: Plan) -> SordinoConfig:
+    """The ``quantization_config`` of a plan's checkpoint."""
+    kinds: dict[tuple[int, int | str, bool], list[str]] = {}
+    for p in plan.quantized():
+        group: int | str = "channel" if p.group == p.linear.in_features else int(p.group or 0)
+        kinds.setdefault((p.format.bits, group, p.format.symmetric), []).append(p.name)
+    fmt, anatomy = plan.recipe.format, plan.anatomy
+    groups = [
+        {"bits": b, "group": g, "symmetric": s, "modules": compress_names(names, anatomy.blocks, anatomy.n_blocks)}
+        for (b, g, s), names in kinds.items()
+    ]
+    if fmt.head != 16 and not anatomy.tied:
+        groups.append({"bits": fmt.head, "group": "channel", "symmetric": True, "modules": [anatomy.head]})
+    return SordinoConfig(groups, fmt.embeddings)
+
+
+def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
+    """README of the checkpoint; its first line is the import that transformers needs."""
+    return (
+        "`import sordino` before `AutoModelForCausalLM.from_pretrained`: without it transformers loads random weights.\n\n"
+        f"# Quantized with Sordino: `{recipe.name}`\n\n{recipe.summary}\n\n"
+        "```python\nimport sordino  # registers the format\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```\n\n'
+        f"- {manifest['coverage']}\n- {manifest['bits_per_weight']:.3f} bits per quantized weight\n"
+        f"- recipe `recipe.toml` (digest {recipe.digest}), details in `sordino.json`\n"
+    )
+
+
+def _tensors(source: Source, plan: Plan, work: Work, ends: Ends) -> Iterator[tuple[str, Tensor]]:
+    """Every stored tensor, one at a time: blocks, then what surrounds them."""
+    first, last = plan.blocks
+    for index in range(plan.anatomy.n_blocks):
+        path = f"{plan.anatomy.blocks}.{index}"
+        block = work.load_block(index) if first <= index < last else source.under(path)
+        yield from ((f"{path}.{name}", tensor) for name, tensor in sorted(block.items()))
+    yield from sorted(ends.tensors.items())
+
+
+def _write_shards(source: Source, plan: Plan, work: Work, ends: Ends, folder: Path) -> int:
+    """Write the tensors in shards of about ``SHARD_BYTES``; returns their bytes."""
+    weight_map: dict[str, int] = {}
+    shard: dict[str, Tensor] = {}
+    count = total = size = 0
+
+    def flush() -> None:
+        nonlocal shard, count, size
+        save_file({k: v.contiguous() for k, v in shard.items()}, folder / f"shard-{count}", metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, count))
+        shard, size, count = {}, 0, count + 1
+
+    for name, tensor in _tensors(source, plan, work, ends):
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+        shard[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if count == 1:
+        (folder / "shard-0").replace(folder / "model.safetensors")
+    else:
+        label = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        for i, name in enumerate(label):
+            (folder / f"shard-{i}").replace(folder / name)
+        index = {"metadata": {"total_size": total}, "weight_map": {n: label[i] for n, i in sorted(weight_map.items())}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))

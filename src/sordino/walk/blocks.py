@@ -1,0 +1,80 @@
+"""Decoder layers made real one at a time: transformers' own modules with weights read from the source."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sordino.anatomy import Anatomy, skeleton
+from sordino.errors import InputError
+from sordino.walk.source import Source
+
+
+class BlockFactory:
+    """Builds single blocks and knows what a decoder passes to each of them.
+
+    Attributes:
+        model: the whole model on the meta device.
+        dtype: compute dtype.
+    """
+
+    def __init__(self, source: Source, anatomy: Anatomy, dtype: torch.dtype):
+        self.source, self.anatomy, self.dtype = source, anatomy, dtype
+        self.model = skeleton(source.config)
+
+    def load(self, index: int) -> nn.Module:
+        """Block ``index`` with its full-precision weights in the compute dtype, frozen, in eval mode."""
+        tensors = self.source.under(f"{self.anatomy.blocks}.{index}", self.dtype)
+        return self.assemble(index, tensors)
+
+    def assemble(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
+        """Block ``index`` around given tensors; they are used, not copied."""
+        layer: nn.Module = copy.deepcopy(self.model.get_submodule(self.anatomy.blocks)[index])  # type: ignore[index]
+        try:
+            layer.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            raise InputError(f"block {index}: {str(error).splitlines()[-1].strip()}") from None
+        return layer.eval().requires_grad_(False)
+
+    def calls(self, seqlen: int) -> list[dict[str, Any]]:
+        """Keyword arguments that the model passes to each block for unpadded windows of ``seqlen`` tokens.
+
+        The decoder itself is run once, on zeros, with recorders in place of its blocks; masks and rotary angles come
+        out with batch size one and broadcast.
+        """
+        backbone: Any = copy.deepcopy(self.model.get_submodule(self.anatomy.blocks.rpartition(".")[0]))
+        recorders = [_Recorder(layer) for layer in backbone.layers]
+        backbone.layers = nn.ModuleList(recorders)
+        backbone.norm = nn.Identity()
+        backbone.embed_tokens = nn.Identity()
+        if hasattr(backbone, "rotary_emb"):
+            backbone.rotary_emb = type(backbone.rotary_emb)(config=self.source.config)
+        hidden = torch.zeros(1, seqlen, self.source.config.hidden_size, dtype=self.dtype)
+        with torch.no_grad():
+            backbone(inputs_embeds=hidden, use_cache=False)
+        return [r.call for r in recorders]
+
+    def norm(self) -> nn.Module:
+        """The final norm, real, in the compute dtype."""
+        norm = copy.deepcopy(self.model.get_submodule(self.anatomy.final_norm))
+        norm.load_state_dict(self.source.under(self.anatomy.final_norm, self.dtype), assign=True)
+        return norm.eval().requires_grad_(False)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block, remembers what it was called with."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.call: dict[str, Any] = {}
+        # Decoders read these off their layers when they choose masks.
+        for name in ("attention_type", "layer_type"):
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, hidden: Tensor, **call: Any) -> Tensor:
+        self.call = call
+        return hidden

@@ -1,0 +1,136 @@
+"""The block context: what solvers and moves see of the block that is being quantized (contract.BlockContext)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sordino.anatomy import Anatomy, Site
+from sordino.contract import Rounded, Split, Stats, StreamName
+from sordino.errors import SordinoError
+from sordino.numerics.gram import add_gram, mirror
+from sordino.runtime.modules import pack_linear
+from sordino.walk.runner import Runner
+
+
+@dataclass
+class Stream:
+    """Hidden states between two blocks.
+
+    Attributes:
+        x: [N, L, D], calibration windows first.
+        calib: how many of the windows are calibration windows (0 where only the held-out ones are computed).
+    """
+
+    x: Tensor
+    calib: int
+
+    def span(self, split: Split) -> tuple[int, int]:
+        """First and last-plus-one window of a split."""
+        return (0, self.calib) if split == "calib" else (self.calib, self.x.shape[0])
+
+
+@dataclass
+class Context:
+    """See :class:`sordino.contract.BlockContext`."""
+
+    index: int
+    last: bool
+    anatomy: Anatomy
+    artifacts: dict[str, Any]
+    fp: nn.Module
+    q: nn.Module
+    streams: dict[StreamName, Stream]
+    call: dict[str, Any]
+    batch: int
+    budget: int
+    seed: int
+    rounded: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _runners: dict[tuple[str, str], Runner] = field(default_factory=dict)
+
+    def rng(self, move: str) -> torch.Generator:
+        """Generator seeded by (seed, block, move), whatever ran before."""
+        digest = hashlib.sha256(f"{self.seed} {self.index} {move}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def runner(self, which: StreamName, stream: StreamName) -> Runner:
+        """The runner of one block on one stream."""
+        if stream not in self.streams:
+            raise SordinoError(f"block {self.index}: the {stream} stream is not computed; a move must ask for it")
+        key = (which, stream)
+        if key not in self._runners:
+            layer = self.fp if which == "fp" else self.q
+            x = self.streams[stream].x
+            self._runners[key] = Runner(layer, x, self.call, self.anatomy, self.batch, self.budget)
+        return self._runners[key]
+
+    def run(self, which: StreamName, stream: StreamName, split: Split = "calib") -> Iterator[tuple[slice, Tensor]]:
+        """Outputs of a block on a stream, batch by batch."""
+        return self.runner(which, stream).outputs(*self.streams[stream].span(split))
+
+    def inputs(self, which: StreamName, site: Site, split: Split = "calib") -> Iterator[tuple[slice, Tensor]]:
+        """Inputs of a site, the block running on its own stream, batch by batch."""
+        return self.runner(which, which).inputs(site, *self.streams[which].span(split))
+
+    def stats(self, site: Site, kinds: frozenset[str]) -> Stats:
+        """Sums over the calibration tokens: "H" always, "D" where asked for."""
+        n = self.anatomy.at(site)[0].in_features
+        stats = Stats(0, torch.zeros(n, n), torch.zeros(n, n) if "D" in kinds else None)
+        twin = self.inputs("fp", site) if stats.d is not None else None
+        for _, batch in self.inputs("q", site):
+            x = batch.flatten(0, 1).float()
+            add_gram(stats.h, x)
+            stats.tokens += x.shape[0]
+            if twin is not None and stats.d is not None:
+                _, target = next(twin)
+                stats.d.addmm_((target.flatten(0, 1).float() - x).T, x)
+        mirror(stats.h)
+        return stats
+
+    def commit(self, linear: str, rounded: Rounded) -> None:
+        """Put a rounded weight into the q block and remember its stored form."""
+        module = self.q.get_submodule(linear)
+        self.rounded[linear] = pack_linear(rounded.codes, rounded.scale, rounded.zero, rounded.bits, rounded.symmetric)
+        old: Any = module.weight
+        module.weight = nn.Parameter(rounded.values().to(old.dtype), requires_grad=False)
+        self.touch(next(x.site for x in self.anatomy.linears if x.name == linear))
+
+    def touch(self, site: Site) -> None:
+        """Forget kept inputs that depend on a linear of ``site``."""
+        for (which, _), runner in self._runners.items():
+            if which == "q":
+                runner.touch(site)
+
+    def error(self, split: Split = "heldout") -> float:
+        """Median over windows of ``|q(x_q) - fp(x_fp)|^2 / |fp(x_fp)|^2``."""
+        target = self.run("fp", "fp", split)
+        return block_error(self.run("q", "q", split), target)
+
+    def snapshot(self) -> Any:
+        """State of the q block."""
+        return {k: v.clone() for k, v in self.q.state_dict().items()}, dict(self.rounded)
+
+    def restore(self, state: Any) -> None:
+        """Put a snapshot back."""
+        weights, rounded = state
+        self.q.load_state_dict(weights, assign=True)
+        self.rounded = dict(rounded)
+        for key in [k for k in self._runners if k[0] == "q"]:
+            del self._runners[key]
+
+
+def block_error(outputs: Iterator[tuple[slice, Tensor]], targets: Iterator[tuple[slice, Tensor]]) -> float:
+    """Median over windows of the relative squared error; both iterators yield [B, L, D] in the same order."""
+    errors = [relative_error(y, t) for (_, y), (_, t) in zip(outputs, targets, strict=True)]
+    return float(torch.cat(errors).median())
+
+
+def relative_error(y: Tensor, target: Tensor) -> Tensor:
+    """``|y - t|^2 / |t|^2`` per window: [B, L, D] twice -> fp32 [B]."""
+    t = target.float()
+    return (y.float() - t).square().sum((1, 2)) / t.square().sum((1, 2)).clamp(min=1e-30)

@@ -1,0 +1,70 @@
+"""The preflight as a command: what a run will make and need, and which engines could load it. Seconds, no work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sordino.errors import InputError
+from sordino.recipe import load_recipe
+from sordino.walk.plan import Plan, gib, make_plan
+from sordino.walk.source import open_source
+
+
+def examine(model: str, recipe: str, overrides: tuple[str, ...] = (), engines: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """Findings as (check, finding) pairs.
+
+    Raises:
+        InputError: for the first thing that will not work, with the remedy.
+    """
+    unknown = [e for e in engines if e not in ENGINES]
+    if unknown:
+        raise InputError(f"--for {unknown[0]}: engines known are {', '.join(ENGINES)}")
+    source = open_source(model)
+    plan = make_plan(source, load_recipe(recipe, overrides), None, None)
+    anatomy, c = plan.anatomy, plan.recipe.calibration
+    dtype = str(plan.dtype).removeprefix("torch.")
+    text = f"{c.windows} windows of {c.seqlen}, {plan.heldout} more held out" if plan.needs_text else "none needed"
+    findings = [
+        ("model", f"{anatomy.model_type}, {anatomy.n_blocks} blocks, {str(source.dtype).removeprefix('torch.')}"
+                  f", {'tied' if anatomy.tied else 'untied'} embeddings"),
+        ("coverage", plan.coverage()),
+        ("bits per quantized weight", f"{plan.bits_per_weight():.3f}"),
+        ("calibration", text),
+        ("forwards", f"{dtype}, {plan.batch} windows at a time, {torch.get_num_threads()} threads"),
+        ("memory", f"about {gib(plan.memory)}"),
+        ("disk while running", f"about {gib(plan.disk)}"),
+    ]  # fmt: skip
+    for engine in engines:
+        ENGINES[engine](plan)
+        findings.append((engine, "the stored format can be carried over exactly"))
+    return findings
+
+
+def _for_vllm(plan: Plan) -> None:
+    """compressed-tensors pack-quantized in vLLM: affine groups of 32 columns or more, plain embeddings and head."""
+    _plain_ends(plan, "vllm")
+    for p in plan.quantized():
+        if p.linear.in_features % 32 or p.linear.out_features % 32:
+            raise InputError(f"vllm: {p.name} is {p.linear.out_features} x {p.linear.in_features}, not multiples of 32; "
+                             "add it to format.weights.ignore")  # fmt: skip
+        if p.group not in (32, 64, 128, p.linear.in_features):
+            raise InputError(f"vllm: {p.name}: group {p.group} has no kernel; --set format.weights.group=auto")
+
+
+def _for_gguf(plan: Plan) -> None:
+    """GGUF blocks are 32 columns wide; an integer grid fits one of its types exactly if groups are made of blocks."""
+    for p in plan.quantized():
+        if p.group is None or p.group % 32:
+            raise InputError(f"gguf: {p.name}: group {p.group} is no multiple of 32; "
+                             "--set format.weights.group=32, or add it to format.weights.ignore")  # fmt: skip
+
+
+def _plain_ends(plan: Plan, engine: str) -> None:
+    fmt = plan.recipe.format
+    if fmt.embeddings != 16 or fmt.head != 16:
+        raise InputError(f"{engine}: embeddings and head must stay at 16 bits; --set format.embeddings=16 --set format.head=16")
+
+
+ENGINES: dict[str, Callable[[Plan], None]] = {"vllm": _for_vllm, "gguf": _for_gguf}

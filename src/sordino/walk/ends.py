@@ -1,0 +1,77 @@
+"""What surrounds the blocks: token embedding, final norm, head, in the widths the recipe asks for.
+
+Also the final guard (DESIGN section 4, guard c): the quantized model's divergence from full precision on held-out
+windows must not exceed that of the same model rounded by RTN.
+Shapes: N windows, L tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sordino.numerics.affine import AffineGrid
+from sordino.numerics.divergence import token_kl
+from sordino.runtime.modules import pack_linear
+from sordino.walk.plan import Plan
+from sordino.walk.source import Source
+
+# Rows of the final logits that are compared at once; a vocabulary of 128 k in fp32 makes 64 MB of them.
+_ROWS = 128
+
+
+class Ends:
+    """Embedding, final norm and head of the checkpoint.
+
+    Attributes:
+        tensors: everything outside the blocks, by full name, as it will be stored.
+        guard: figures of the final guard, empty if it did not run.
+    """
+
+    def __init__(self, source: Source, plan: Plan):
+        self.plan, self.anatomy = plan, plan.anatomy
+        self._table = source.tensor(f"{self.anatomy.embeddings}.weight")
+        self._head = self._table if self.anatomy.tied else source.tensor(f"{self.anatomy.head}.weight")
+        inside = self.anatomy.blocks + "."
+        ends = [f"{self.anatomy.embeddings}.weight", f"{self.anatomy.head}.weight"]
+        self.tensors = {n: source.tensor(n) for n in source.names if not n.startswith(inside) and n not in ends}
+        self._q_table = self._store(self.anatomy.embeddings, self._table, plan.recipe.format.embeddings)
+        if self.anatomy.tied:
+            self._q_head = self._q_table
+        else:
+            self._q_head = self._store(self.anatomy.head, self._head, plan.recipe.format.head)
+        self.guard: dict[str, float] = {}
+
+    def embed(self, ids: Tensor, exact: bool) -> Tensor:
+        """Embeddings of token ids [N, L] in the compute dtype, [N, L, D]; ``exact`` takes the full-precision table."""
+        return F.embedding(ids, self._table if exact else self._q_table).to(self.plan.dtype)
+
+    def final_guard(self, streams: dict[str, Tensor], norm: nn.Module) -> None:
+        """Compare KL to full precision of the quantized and the RTN model on the held-out windows they share."""
+        n = self.plan.rtn_windows
+        fp = streams["fp"][-self.plan.heldout :][:n]
+        q = streams["q"][-self.plan.heldout :][:n]
+        with torch.no_grad():
+            ours, theirs = self._kl(fp, q, norm), self._kl(fp, streams["rtn"], norm)
+        self.guard = {"kl": ours, "rtn_kl": theirs}
+
+    def _kl(self, fp: Tensor, q: Tensor, norm: nn.Module) -> float:
+        total, count = 0.0, 0
+        head, q_head = (h.to(self.plan.dtype) for h in (self._head, self._q_head))
+        for a, b in zip(fp.flatten(0, 1).split(_ROWS), q.flatten(0, 1).split(_ROWS), strict=True):
+            kl, _ = token_kl(F.linear(norm(a), head), F.linear(norm(b), q_head))
+            total, count = total + float(kl.sum()), count + kl.shape[0]
+        return total / count
+
+    def _store(self, name: str, weight: Tensor, bits: int) -> Tensor:
+        """Put a table into ``tensors`` at its width (row-wise, symmetric); returns the values it then holds."""
+        if bits == 16:
+            self.tensors[f"{name}.weight"] = weight
+            return weight
+        grid = AffineGrid(bits, symmetric=True)
+        params = grid.fit_groups(weight.float(), weight.shape[1])
+        codes, values = grid.nearest(weight.float(), params)
+        packed = pack_linear(codes.to(torch.uint8), params.scale, params.zero, bits, True)
+        self.tensors |= {f"{name}.{k}": v for k, v in packed.items()}
+        return values.to(weight.dtype)

@@ -1,0 +1,294 @@
+"""The plan of a run: everything decided before any work, and the refusals that can be made in seconds.
+
+``sordino doctor`` shows it; ``sordino quantize`` starts from it. Sizes come from the config and the safetensors
+headers, so nothing is loaded. Shapes: N windows of L tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from sordino.anatomy import Anatomy, Linear, anatomy_of, group_size, skeleton
+from sordino.contract import Move, Solver, build_moves
+from sordino.errors import InputError
+from sordino.numerics.affine import AffineGrid
+from sordino.numerics.packing import packed_words
+from sordino.recipe import Gptaq, Gptq, Recipe, WeightFormat
+from sordino.round.gptq import GptqSolver
+from sordino.round.rtn import RtnSolver
+from sordino.walk.source import Source
+
+# Tokens of one forward: enough to keep the matmuls busy, small enough to stay near the caches.
+_BATCH_TOKENS = 4096
+_RTN_WINDOWS = 4  # held-out windows on which the whole model rounded by RTN is followed, for the final guard
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How one linear is stored: its place, the resolved format and group (None: left in full precision)."""
+
+    linear: Linear
+    name: str
+    format: WeightFormat
+    group: int | None
+
+    @property
+    def bits_stored(self) -> int:
+        """Stored bits of codes, scales, zeros and bias."""
+        rows, cols = self.linear.out_features, self.linear.in_features
+        bias = rows * 16 if self.linear.bias else 0
+        if self.group is None:
+            return rows * cols * 16 + bias
+        groups, b = cols // self.group, self.format.bits
+        zeros = 0 if self.format.symmetric else packed_words(rows, b) * 32 * groups
+        return rows * packed_words(cols, b) * 32 + rows * groups * 16 + zeros + bias
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done.
+
+    Attributes:
+        recipe: the recipe.
+        anatomy: where things are.
+        moves: the recipe's moves, instantiated.
+        blocks: first and last-plus-one block to quantize.
+        linears: per block, the linears in site order.
+        dtype: compute dtype of forwards.
+        batch: windows of a forward.
+        budget: bytes that a runner may keep of inputs.
+        heldout: number of held-out windows (0: no guard).
+        q_calib, fp_calib: whether that stream is computed on the calibration windows.
+        memory: estimated peak bytes.
+        disk: bytes written under OUT.
+    """
+
+    recipe: Recipe
+    anatomy: Anatomy
+    moves: tuple[Move, ...]
+    blocks: tuple[int, int]
+    linears: tuple[tuple[LinearPlan, ...], ...]
+    dtype: torch.dtype
+    batch: int
+    budget: int
+    heldout: int
+    q_calib: bool
+    fp_calib: bool
+    memory: int
+    disk: int
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text is looked at at all."""
+        return self.q_calib or self.fp_calib or self.heldout > 0
+
+    @property
+    def rtn_windows(self) -> int:
+        """Held-out windows on which a whole RTN model is followed."""
+        return min(_RTN_WINDOWS, self.heldout)
+
+    def quantized(self) -> Iterator[LinearPlan]:
+        """All linears that are rounded, in order."""
+        return (x for block in self.linears for x in block if x.group is not None)
+
+    def coverage(self) -> str:
+        """One line: how many of the block linears are quantized, at which groups, and which are not."""
+        every = [x for block in self.linears for x in block]
+        kinds = Counter(f"{x.format.bits} bits group {_group_word(x)}" for x in every if x.group is not None)
+        rest = [x.name for x in every if x.group is None]
+        line = f"{len(every) - len(rest)} of {len(every)} block linears quantized"
+        if kinds:
+            line += ": " + ", ".join(f"{n} at {kind}" for kind, n in kinds.items())
+        if rest:
+            line += f"; left in full precision: {', '.join(rest[:4])}" + (f" and {len(rest) - 4} more" if rest[4:] else "")
+        return line
+
+    def bits_per_weight(self) -> float:
+        """Stored bits of the quantized linears over their parameters (biases count as stored bits only if quantized)."""
+        chosen = list(self.quantized())
+        if not chosen:
+            return 16.0
+        return sum(x.bits_stored for x in chosen) / sum(x.linear.in_features * x.linear.out_features for x in chosen)
+
+
+def _group_word(x: LinearPlan) -> str:
+    return "channel" if x.group == x.linear.in_features else str(x.group)
+
+
+def make_solver(fmt: WeightFormat) -> Solver:
+    """The solver of a weight format."""
+    options = fmt.solver
+    if isinstance(options, Gptq):
+        alpha = options.alpha if isinstance(options, Gptaq) else 0.0
+        return GptqSolver(options.damp, options.order, options.static_groups, alpha)
+    return RtnSolver()
+
+
+def make_grid(fmt: WeightFormat) -> AffineGrid:
+    """The grid of a weight format."""
+    return AffineGrid(fmt.bits, fmt.symmetric, fmt.search)
+
+
+def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, out: Path | None) -> Plan:
+    """Decide everything and refuse what cannot work.
+
+    Args:
+        source: the full-precision model; only headers are read.
+        recipe: what to do.
+        blocks: range of blocks to quantize, or None for all.
+        out: where it will be written, for the disk check; None to leave that out.
+
+    Raises:
+        InputError: naming the tensor, the number and the remedy.
+    """
+    model = skeleton(source.config)
+    anatomy = anatomy_of(model)
+    _check_tensors(source, model, anatomy)
+    _check_format(recipe, anatomy, source)
+    moves = tuple(build_moves(recipe.moves))
+    for move in moves:
+        move.check(recipe.format, anatomy, None)
+    span = _check_blocks(blocks, anatomy)
+    linears = tuple(_plan_block(i, anatomy, recipe, span) for i in range(anatomy.n_blocks))
+    needs = {n for block in linears for x in block if x.group is not None for n in make_solver(x.format).needs}
+    fp_moves = any(m.needs_fp_stream for m in moves)
+    guarded = recipe.guard == "on" and (bool(needs) or bool(moves))
+    c = recipe.calibration
+    plan = Plan(
+        recipe=recipe,
+        anatomy=anatomy,
+        moves=moves,
+        blocks=span,
+        linears=linears,
+        dtype=compute_dtype(source.dtype),
+        batch=max(1, min(c.windows, _BATCH_TOKENS // c.seqlen)),
+        budget=min(1 << 29, psutil.virtual_memory().total // 16),
+        heldout=max(4, c.windows // 8) if guarded else 0,
+        q_calib=bool(needs) or bool(moves),
+        fp_calib="D" in needs or fp_moves,
+        memory=0,
+        disk=0,
+    )
+    return _check_resources(plan, source, out)
+
+
+def compute_dtype(stored: torch.dtype) -> torch.dtype:
+    """Dtype of forwards: bf16 for bf16 models where the CPU multiplies it natively, else fp32 (fp16 is slow on CPUs)."""
+    fast = torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32
+
+
+def _check_tensors(source: Source, model: nn.Module, anatomy: Anatomy) -> None:
+    for name, parameter in model.named_parameters():
+        if anatomy.tied and name == f"{anatomy.head}.weight" and name not in source.weight_map:
+            continue
+        if name not in source.weight_map:
+            raise InputError(f"{source.path} lacks tensor '{name}' that its config.json calls for")
+        if source.shape(name) != tuple(parameter.shape):
+            raise InputError(f"tensor '{name}' is {list(source.shape(name))}, config.json says {list(parameter.shape)}")
+
+
+def _check_format(recipe: Recipe, anatomy: Anatomy, source: Source) -> None:
+    fmt = recipe.format
+    for word, bits in (("activations", fmt.activations.bits), ("kv", fmt.kv.bits)):
+        if bits != 16:
+            raise InputError(f"format.{word}.bits={bits}: rounding of {word} is not built yet; use 16")
+    if anatomy.tied and fmt.head not in (16, fmt.embeddings):
+        raise InputError(
+            f"format.head={fmt.head}: embedding and head of this model are one table, stored once; "
+            f"set format.embeddings (now {fmt.embeddings}) and leave format.head at 16"
+        )
+    limit = getattr(source.config, "max_position_embeddings", None)
+    if limit is not None and recipe.calibration.seqlen > limit:
+        raise InputError(f"--seqlen {recipe.calibration.seqlen} is longer than the model's {limit} positions")
+
+
+def _check_blocks(blocks: tuple[int, int] | None, anatomy: Anatomy) -> tuple[int, int]:
+    first, last = blocks or (0, anatomy.n_blocks)
+    if not 0 <= first < last <= anatomy.n_blocks:
+        raise InputError(f"--blocks {first}:{last}: this model has blocks 0:{anatomy.n_blocks}")
+    return first, last
+
+
+def _plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, int]) -> tuple[LinearPlan, ...]:
+    plans = []
+    for linear in anatomy.linears:
+        name = anatomy.full_name(index, linear.name)
+        fmt = recipe.format.weights.resolve(name)
+        chosen = span[0] <= index < span[1] and fmt.bits != 16
+        plans.append(LinearPlan(linear, name, fmt, group_size(fmt.group, linear, name) if chosen else None))
+    return tuple(plans)
+
+
+def _check_resources(plan: Plan, source: Source, out: Path | None) -> Plan:
+    memory, disk = _memory(plan, source), _disk(plan, source)
+    available = psutil.virtual_memory().available
+    if memory > available:
+        raise InputError(
+            f"about {gib(memory)} of memory are needed and {gib(available)} are free; use fewer --windows or a shorter --seqlen"
+        )
+    if out is not None:
+        anchor = next(p for p in (out, *out.absolute().parents) if p.exists())
+        free = shutil.disk_usage(anchor).free
+        if disk > free:
+            raise InputError(f"about {gib(disk)} of disk are needed at {out} and {gib(free)} are free; choose another folder")
+    return replace(plan, memory=memory, disk=disk)
+
+
+def _hidden(source: Source) -> int:
+    config: Any = source.config
+    return int(config.hidden_size)
+
+
+def _stream_windows(plan: Plan) -> int:
+    n = plan.recipe.calibration.windows
+    return (n * (plan.q_calib + plan.fp_calib)) + 2 * plan.heldout + plan.rtn_windows
+
+
+def _memory(plan: Plan, source: Source) -> int:
+    """Rough peak: one block and its twin, one site's solve, two generations of streams, what the runners keep."""
+    c, item = plan.recipe.calibration, plan.dtype.itemsize
+    block = sum(x.in_features * x.out_features for x in plan.anatomy.linears)
+    widest = max(x.in_features for x in plan.anatomy.linears)
+    tallest = max(sum(x.out_features * x.in_features for x in plan.anatomy.at(s)) for s in ("qkv", "o", "gate_up", "down"))
+    hessian = widest * widest * (8 * 2 + 4 if widest <= 8192 else 4 * 3) if plan.q_calib else 0
+    streams = 2 * _stream_windows(plan) * c.seqlen * _hidden(source) * item
+    kept = min(plan.budget, plan.q_calib * c.windows * c.seqlen * 2 * widest * item) * (1 + plan.fp_calib)
+    forward = plan.needs_text * plan.batch * c.seqlen * widest * 4 * 4
+    return (
+        int(600e6)
+        + block * item * (3 if plan.heldout else 2)
+        + max(hessian, min(tallest, 1 << 25) * 16)
+        + streams
+        + kept
+        + forward
+    )
+
+
+def _disk(plan: Plan, source: Source) -> int:
+    c = plan.recipe.calibration
+    weights = sum(x.bits_stored // 8 for block in plan.linears for x in block)
+    rest = sum(_bytes(source, n) for n in source.names if not n.startswith(plan.anatomy.blocks + "."))
+    streams = 2 * _stream_windows(plan) * c.seqlen * _hidden(source) * plan.dtype.itemsize
+    return 2 * weights + 2 * rest + streams
+
+
+def _bytes(source: Source, name: str) -> int:
+    count = 1
+    for n in source.shape(name):
+        count *= n
+    return count * 2
+
+
+def gib(size: float) -> str:
+    """A size in words a person reads."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,112 @@
+"""The work folder: finished blocks, streams and a state file, so that a killed run goes on where it stopped.
+
+Everything lands under a temporary name and is renamed when complete; ``state.json`` is renamed last. What it does not
+mention does not count and is written again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sordino.errors import InputError
+from sordino.walk.streams import create_stream, open_stream
+
+WORK = ".sordino-work"
+
+
+class Work:
+    """A run's work folder under OUT.
+
+    Attributes:
+        path: the folder.
+        state: what ``state.json`` says; ``done`` is the number of finished blocks.
+    """
+
+    def __init__(self, out: Path, fingerprint: dict[str, Any]):
+        self.path = out / WORK
+        self.fingerprint = fingerprint
+        self.state: dict[str, Any] = {"fingerprint": fingerprint, "done": 0, "reports": [], "seconds": 0.0}
+        file = self.path / "state.json"
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["fingerprint"] != fingerprint:
+                raise InputError(
+                    f"{out} holds another unfinished run ({_difference(found['fingerprint'], fingerprint)}); "
+                    "use --fresh to start over, or another folder"
+                )
+            self.state = found
+
+    @property
+    def done(self) -> int:
+        """Number of finished blocks."""
+        return int(self.state["done"])
+
+    def save(self, **changes: Any) -> None:
+        """Update the state file, atomically."""
+        self.state |= changes
+        write_text(self.path / "state.json", json.dumps(self.state, indent=1))
+
+    def create(self, name: str, index: int, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+        """A new stream file: what enters block ``index``."""
+        return create_stream(self._stream(name, index), shape, dtype)
+
+    def open(self, name: str, index: int, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+        """An existing stream."""
+        return open_stream(self._stream(name, index), shape, dtype)
+
+    def drop_streams(self, before: int) -> None:
+        """Remove streams that no later block starts from."""
+        for file in (self.path / "streams").glob("*.bin"):
+            if int(file.stem.rpartition("-")[2]) < before:
+                file.unlink()
+
+    def save_block(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Store a block's tensors, atomically."""
+        write_tensors(self.block_file(index), tensors)
+
+    def load_block(self, index: int) -> dict[str, Tensor]:
+        """Read a stored block back."""
+        return load_file(self.block_file(index))
+
+    def block_file(self, index: int) -> Path:
+        """Where a block is stored."""
+        return self.path / "blocks" / f"{index:05d}.safetensors"
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _stream(self, name: str, index: int) -> Path:
+        return self.path / "streams" / f"{name}-{index:05d}.bin"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file under a temporary name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file under a temporary name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    changed = [k for k in new if old.get(k) != new[k]]
+    return "other " + ", ".join(changed) if changed else "other settings"

@@ -1,0 +1,378 @@
+"""The block walker (DESIGN section 4): streams, order, guards, resume.
+
+    survey -> embeddings -> for each block: load; reshape; open; for each site: before, the one solver, after; close;
+    guard; store; advance -> finish -> assemble
+
+Two streams at most: the quantized one, which every block sees its own rounding through, and the full-precision one,
+which is the target. A stream that nothing needs is not computed. Shapes: N windows, L tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sordino.anatomy import SITES, Site
+from sordino.contract import Rounded, Stats, StreamName
+from sordino.errors import SordinoError
+from sordino.round.rtn import RtnSolver
+from sordino.runtime.modules import QuantLinear
+from sordino.walk.blocks import BlockFactory
+from sordino.walk.context import Context, Stream, relative_error
+from sordino.walk.ends import Ends
+from sordino.walk.plan import LinearPlan, Plan, make_grid, make_solver
+from sordino.walk.source import Source
+from sordino.walk.store import Work
+
+# A block may be this much worse than RTN before RTN takes its place (guard a).
+_GUARD = 1.01
+# Weights of one call to a solver: rows beyond that are solved in a further call.
+_STACK = 1 << 25
+_SMALL = 1 << 22
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Walk:
+    """One run over the blocks.
+
+    Attributes:
+        source: the full-precision model.
+        plan: what to do.
+        work: the work folder.
+        windows: int64 [N, L], calibration windows first; None if nothing needs text.
+        seed: of the moves' random numbers.
+        progress: told (what, done, total).
+    """
+
+    source: Source
+    plan: Plan
+    work: Work
+    windows: Tensor | None
+    seed: int
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.factory = BlockFactory(self.source, self.plan.anatomy, self.plan.dtype)
+        self.calls: list[dict[str, Any]] = []
+        self.artifacts: dict[str, Any] = {}
+        self.streams: dict[str, Stream] = {}
+
+    def run(self) -> Ends:
+        """Do (or continue) the walk; returns what surrounds the blocks, with the final guard's figures.
+
+        Raises:
+            SordinoError: if activations stop being finite, naming block and site.
+        """
+        ends = Ends(self.source, self.plan)
+        first, last = self.plan.blocks
+        reach = last if self.plan.needs_text else 0
+        if self.plan.needs_text and self.windows is not None:
+            self.calls = self.factory.calls(self.windows.shape[1])
+            self._survey()
+            self._open_streams(ends, self.work.done)
+        for index in range(self.work.done, last):
+            self.progress("block", index, last)
+            report = self._block(index) if index >= first else self._pass_through(index)
+            self.work.save(done=index + 1, reports=[*self.work.state["reports"], report])
+            self.work.drop_streams(index + 1)
+        self.progress("block", last, last)
+        if self.plan.heldout and reach == self.plan.anatomy.n_blocks:
+            ends.final_guard({k: s.x for k, s in self.streams.items()}, self.factory.norm())
+        for move in self.plan.moves:
+            move.finish(ends.tensors, self.artifacts)
+        return ends
+
+    # Streams
+
+    def _layout(self) -> dict[str, tuple[int, int]]:
+        """Stream name -> (calibration windows, all windows)."""
+        n, plan = self.plan.recipe.calibration.windows, self.plan
+        layout = {}
+        if plan.q_calib or plan.heldout:
+            layout["q"] = (n * plan.q_calib, n * plan.q_calib + plan.heldout)
+        if plan.fp_calib or plan.heldout:
+            layout["fp"] = (n * plan.fp_calib, n * plan.fp_calib + plan.heldout)
+        if plan.rtn_windows:
+            layout["rtn"] = (0, plan.rtn_windows)
+        return layout
+
+    def _shape(self, name: str) -> tuple[int, int, int]:
+        assert self.windows is not None
+        config: Any = self.source.config
+        return self._layout()[name][1], self.windows.shape[1], config.hidden_size
+
+    def _open_streams(self, ends: Ends, index: int) -> None:
+        """Open what enters block ``index``; at block 0 it is made from the embeddings."""
+        assert self.windows is not None
+        for name, (calib, total) in self._layout().items():
+            if index:
+                x = self.work.open(name, index, self._shape(name), self.plan.dtype)
+            else:
+                x = self.work.create(name, 0, self._shape(name), self.plan.dtype)
+                heldout = self.windows[self.plan.recipe.calibration.windows :]
+                ids = torch.cat([self.windows[:calib], heldout[: total - calib]])
+                for i in range(0, total, self.plan.batch):
+                    x[i : i + self.plan.batch] = ends.embed(ids[i : i + self.plan.batch], exact=name == "fp")
+            self.streams[name] = Stream(x, calib)
+
+    def _next(self, name: str, index: int) -> Tensor:
+        return self.work.create(name, index + 1, self._shape(name), self.plan.dtype)
+
+    # Moves that look at the whole full-precision model first
+
+    def _survey(self) -> None:
+        """One full-precision pass for the moves that ask for it."""
+        curious = [m for m in self.plan.moves if m.needs_survey]
+        if not curious or self.windows is None:
+            return
+        ends, c = Ends(self.source, self.plan), self.plan.recipe.calibration
+        x = torch.cat([ends.embed(w[None], exact=True) for w in self.windows[: c.windows]])
+        for index in range(self.plan.anatomy.n_blocks):
+            self.progress("survey", index, self.plan.anatomy.n_blocks)
+            layer = self.factory.load(index)
+            batches = x.split(self.plan.batch)
+            for move in curious:
+                move.survey(index, layer, iter(batches), self.artifacts)
+            with torch.no_grad():
+                x = torch.cat([_plain(layer(b, **self.calls[index])) for b in batches])
+
+    # One block
+
+    def _pass_through(self, index: int) -> dict[str, Any]:
+        """A block before the chosen range: streams go through it in full precision."""
+        layer = self.factory.load(index)
+        context = self._context(index, layer, layer)
+        for name in list(self.streams):
+            self._advance(context, name, layer)
+        return {"block": index, "left": "full precision"}
+
+    def _context(self, index: int, fp: nn.Module, q: nn.Module) -> Context:
+        names: tuple[StreamName, ...] = ("fp", "q")
+        plan = self.plan
+        return Context(
+            index=index,
+            last=index == plan.anatomy.n_blocks - 1,
+            anatomy=plan.anatomy,
+            artifacts=self.artifacts,
+            fp=fp,
+            q=q,
+            streams={n: self.streams[n] for n in names if n in self.streams},
+            call=self.calls[index] if self.calls else {},
+            batch=plan.batch,
+            budget=plan.budget,
+            seed=self.seed,
+        )
+
+    def _block(self, index: int) -> dict[str, Any]:
+        """Round one block, guard it, store it, and send the streams through it."""
+        q = self.factory.load(index)
+        # Twin and block share their tensors (nothing edits them in place) unless a move might.
+        fp = self.factory.load(index) if self.plan.moves else self.factory.assemble(index, dict(q.state_dict()))
+        for move in self.plan.moves:
+            move.reshape(fp, index, self.plan.anatomy, self.artifacts)
+            move.reshape(q, index, self.plan.anatomy, self.artifacts)
+        ctx = self._context(index, fp, q)
+        report: dict[str, Any] = {"block": index, "linears": {}}
+        for move in self.plan.moves:
+            move.open(ctx)
+        for site in SITES:
+            for move in self.plan.moves:
+                move.before(ctx, site)
+            self._round_site(ctx, site, report)
+            for move in self.plan.moves:
+                move.after(ctx, site)
+        for move in self.plan.moves:
+            move.close(ctx)
+        if "fp" in self.streams:
+            self._advance(ctx, "fp", fp)
+        following = self._next("q", index) if "q" in self.streams else None
+        if self.plan.heldout and following is not None:
+            report |= self._guard(ctx, following)
+        self._store(ctx)
+        if following is not None:
+            if not ctx.last:  # after the last block only the held-out windows are looked at
+                for span, y in ctx.run("q", "q", "calib"):
+                    following[span] = y
+            self._step("q", following, index)
+        return report
+
+    def _round_site(self, ctx: Context, site: Site, report: dict[str, Any]) -> None:
+        """Run the one solver on each linear of a site; linears of one format are solved together."""
+        plans = [p for p in self.plan.linears[ctx.index] if p.linear.site == site and p.group is not None]
+        stats: Stats | None = None
+        # Linears that differ in format cannot be stacked; the statistics are shared all the same.
+        batches: dict[tuple[Any, ...], list[LinearPlan]] = {}
+        for p in plans:
+            batches.setdefault((p.format.model_dump_json(), p.group), []).append(p)
+        for number, members in enumerate(batches.values()):
+            solver = make_solver(members[0].format)
+            if solver.needs:
+                # A solver uses its statistics up; only a further format at this site needs them again.
+                stats = ctx.stats(site, solver.needs) if stats is None or number else stats
+            self._solve(ctx, members, solver, stats, report)
+
+    def _solve(self, ctx: Context, members: list[LinearPlan], solver: Any, stats: Stats | None, report: Any) -> None:
+        group, grid = members[0].group, make_grid(members[0].format)
+        assert group is not None
+        try:
+            prepared = solver.prepare(stats, group)
+        except ValueError as error:
+            raise SordinoError(f"block {ctx.index}, {members[0].linear.site}: {error}") from None
+        modules: list[Any] = [ctx.q.get_submodule(p.linear.name) for p in members]
+        parts: list[list[Rounded]] = [[] for _ in members]
+        for stack in _stacks([tuple(m.weight.shape) for m in modules]):
+            stacked = torch.cat([modules[i].weight[rows].float() for i, rows in stack])
+            with _threads_for(stacked):
+                done = solver.solve(stacked, prepared, grid, group)
+            at = 0
+            for i, rows in stack:
+                parts[i].append(done.rows(slice(at, at + rows.stop - rows.start)))
+                at += rows.stop - rows.start
+        for p, module, solved in zip(members, modules, parts, strict=True):
+            whole, before = _join(solved), module.weight
+            ctx.commit(p.linear.name, whole)
+            off, size = (module.weight.float() - before.float()).square().sum(), before.float().square().sum()
+            report["linears"][p.linear.name] = {"weight_error": round(float(off / size.clamp(min=1e-30)), 8)} | whole.notes
+
+    # Guard and storage
+
+    def _guard(self, ctx: Context, following: Tensor) -> dict[str, Any]:
+        """Guard (a): the block's held-out error against the same block rounded by RTN; also follow the RTN model.
+
+        The full-precision stream is already past this block; the held-out part of the quantized one is filled here.
+        """
+        x, (start, stop) = ctx.streams["q"].x, ctx.streams["q"].span("heldout")
+        target = self.streams["fp"].x[self.streams["fp"].calib :]
+
+        def error_of(layer: nn.Module, out: Tensor | None) -> float:
+            errors = []
+            for i in range(start, stop, ctx.batch):
+                y = self._forward(ctx, layer, x[i : min(i + ctx.batch, stop)])
+                errors.append(relative_error(y, target[i - start : i - start + y.shape[0]]))
+                if out is not None:
+                    out[i : i + y.shape[0]] = y
+            return float(torch.cat(errors).median())
+
+        ours = error_of(ctx.q, following)
+        rtn, layer = self._rtn_layer(ctx)
+        report: dict[str, Any] = {"error": ours, "rtn_error": error_of(layer, None)}
+        if not ours <= _GUARD * report["rtn_error"]:  # written so that a NaN falls back too
+            for name, rounded in rtn.items():
+                ctx.commit(name, rounded)
+            report |= {"fallback": "rtn", "error": error_of(ctx.q, following), "refused_error": ours}
+        self._advance(ctx, "rtn", layer)
+        return report
+
+    def _rtn_layer(self, ctx: Context) -> tuple[dict[str, Rounded], nn.Module]:
+        """The block rounded by RTN in the recipe's own format."""
+        layer = self.factory.assemble(ctx.index, dict(ctx.fp.state_dict()))
+        rounded = {}
+        for p in self.plan.linears[ctx.index]:
+            if p.group is None:
+                continue
+            module: Any = layer.get_submodule(p.linear.name)
+            with _threads_for(module.weight):
+                rounded[p.linear.name] = RtnSolver().solve(module.weight.float(), None, make_grid(p.format), p.group)
+                values = rounded[p.linear.name].values().to(module.weight.dtype)
+            module.weight = nn.Parameter(values, requires_grad=False)
+        return rounded, layer
+
+    def _store(self, ctx: Context) -> None:
+        """Write the block, read it back, and make sure that the stored bytes are the block that calibration saw."""
+        stored_dtype = self.source.dtype
+        tensors = {k: v.to(stored_dtype) for k, v in ctx.q.state_dict().items()}
+        for linear, packed in ctx.rounded.items():
+            del tensors[f"{linear}.weight"]
+            tensors |= {f"{linear}.{k}": v for k, v in packed.items()}
+        self.work.save_block(ctx.index, tensors)
+        back = self.work.load_block(ctx.index)
+        for p in self.plan.linears[ctx.index]:
+            if p.group is None:
+                continue
+            shape = (p.linear.in_features, p.linear.out_features)
+            module = QuantLinear(*shape, False, p.format.bits, p.group, p.format.symmetric)
+            state = {k.rpartition(".")[2]: v for k, v in back.items() if k.startswith(f"{p.linear.name}.weight")}
+            module.load_state_dict(state, assign=True)
+            weight: Any = ctx.q.get_submodule(p.linear.name).weight
+            if not torch.equal(module.dequantize(weight.dtype), weight):
+                raise SordinoError(f"{p.name}: the stored bytes are not the weight that was calibrated")
+
+    def _advance(self, ctx: Context, name: str, layer: nn.Module) -> None:
+        """Send a whole stream through a block, into a new file."""
+        stream, following = self.streams[name], self._next(name, ctx.index)
+        start = stream.calib if ctx.last else 0
+        for i in range(start, stream.x.shape[0], ctx.batch):
+            span = slice(i, min(i + ctx.batch, stream.x.shape[0]))
+            following[span] = self._output(ctx, name, layer, span)
+        self._step(name, following, ctx.index)
+
+    def _output(self, ctx: Context, name: str, layer: nn.Module, span: slice) -> Tensor:
+        """Output of a layer for some windows; the full-precision block starts from what its runner kept."""
+        if name == "fp" and layer is ctx.fp and "fp" in ctx.streams:
+            return next(ctx.runner("fp", "fp").outputs(span.start, span.stop))[1]
+        return self._forward(ctx, layer, self.streams[name].x[span])
+
+    def _forward(self, ctx: Context, layer: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return _plain(layer(x, **ctx.call))
+
+    def _step(self, name: str, following: Tensor, index: int) -> None:
+        """Make ``following`` the stream, once it is known to be finite."""
+        stream = self.streams[name]
+        start = stream.calib if index == self.plan.anatomy.n_blocks - 1 else 0
+        # A sum is not finite exactly where an entry is not (finite entries cannot overflow it), and costs one pass.
+        if not math.isfinite(float(following[start:].sum(dtype=torch.float32))):
+            raise SordinoError(f"block {index}: the {name} stream is not finite after it")
+        self.streams[name] = Stream(following, stream.calib)
+
+
+@contextmanager
+def _threads_for(w: Tensor) -> Iterator[None]:
+    """One thread for weights of a small model: a solver's steps are then too short to share, and waiting burns CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if w.numel() <= _SMALL else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _plain(out: Any) -> Tensor:
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+def _stacks(shapes: list[tuple[int, ...]]) -> list[list[tuple[int, slice]]]:
+    """Cut the rows of several matrices of equal width into stacks of at most ``_STACK`` weights.
+
+    Returns:
+        Stacks of (matrix, rows) in order; the rows of a matrix come in order too.
+    """
+    room = rows_left = max(1, _STACK // shapes[0][1])
+    stacks: list[list[tuple[int, slice]]] = [[]]
+    for i, (rows, *_) in enumerate(shapes):
+        at = 0
+        while at < rows:
+            if rows_left == 0:
+                stacks.append([])
+                rows_left = room
+            n = min(rows - at, rows_left)
+            stacks[-1].append((i, slice(at, at + n)))
+            at, rows_left = at + n, rows_left - n
+    return stacks
+
+
+def _join(parts: list[Rounded]) -> Rounded:
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    codes, scale, zero = (torch.cat([getattr(p, k) for p in parts]) for k in ("codes", "scale", "zero"))
+    return Rounded(codes, scale, zero, first.bits, first.group, first.symmetric, first.notes)

@@ -1,0 +1,137 @@
+"""A small random model of every family with a real tokenizer, and the command line in processes of its own."""
+
+import multiprocessing
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2")
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 32},
+    "qwen3": {"head_dim": 32},
+}
+_HEAD_DIM = ("llama", "mistral")  # families whose config defaults to head_dim=128
+_MERGES = "Ġ t,h e,i n,e r,Ġ a,o n,r e,Ġt he,Ġ s,a t,e n,o r,Ġ o,e s,i s,t e,Ġ c,i t,Ġ i,Ġ f,a l,a r,t h,l e,Ġ b,Ġ m"
+_MERGES += ",Ġ p,Ġo f,in g,Ġ w,t i,Ġi s,c t,m e,e d,s t,n t,Ġ re,a n,d e,ti on,u l"
+_CHAT = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of exactly 300 tokens, put together by hand: any text works, nothing is trained or downloaded."""
+    merges = [tuple(m.split()) for m in _MERGES.split(",")]
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = _CHAT
+    return fast
+
+
+def make_tiny(
+    path: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    tied: bool = True,
+    layers: int = 4,
+    seed: int = 0,
+    ffn: int = 96,
+    **options: Any,
+) -> Path:
+    """Save a random model of a family and its tokenizer into ``path``; the same arguments give the same bytes.
+
+    ``ffn=172`` is no multiple of 32. Norms and biases are random too, so that a path that drops them is noticed.
+    """
+    tokenizer = make_tokenizer()
+    defaults = {
+        "hidden_size": 64, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 512, "tie_word_embeddings": tied,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "initializer_range": 0.1,
+    }  # fmt: skip
+    if family in _HEAD_DIM:
+        defaults["head_dim"] = 16
+    config = AutoConfig.for_model(family, **defaults | _OPTIONS.get(family, {}) | options)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(0.1 * torch.randn_like(parameter) + float(name.endswith("norm.weight")))
+    model.to(dtype).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return Path(path)
+
+
+# The command line, each call in a process of its own. Children are forked from a server that has imported torch once.
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["tiny", "sordino.cli", "sordino.api", "sordino.measure.evaluate", "transformers.models.llama.modeling_llama"]
+)
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a call ended: exit code (negative: the signal that killed it), stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Sordino:
+    """A running ``sordino`` command.
+
+    Args:
+        args: of the command line.
+        log: folder for what it prints.
+        env: further environment variables.
+        file_limit: bytes that a file may have; writing more fails (EFBIG), as it would on a full disk.
+        prepare: called in the process before anything else; a function of a module, picklable.
+    """
+
+    def __init__(
+        self,
+        *args: object,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        file_limit: int | None = None,
+        prepare: Callable[[], None] | None = None,
+    ):
+        self._log = log
+        log.mkdir(parents=True, exist_ok=True)
+        self.process = _FORKS.Process(target=_child, args=([str(a) for a in args], log, dict(env or {}), file_limit, prepare))
+        self.process.start()
+
+    def wait(self, timeout: float = 120) -> Done:
+        """Wait for its end."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout} s")
+        return Done(self.process.exitcode, *((self._log / name).read_text(encoding="utf-8") for name in ("out", "err")))
+
+
+def _child(args: list[str], log: Path, env: dict[str, str], file_limit: int | None, prepare: Any) -> None:
+    for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
+        stream.flush()
+        os.dup2(os.open(log / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    os.environ |= env
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if prepare is not None:
+        prepare()
+    sys.argv = ["sordino", *args]
+    from sordino.cli import main
+
+    main()
