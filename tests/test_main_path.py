@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sordino
 from sordino.anatomy import FAMILIES
 from sordino.runtime.generate import generate
 from sordino.runtime.modules import QuantLinear
+from tiny import make_tiny
 
 SMALL = {"windows": 32, "seqlen": 64}
 

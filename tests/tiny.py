@@ -119,11 +119,11 @@ class Sordino:
         if self.process.exitcode is None:
             self.process.kill()
             raise AssertionError(f"still running after {timeout} s")
-        return Done(self.process.exitcode, *((self._log / name).read_text(encoding="utf-8") for name in ("out", "err")))
+        return Done(self.process.exitcode, *((self._log / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")))
 
 
 def _child(args: list[str], log: Path, env: dict[str, str], file_limit: int | None, prepare: Any) -> None:
-    for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
         stream.flush()
         os.dup2(os.open(log / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     os.environ |= env

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import resource
-import time
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 
 from sordino.corpus import DEFAULT_TEXT, Text, calibration_windows, load_text, tokenize
-from sordino.errors import InputError, SordinoError
+from sordino.errors import InputError, SordinoError, reason
 from sordino.recipe import Recipe, load_recipe
 from sordino.version import __version__
-from sordino.walk.assemble import assemble
+from sordino.walk.assemble import assemble, publish
 from sordino.walk.heap import keep_freed_memory
 from sordino.walk.plan import Plan, make_plan
 from sordino.walk.source import Source, open_source
@@ -84,39 +85,33 @@ def quantize(
     Example:
         >>> quantize("smollm2", "gptq-w4", "out")  # doctest: +SKIP
     """
-    started, cpu = time.time(), _cpu_seconds()
+    cpu = _cpu_seconds()
     keep_freed_memory()
     out = Path(out)
     source = open_source(str(model))
     chosen = load_recipe(recipe, (*overrides, *_calibration(windows, seqlen)))
-    if fresh:
-        _clear(out)
+    _check_owner(out)
     plan = make_plan(source, chosen, blocks, out)
     content = load_text(text) if plan.needs_text else None
     fingerprint = _fingerprint(source, chosen, content, seed, plan)
-    done = _finished(out, fingerprint)
+    done = None if fresh else _finished(out, fingerprint)
     if done is not None:
-        return done
+        return _judged(done)
+    drawn = _windows(source, plan, content, seed)
     try:
+        if fresh:  # not before everything given is known to be usable
+            _clear(out)
         out.mkdir(parents=True, exist_ok=True)
         work = Work(out, fingerprint)
         work.save()
-        result = _run(source, plan, work, content, seed, out, progress or _silent)
+        result = _run(source, plan, work, drawn, seed, out, progress or _silent)
+        run = _run_facts(work.seconds, _cpu_seconds() - cpu, plan)
+        write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
+        publish(work, out)
     except (OSError, SafetensorError) as error:
-        if "No such file" in str(error) and not isinstance(error, OSError):
-            raise
-        raise InputError(f"cannot write to {out}: {_reason(error)}") from None
-    seconds = work.state["seconds"] + time.time() - started
-    run = _run_facts(seconds, _cpu_seconds() - cpu, plan)
-    write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
+        raise InputError(f"cannot write to {out}: {reason(error)}") from None
     work.remove()
-    if result["guard"].get("failed"):
-        g = result["guard"]
-        raise SordinoError(
-            f"the result is worse than RTN of the same format (KL {g['kl']:.4f} against {g['rtn_kl']:.4f} on held-out "
-            f"text); it is kept in {out} and marked in sordino.json; try more --windows or another --text"
-        )
-    return Result(out, result, run)
+    return _judged(Result(out, result, run))
 
 
 def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
@@ -139,15 +134,18 @@ def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # loading takes a second; its bar would break into ours
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        auto: Any = transformers.AutoModelForCausalLM
+        model, info = auto.from_pretrained(folder, **options, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except SordinoError:
         raise
     except Exception as error:
-        raise InputError(f"{folder} cannot be loaded: {_reason(error)}") from None
+        raise InputError(f"{folder} cannot be loaded: {reason(error)}") from None
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
+    if info["missing_keys"]:  # transformers makes up random numbers for them
+        raise InputError(f"{folder} lacks tensor '{min(info['missing_keys'])}' that its config.json calls for")
     return model.eval(), tokenizer
 
 
@@ -161,13 +159,24 @@ def doctor(model: str, recipe: str | Path | Recipe, overrides: tuple[str, ...] =
     return source, make_plan(source, load_recipe(recipe, overrides), None, None)
 
 
-def _run(source: Source, plan: Plan, work: Work, text: Text | None, seed: int, out: Path, progress: Progress) -> dict[str, Any]:
+def _windows(source: Source, plan: Plan, text: Text | None, seed: int) -> Tensor | None:
+    """Calibration and held-out windows, int64 [N, L]; None if the plan needs no text."""
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"--seed {seed} does not fit 64 bits")
+    if text is None:
+        return None
+    ids = tokenize(text, source.tokenizer())
+    vocabulary = source.shape(f"{plan.anatomy.embeddings}.weight")[0]
+    if len(ids) and int(ids.max()) >= vocabulary:
+        raise InputError(f"{source.path}: the tokenizer has token {int(ids.max())}, the model only {vocabulary} embeddings")
+    c = plan.recipe.calibration
+    return calibration_windows(ids, c.seqlen, c.windows, plan.heldout, seed)
+
+
+def _run(
+    source: Source, plan: Plan, work: Work, windows: Tensor | None, seed: int, out: Path, progress: Progress
+) -> dict[str, Any]:
     """Walk, check the final guard, assemble; returns the manifest."""
-    windows = None
-    if text is not None:
-        ids = tokenize(text, source.tokenizer())
-        c = plan.recipe.calibration
-        windows = calibration_windows(ids, c.seqlen, c.windows, plan.heldout, seed)
     ends = Walk(source, plan, work, windows, seed, progress).run()
     progress("write", 0, 1)
     guard: dict[str, Any] = dict(ends.guard)
@@ -208,34 +217,59 @@ def _fingerprint(source: Source, recipe: Recipe, text: Text | None, seed: int, p
     }
 
 
-def _finished(out: Path, fingerprint: dict[str, Any]) -> Result | None:
-    """The result of an identical run that is complete; refuses a folder that holds something else."""
+def _check_owner(out: Path) -> None:
+    """Refuse a folder that holds what Sordino did not write."""
     manifest = out / "sordino.json"
-    if (out / "config.json").is_file():
-        if not manifest.is_file():
-            raise InputError(f"{out} holds a model that Sordino did not write; choose another folder")
-        stored = json.loads(manifest.read_text(encoding="utf-8"))
-        if stored["run"] != fingerprint:
-            raise InputError(f"{out} holds the result of another run; use --fresh to replace it, or another folder")
-        if (out / "run.json").is_file():
-            Work(out, fingerprint).remove()
-            return Result(out, stored, json.loads((out / "run.json").read_text(encoding="utf-8")))
-    elif out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
+    if (out / "config.json").is_file() and not manifest.is_file():
+        raise InputError(f"{out} holds a model that Sordino did not write; choose another folder")
+    if out.is_dir() and not manifest.is_file() and not (out / WORK).is_dir() and any(out.iterdir()):
         raise InputError(f"{out} is not empty and holds no Sordino run; choose another folder")
-    return None
+
+
+def _finished(out: Path, fingerprint: dict[str, Any]) -> Result | None:
+    """The result of an identical run that is complete; refuses the result of another one."""
+    if not (out / "config.json").is_file():
+        return None
+    stored = _read_json(out / "sordino.json")
+    if stored.get("run") != fingerprint:
+        raise InputError(f"{out} holds the result of another run; use --fresh to replace it, or another folder")
+    if not (out / "run.json").is_file():
+        return None
+    Work(out, fingerprint).remove()
+    return Result(out, stored, _read_json(out / "run.json"))
+
+
+def _judged(result: Result) -> Result:
+    """The result, unless the final guard found it worse than RTN."""
+    guard = result.manifest["guard"]
+    if guard.get("failed"):
+        raise SordinoError(
+            f"the result is worse than RTN of the same format (KL {guard['kl']:.4f} against {guard['rtn_kl']:.4f} on held-out "
+            f"text); it is kept in {result.out} and marked in sordino.json; try more --windows or another --text"
+        )
+    return result
 
 
 def _clear(out: Path) -> None:
-    """Remove what Sordino itself wrote into a folder, config.json first."""
+    """Remove what Sordino itself wrote into a folder: config.json first, the list of the files last."""
     manifest = out / "sordino.json"
     if manifest.is_file():
-        files = json.loads(manifest.read_text(encoding="utf-8")).get("files", [])
+        files = _read_json(manifest).get("files", [])
         for name in sorted({*files, "run.json", "sordino.json"}, key=lambda n: (n != "config.json", n == "sordino.json")):
             (out / Path(name).name).unlink(missing_ok=True)
     if (out / WORK).is_dir():
-        import shutil
-
+        (out / WORK / "state.json").unlink(missing_ok=True)
         shutil.rmtree(out / WORK)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file} cannot be read: {reason(error)}; choose another folder") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no table; choose another folder")
+    return content
 
 
 def _cpu_seconds() -> float:
@@ -254,12 +288,6 @@ def _run_facts(seconds: float, cpu: float, plan: Plan) -> dict[str, Any]:
         "machine": platform.machine(),
         "python": platform.python_version(),
     }
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _silent(what: str, done: int, total: int) -> None:

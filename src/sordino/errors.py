@@ -19,5 +19,13 @@ class InputError(SordinoError):
     exit_code = 2
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line; a line that only announces the next one takes it along."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
 class SordinoWarning(UserWarning):
     """Something the user should know that does not stop the run."""

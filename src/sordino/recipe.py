@@ -33,7 +33,8 @@ Group = Literal["channel", "token", "tensor", "head", "auto"] | PositiveInt
 class _Table(BaseModel):
     """A recipe table: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # TOML has inf and nan, so the options of a move may; by default pydantic would write None for them.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class Rtn(_Table):

@@ -59,7 +59,7 @@ def test_grids_are_storable_at_any_magnitude(seed: int, exponent: int, bits: int
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(0, 3e38, width=32), min_size=1))
+@given(st.lists(st.floats(0, 2.0**127, width=32), min_size=1))
 def test_round_scale_is_storable_and_near(values: list[float]) -> None:
     scale = torch.tensor(values)
     rounded = round_scale(scale)
@@ -126,9 +126,9 @@ def test_symmetric_zero_is_the_middle(bits: int) -> None:
 @pytest.mark.parametrize("shift", [4.0, -4.0])
 def test_one_sided_groups_keep_zero_in_range(bits: int, shift: float) -> None:
     grid = AffineGrid(bits, search=0)
-    w = normal(5, 32).clamp(-3, 3) + shift
-    params = grid.fit(w)
-    assert torch.equal(params.zero, torch.full((5, 1), 0.0 if shift > 0 else float(grid.top)))
+    zero = grid.fit(normal(5, 32).clamp(-3, 3) + shift).zero
+    # The scale is rounded to 8 significant bits, which may cost the last of 255 levels.
+    assert bool(((zero - (0 if shift > 0 else grid.top)).abs() <= (bits == 8)).all())
 
 
 @both

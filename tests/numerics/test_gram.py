@@ -53,6 +53,7 @@ def test_inverse_factor_does_not_depend_on_the_size_of_h() -> None:
     [
         (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 0.01),  # indefinite: eigenvalues 3 and -1
         (torch.ones(6, 6), 0.0),  # rank 1
+        (torch.ones(6, 6), 1e-30),
         (torch.diag(torch.tensor([1.0, 1.0, -0.5])), 0.01),
     ],
 )
@@ -60,7 +61,7 @@ def test_damping_is_raised_until_it_works(h: Tensor, damp: float) -> None:
     u, share = inverse_factor(h, damp)
     assert share > damp
     damped = h.double() + share * h.double().diagonal().mean() * torch.eye(len(h))
-    assert float(torch.linalg.eigvalsh(damped).min()) > 0
+    assert float(torch.linalg.eigvalsh(damped).min()) > 1e-8
     # Rank 1 with the least of damping is ill conditioned: fp32 holds its factor, not the identity to full precision.
     assert torch.allclose(u.double().T @ u.double() @ damped, torch.eye(len(h)).double(), atol=1e-4 / min(share, 1) ** 0.5)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_tiny
 from torch import Tensor
 
 import sordino
@@ -15,6 +14,7 @@ from sordino.contract import Grid, Rounded, Stats
 from sordino.errors import SordinoError
 from sordino.round.gptq import GptqSolver
 from sordino.walk.ends import Ends
+from tiny import make_tiny
 
 SMALL = {"windows": 32, "seqlen": 64}
 
@@ -67,6 +67,6 @@ def test_activations_that_are_not_finite_name_the_block(tmp_path: Path, monkeypa
 
     original = GptqSolver.prepare
     monkeypatch.setattr(GptqSolver, "prepare", infinite)
-    with pytest.raises(SordinoError, match="block 0, qkv: .*not finite"):
+    with pytest.raises(SordinoError, match=r"block 0, qkv: .*not finite"):
         sordino.quantize(str(model), "gptq-w4", tmp_path / "out", **SMALL)
     assert not (tmp_path / "out" / "config.json").exists()

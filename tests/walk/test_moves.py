@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from sordino.anatomy import SITES, Anatomy, Site
 from sordino.contract import MOVES, BlockContext, Move
 from sordino.errors import InputError
 from sordino.recipe import Format, MoveSpec, load_recipe
+from tiny import make_tiny
 
 SMALL = {"windows": 32, "seqlen": 64}
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tiny
 
 from sordino.anatomy import FAMILIES, SITES, anatomy_of
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.runner import Runner
 from sordino.walk.source import Source
+from tiny import make_tiny
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -1,13 +1,15 @@
 """From finished blocks to a checkpoint: shards, config, tokenizer, recipe, manifest, model card.
 
-Everything is written inside the work folder first and then renamed into OUT, ``config.json`` last: without it nothing
-loads the folder, so a killed run never leaves a checkpoint that looks whole. Names, sizes and order depend on the
+Everything is written inside the work folder first and then renamed into OUT, ``sordino.json`` first (it tells ``--fresh``
+what to remove), ``config.json`` last: without it nothing loads the folder, so a killed run never leaves a checkpoint
+that looks whole. Names, sizes and order depend on the
 recipe and the model only.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ SHARD_BYTES = 1 << 30
 
 
 def assemble(source: Source, plan: Plan, work: Work, ends: Ends, out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the checkpoint; returns the manifest as stored.
+    """Write the checkpoint, all but its ``config.json``; returns the manifest as stored.
 
     Raises:
         OSError: if the disk is full or read-only; OUT then holds no ``config.json``.
@@ -47,9 +49,16 @@ def assemble(source: Source, plan: Plan, work: Work, ends: Ends, out: Path, mani
     manifest = manifest | {"bytes": stored, "files": names}
     (final / "sordino.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     (final / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in sorted(names, key=lambda n: n == "config.json"):
+    for shard in final.glob("*.safetensors"):  # safetensors makes files that nobody but their owner may read
+        shutil.copymode(final / "config.json", shard)
+    for name in sorted(set(names) - {"config.json"}, key=lambda n: (n != "sordino.json", n)):
         (final / name).replace(out / name)
     return manifest
+
+
+def publish(work: Work, out: Path) -> None:
+    """Put ``config.json`` where it belongs: from here on the checkpoint can be loaded."""
+    (work.path / "final" / "config.json").replace(out / "config.json")
 
 
 def storage_config(plan: Plan) -> SordinoConfig:
@@ -88,6 +97,7 @@ def _tensors(source: Source, plan: Plan, work: Work, ends: Ends) -> Iterator[tup
         path = f"{plan.anatomy.blocks}.{index}"
         block = work.load_block(index) if first <= index < last else source.under(path)
         yield from ((f"{path}.{name}", tensor) for name, tensor in sorted(block.items()))
+        source.close()  # unmap what was read
     yield from sorted(ends.tensors.items())
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from sordino.anatomy import Anatomy, Linear, anatomy_of, group_size, skeleton
 from sordino.contract import Move, Solver, build_moves
-from sordino.errors import InputError
+from sordino.errors import InputError, SordinoError, reason
 from sordino.numerics.affine import AffineGrid
 from sordino.numerics.packing import packed_words
 from sordino.recipe import Gptaq, Gptq, Recipe, WeightFormat
@@ -150,8 +150,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
     Raises:
         InputError: naming the tensor, the number and the remedy.
     """
-    model = skeleton(source.config)
-    anatomy = anatomy_of(model)
+    model, anatomy = _structure(source)
     _check_tensors(source, model, anatomy)
     _check_format(recipe, anatomy, source)
     moves = tuple(build_moves(recipe.moves))
@@ -185,6 +184,17 @@ def compute_dtype(stored: torch.dtype) -> torch.dtype:
     """Dtype of forwards: bf16 for bf16 models where the CPU multiplies it natively, else fp32 (fp16 is slow on CPUs)."""
     fast = torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32
+
+
+def _structure(source: Source) -> tuple[nn.Module, Anatomy]:
+    try:
+        model = skeleton(source.config)
+        return model, anatomy_of(model)
+    except SordinoError:
+        raise
+    except Exception as error:  # whatever transformers' own code meets in a config that makes no sense
+        kind = type(error).__name__
+        raise InputError(f"{source.path / 'config.json'} describes no model: {kind}: {reason(error)}") from None
 
 
 def _check_tensors(source: Source, model: nn.Module, anatomy: Anatomy) -> None:

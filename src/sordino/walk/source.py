@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from sordino.errors import InputError
+from sordino.errors import InputError, reason
 
 # Files that make up a tokenizer and its chat template; copied as they are.
 TOKENIZER_FILES = (
@@ -118,7 +118,7 @@ class Source:
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except Exception as error:  # transformers raises many kinds here; each means the same to the user
-            raise InputError(f"{self.path} has no tokenizer that transformers can load: {_line(error)}") from None
+            raise InputError(f"{self.path} has no tokenizer that transformers can load: {reason(error)}") from None
 
     def close(self) -> None:
         """Let go of the open files."""
@@ -166,7 +166,7 @@ def open_safetensors(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no complete safetensors file: {_line(error)}") from None
+        raise InputError(f"{path} is no complete safetensors file: {reason(error)}") from None
 
 
 def _read_config(path: Path) -> PretrainedConfig:
@@ -175,7 +175,7 @@ def _read_config(path: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"{path / 'config.json'} cannot be read: {_line(error)}") from None
+        raise InputError(f"{path / 'config.json'} cannot be read: {reason(error)}") from None
     return config
 
 
@@ -184,9 +184,9 @@ def _weight_map(path: Path) -> dict[str, str]:
     if index.is_file():
         try:
             listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{index} cannot be read: {error}") from None
-        files = sorted({Path(f).name for f in listed.values()})
+            files = sorted({Path(f).name for f in listed.values()})
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise InputError(f"{index} cannot be read: {reason(error)}") from None
     else:
         files = ["model.safetensors"]
         if not (path / files[0]).is_file():
@@ -203,7 +203,7 @@ def _from_hub(name: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        raise InputError(f"model '{name}' cannot be had from the hub: {_line(error)}") from None
+        raise InputError(f"model '{name}' cannot be had from the hub: {reason(error)}") from None
 
 
 def _smollm2_file() -> Path:
@@ -236,17 +236,17 @@ def dequantized_gguf(file: Path) -> Path:
     target = cache_dir() / "gguf" / f"{file.stem}-{key}"
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{file.stem}-", dir=target.parent))
     try:
-        _convert_gguf(file, work)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{file.stem}-", dir=target.parent))
         try:
+            _convert_gguf(file, work)
             work.rename(target)
-        except OSError:  # another process was faster
-            if not (target / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if not (target / "config.json").is_file():  # else another process was faster
+            raise InputError(f"cannot write to {target.parent}: {reason(error)}; set XDG_CACHE_HOME") from None
     return target
 
 
@@ -256,7 +256,7 @@ def _convert_gguf(file: Path, out: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as error:
-        raise InputError(f"{file} cannot be read as a GGUF model: {_line(error)}") from None
+        raise InputError(f"{file} cannot be read as a GGUF model: {reason(error)}") from None
     # transformers marks the model as GGUF-quantized although every tensor is dequantized by now.
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(model, mark):
@@ -278,8 +278,3 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> list[str]:
     for name in found:
         shutil.copyfile(source / name, target / name)
     return found
-
-
-def _line(error: BaseException) -> str:
-    """First line of an error's text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

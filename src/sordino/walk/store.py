@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,22 +38,28 @@ class Work:
         self.state: dict[str, Any] = {"fingerprint": fingerprint, "done": 0, "reports": [], "seconds": 0.0}
         file = self.path / "state.json"
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = _read_state(file)
             if found["fingerprint"] != fingerprint:
                 raise InputError(
                     f"{out} holds another unfinished run ({_difference(found['fingerprint'], fingerprint)}); "
                     "use --fresh to start over, or another folder"
                 )
             self.state = found
+        self._started = time.time() - float(self.state["seconds"])
 
     @property
     def done(self) -> int:
         """Number of finished blocks."""
         return int(self.state["done"])
 
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run so far; of a killed process, what it had saved."""
+        return time.time() - self._started
+
     def save(self, **changes: Any) -> None:
         """Update the state file, atomically."""
-        self.state |= changes
+        self.state |= changes | {"seconds": self.seconds}
         write_text(self.path / "state.json", json.dumps(self.state, indent=1))
 
     def create(self, name: str, index: int, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
@@ -73,15 +81,23 @@ class Work:
         write_tensors(self.block_file(index), tensors)
 
     def load_block(self, index: int) -> dict[str, Tensor]:
-        """Read a stored block back."""
-        return load_file(self.block_file(index))
+        """Read a stored block back.
+
+        Raises:
+            InputError: if it is missing or damaged.
+        """
+        try:
+            return load_file(self.block_file(index))
+        except (OSError, SafetensorError):
+            raise InputError(f"{self.block_file(index)} is missing or damaged; use --fresh to start over") from None
 
     def block_file(self, index: int) -> Path:
         """Where a block is stored."""
         return self.path / "blocks" / f"{index:05d}.safetensors"
 
     def remove(self) -> None:
-        """Remove the folder."""
+        """Remove the folder, the state first: without it the rest does not count."""
+        (self.path / "state.json").unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _stream(self, name: str, index: int) -> Path:
@@ -105,6 +121,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
     temporary.replace(path)
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return {k: state[k] for k in ("fingerprint", "done", "reports", "seconds")}
+    except (ValueError, KeyError, TypeError, OSError):
+        raise InputError(f"{file} is damaged; use --fresh to start over") from None
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sordino.errors import InputError
+
 
 def create_stream(path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
     """Make a stream file and map it.
@@ -32,6 +34,12 @@ def create_stream(path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -
 
 
 def open_stream(path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    """Map an existing stream file, [N, L, D]."""
+    """Map an existing stream file, [N, L, D].
+
+    Raises:
+        InputError: if it is missing or of another size; torch would fill it up with zeros.
+    """
     n = shape[0] * shape[1] * shape[2]
+    if not path.is_file() or path.stat().st_size != n * dtype.itemsize:
+        raise InputError(f"{path} is missing or damaged; use --fresh to start over")
     return torch.from_file(str(path), shared=True, size=n, dtype=dtype).view(shape)

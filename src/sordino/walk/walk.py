@@ -83,6 +83,7 @@ class Walk:
             report = self._block(index) if index >= first else self._pass_through(index)
             self.work.save(done=index + 1, reports=[*self.work.state["reports"], report])
             self.work.drop_streams(index + 1)
+            self.source.close()  # pages of a mapped file count as this process's memory until it is unmapped
         self.progress("block", last, last)
         if self.plan.heldout and reach == self.plan.anatomy.n_blocks:
             ends.final_guard({k: s.x for k, s in self.streams.items()}, self.factory.norm())
