@@ -109,6 +109,18 @@ def test_search_is_never_worse_than_the_full_range(bits: int, symmetric: bool, h
         assert float(after.sum()) < float(before.sum())
 
 
+@both
+@every_width
+def test_search_finds_the_best_share_of_the_range(bits: int, symmetric: bool) -> None:
+    w, diag_h = normal(40, 32, seed=bits) ** 3, normal(32, seed=9).exp()
+    full = AffineGrid(bits, symmetric, search=0)
+    shares = torch.linspace(1, 0.4, 9).tolist()
+    # The range of shrunk weights is the shrunk range.
+    best = torch.stack([weighted_error(full, w, full.fit(w * share), diag_h) for share in shares]).amin(0)
+    grid = AffineGrid(bits, symmetric, search=9, smallest=0.4)
+    assert torch.allclose(weighted_error(grid, w, grid.fit(w, diag_h), diag_h), best, rtol=1e-4)
+
+
 def test_search_heeds_the_weights_of_the_error() -> None:
     w, diag_h = normal(64, 32), normal(32, seed=1).mul(2).exp()
     grid = AffineGrid(2)

@@ -212,7 +212,7 @@ def test_a_zero_group_takes_part_in_the_compensation() -> None:
 
 
 @orders
-@pytest.mark.parametrize(("cols", "group"), [(384, 192), (172, 172), (160, 32), (200, 8), (262, 131)])
+@pytest.mark.parametrize(("cols", "group"), [(384, 192), (172, 172), (240, 24), (200, 8), (262, 131)])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_results_do_not_depend_on_the_block_size(
     cols: int, group: int, order: str, alpha: float, monkeypatch: pytest.MonkeyPatch

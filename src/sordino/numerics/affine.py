@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sordino.numerics.threads import one_thread
+
 SCALE_FLOOR = 2.0**-14  # smallest normal fp16
 SCALE_CEILING = 65280.0  # largest bf16 below fp16's maximum
 # Elements of one search chunk: small enough that every temporary stays in the second-level cache.
@@ -78,7 +80,8 @@ class AffineGrid:
             Grid parameters, both [R, 1].
         """
         rows = max(1, _CHUNK // w.shape[1])
-        parts = [self._fit(chunk, diag_h) for chunk in w.split(rows)]
+        with one_thread():
+            parts = [self._fit(chunk, diag_h) for chunk in w.split(rows)]
         return GridParams(torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts]))
 
     def fit_groups(self, w: Tensor, group: int, diag_h: Tensor | None = None) -> GridParams:

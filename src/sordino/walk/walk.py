@@ -10,8 +10,7 @@ which is the target. A stream that nothing needs is not computed. Shapes: N wind
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from sordino.anatomy import SITES, Site
 from sordino.contract import Rounded, Stats, StreamName
 from sordino.errors import SordinoError
+from sordino.numerics.threads import one_thread
 from sordino.round.rtn import RtnSolver
 from sordino.runtime.modules import QuantLinear
 from sordino.walk.blocks import BlockFactory
@@ -34,7 +34,7 @@ from sordino.walk.store import Work
 _GUARD = 1.01
 # Weights of one call to a solver: rows beyond that are solved in a further call.
 _STACK = 1 << 25
-_SMALL = 1 << 22
+_SMALL = 1 << 22  # below this a solver's steps are too short to share between threads
 
 Progress = Callable[[str, int, int], None]
 
@@ -231,7 +231,7 @@ class Walk:
         parts: list[list[Rounded]] = [[] for _ in members]
         for stack in _stacks([tuple(m.weight.shape) for m in modules]):
             stacked = torch.cat([modules[i].weight[rows].float() for i, rows in stack])
-            with _threads_for(stacked):
+            with one_thread(stacked.numel() <= _SMALL):
                 done = solver.solve(stacked, prepared, grid, group)
             at = 0
             for i, rows in stack:
@@ -280,9 +280,8 @@ class Walk:
             if p.group is None:
                 continue
             module: Any = layer.get_submodule(p.linear.name)
-            with _threads_for(module.weight):
-                rounded[p.linear.name] = RtnSolver().solve(module.weight.float(), None, make_grid(p.format), p.group)
-                values = rounded[p.linear.name].values().to(module.weight.dtype)
+            rounded[p.linear.name] = RtnSolver().solve(module.weight.float(), None, make_grid(p.format), p.group)
+            values = rounded[p.linear.name].values().to(module.weight.dtype)
             module.weight = nn.Parameter(values, requires_grad=False)
         return rounded, layer
 
@@ -333,17 +332,6 @@ class Walk:
         if not math.isfinite(float(following[start:].sum(dtype=torch.float32))):
             raise SordinoError(f"block {index}: the {name} stream is not finite after it")
         self.streams[name] = Stream(following, stream.calib)
-
-
-@contextmanager
-def _threads_for(w: Tensor) -> Iterator[None]:
-    """One thread for weights of a small model: a solver's steps are then too short to share, and waiting burns CPU."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if w.numel() <= _SMALL else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _plain(out: Any) -> Tensor:
