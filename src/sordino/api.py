@@ -25,7 +25,7 @@ from sordino.walk.assemble import assemble, publish
 from sordino.walk.heap import keep_freed_memory
 from sordino.walk.plan import Plan, make_plan
 from sordino.walk.source import Source, open_source
-from sordino.walk.store import WORK, Work, write_text
+from sordino.walk.store import WORK, Work, claim, write_text
 from sordino.walk.walk import Walk
 
 Progress = Callable[[str, int, int], None]
@@ -99,18 +99,18 @@ def quantize(
         return _judged(done)
     drawn = _windows(source, plan, content, seed)
     try:
-        if fresh:  # not before everything given is known to be usable
-            _clear(out)
-        out.mkdir(parents=True, exist_ok=True)
-        work = Work(out, fingerprint)
-        work.save()
-        result = _run(source, plan, work, drawn, seed, out, progress or _silent)
-        run = _run_facts(work.seconds, _cpu_seconds() - cpu, plan)
-        write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
-        publish(work, out)
+        with claim(out):
+            if fresh:  # not before everything given is known to be usable
+                _clear(out)
+            work = Work(out, fingerprint)
+            work.save()
+            result = _run(source, plan, work, drawn, seed, out, progress or _silent)
+            run = _run_facts(work.seconds, _cpu_seconds() - cpu, plan)
+            write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
+            publish(work, out)
+            work.remove()
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write to {out}: {reason(error)}") from None
-    work.remove()
     return _judged(Result(out, result, run))
 
 
@@ -127,9 +127,7 @@ def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
     Raises:
         InputError: if it cannot be loaded.
     """
-    folder = Path(path) if (Path(path) / "config.json").is_file() else open_source(str(path)).path
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json")
+    folder = locate(path)
     options = {"dtype": "auto", "trust_remote_code": False} | options
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # loading takes a second; its bar would break into ours
@@ -149,14 +147,15 @@ def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def doctor(model: str, recipe: str | Path | Recipe, overrides: tuple[str, ...] = ()) -> tuple[Source, Plan]:
-    """Preflight without work: the source and the plan of a run.
+def locate(path: str | Path) -> Path:
+    """Folder of a model that :func:`load` can load.
 
     Raises:
-        InputError: naming what does not fit and the remedy.
+        InputError: if there is no such model.
     """
-    source = open_source(model)
-    return source, make_plan(source, load_recipe(recipe, overrides), None, None)
+    if (Path(path) / "config.json").is_file():
+        return Path(path)
+    return open_source(str(path)).path
 
 
 def _windows(source: Source, plan: Plan, text: Text | None, seed: int) -> Tensor | None:
@@ -188,7 +187,6 @@ def _run(
         "recipe_digest": plan.recipe.digest,
         "run": work.fingerprint,
         "seed": seed,
-        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         "coverage": plan.coverage(),
         "bits_per_weight": plan.bits_per_weight(),
         "batch": plan.batch,
@@ -213,7 +211,8 @@ def _fingerprint(source: Source, recipe: Recipe, text: Text | None, seed: int, p
         "text": text.digest if text else None,
         "seed": seed,
         "blocks": list(plan.blocks),
-        "version": __version__,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "versions": {"sordino": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__},
     }
 
 

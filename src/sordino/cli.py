@@ -98,6 +98,7 @@ def evaluate(
     """
     from sordino.measure.evaluate import evaluate as run
 
+    _check_writable(json_)
     with Bars() as bars:
         result = run(model, text=text, seqlen=seqlen, windows=windows, against=against, dtype=_dtype(dtype), progress=bars)
     rows = result.to_json()
@@ -126,6 +127,7 @@ def compare(
     """
     from sordino.measure.compare import compare as run
 
+    _check_writable(json_, csv, md)
     with Bars() as bars:
         comparison = run(checkpoints, text=text, seqlen=seqlen, windows=windows, against=against, progress=bars)
     for path, content in ((csv, comparison.to_csv()), (md, comparison.to_markdown())):
@@ -217,7 +219,7 @@ def _blocks(spec: str | None) -> tuple[int, int] | None:
     if spec is None:
         return None
     first, colon, last = spec.partition(":")
-    if not (colon and first.isdigit() and last.isdigit()):
+    if not (colon and first.isdecimal() and last.isdecimal()):
         raise InputError(f"--blocks {spec}: write A:B, e.g. 0:2")
     return int(first), int(last)
 
@@ -229,6 +231,13 @@ def _dtype(word: str) -> Any:
     if word not in kinds:
         raise InputError(f"--dtype {word}: one of {', '.join(kinds)}")
     return kinds[word]
+
+
+def _check_writable(*paths: Path | None) -> None:
+    """Find out before minutes of measuring, not after."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK)):
+            raise InputError(f"cannot write {path}: it is a folder, or its folder is missing or read-only")
 
 
 def _write(path: Path, content: str) -> None:

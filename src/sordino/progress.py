@@ -19,6 +19,7 @@ class Bars:
     """One bar per kind of work, made when first heard of; call it with (what, done, total)."""
 
     def __init__(self) -> None:
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:>20}"),
             BarColumn(),
@@ -27,7 +28,8 @@ class Bars:
             TextColumn("eta"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[memory]}"),
-            console=Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,  # a log file or a pipe gets errors only
         )
         self._tasks: dict[str, Any] = {}
 

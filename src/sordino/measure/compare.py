@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sordino.api import locate
 from sordino.corpus import EVAL_TEXT
 from sordino.measure.evaluate import Evaluation, evaluate
 
@@ -65,6 +66,8 @@ def compare(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Measure several checkpoints; see :func:`sordino.evaluate` for the arguments and errors."""
+    for name in (*checkpoints, *([] if against is None else [against])):
+        locate(name)  # a mistyped name is found now, not after minutes of measuring the others
     rows = []
     for checkpoint in checkpoints:
         figures = evaluate(checkpoint, text=text, seqlen=seqlen, windows=windows, against=against, progress=progress)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from sordino.api import load
 from sordino.corpus import EVAL_TEXT, eval_windows, load_text, tokenize
+from sordino.errors import InputError
 from sordino.measure.size import Size, size_of
 from sordino.numerics.divergence import token_kl
 
@@ -88,6 +89,9 @@ def evaluate(
     subject, tokenizer = load(model, dtype=dtype)
     reference = load(against, dtype=dtype)[0] if against is not None else None
     ids = eval_windows(tokenize(load_text(text), tokenizer), seqlen, windows)
+    _check_vocabulary(ids, subject, model)
+    if reference is not None:
+        _check_vocabulary(ids, reference, against)
     started = time.time()
     scores = [_score(subject, reference, w) for w in _watched(ids, progress)]
     seconds = time.time() - started
@@ -108,6 +112,12 @@ def evaluate(
         seqlen=seqlen,
         seconds=round(seconds, 2),
     )
+
+
+def _check_vocabulary(ids: Tensor, model: Any, name: str | Path | None) -> None:
+    have = model.config.vocab_size
+    if int(ids.max()) >= have:
+        raise InputError(f"{name}: the text has token {int(ids.max())}, the model only {have} embeddings")
 
 
 def _watched(ids: Tensor, progress: Progress | None) -> Any:

@@ -53,4 +53,5 @@ def _persistent(module: nn.Module) -> list[Any]:
 
 
 def _plain_bits(model: Any, head: Any) -> float:
-    return float(next(8 * m.weight.element_size() for m in model.modules() if isinstance(m, nn.Linear) and m is not head))
+    plain = (8 * m.weight.element_size() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    return float(next(plain, 8 * next(model.parameters()).element_size()))

@@ -6,10 +6,13 @@ mention does not count and is written again.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,27 @@ class Work:
 
     def _stream(self, name: str, index: int) -> Path:
         return self.path / "streams" / f"{name}-{index:05d}.bin"
+
+
+@contextmanager
+def claim(out: Path) -> Iterator[None]:
+    """Make ``out`` and keep other runs out of it; the kernel lets go of it when this process ends, however it ends.
+
+    Raises:
+        InputError: if another process is at work there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is at work in {out}; wait for it, or choose another folder") from None
+        except OSError:
+            pass  # a file system that knows no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

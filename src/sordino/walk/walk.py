@@ -73,7 +73,6 @@ class Walk:
         """
         ends = Ends(self.source, self.plan)
         first, last = self.plan.blocks
-        reach = last if self.plan.needs_text else 0
         if self.plan.needs_text and self.windows is not None:
             self.calls = self.factory.calls(self.windows.shape[1])
             self._survey()
@@ -85,7 +84,7 @@ class Walk:
             self.work.drop_streams(index + 1)
             self.source.close()  # pages of a mapped file count as this process's memory until it is unmapped
         self.progress("block", last, last)
-        if self.plan.heldout and reach == self.plan.anatomy.n_blocks:
+        if self.plan.heldout and last == self.plan.anatomy.n_blocks:
             ends.final_guard({k: s.x for k, s in self.streams.items()}, self.factory.norm())
         for move in self.plan.moves:
             move.finish(ends.tensors, self.artifacts)
