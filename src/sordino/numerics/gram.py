@@ -64,18 +64,21 @@ def inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, float]:
         raise ValueError("the Hessian's mean diagonal is not positive")
     dtype = torch.float64 if n <= _EXACT else torch.float32
     share = damp
+    damped = h.flip(0, 1).to(dtype)
+    del h  # for a large model every copy of it counts; callers hand it over without keeping it
+    damped.diagonal().add_(share * mean)
     while True:
-        damped = h.flip(0, 1).to(dtype)
-        damped.diagonal().add_(share * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
-        del damped
         # A singular matrix can pass by rounding errors, with pivots that are nothing else.
         if int(info) == 0 and bool((lower.diagonal().square() > 100 * torch.finfo(dtype).eps * mean).all()):
+            del damped
             upper = lower.flip(0, 1)
             del lower
             _invert_upper(upper)
             return upper.float(), share
-        share = max(share * 10, 1e-6)
+        raised = max(share * 10, 1e-6)
+        damped.diagonal().add_((raised - share) * mean)
+        share = raised
 
 
 def _invert_upper(u: Tensor) -> None:

@@ -58,10 +58,9 @@ class GptqSolver:
         """
         if stats is None:
             raise ValueError("GPTQ needs the Hessian of its inputs")
-        h = stats.h
-        dead = _revive(h)
-        perm = gar_order(h.diagonal(), group) if self.order == "gar" else torch.arange(h.shape[0])
-        u, damp = inverse_factor(h[perm[:, None], perm], self.damp)
+        dead = _revive(stats.h)
+        perm = gar_order(stats.h.diagonal(), group) if self.order == "gar" else torch.arange(stats.h.shape[0])
+        u, damp = inverse_factor(_take(stats, perm), self.damp)
         p = None if stats.d is None else asymmetric_term(stats.d[perm[:, None], perm], u, self.alpha)
         notes = {"damp": damp} if damp > self.damp else {}
         return Prepared(perm, u, p, notes | ({"dead_columns": float(dead)} if dead else {}))
@@ -90,6 +89,13 @@ def gar_order(diag: Tensor, group: int) -> Tensor:
 def asymmetric_term(d: Tensor, u: Tensor, alpha: float) -> Tensor:
     """GPTAQ's ``P = alpha * triu(D U^T, 1) U``, fp32 [C, C], strictly upper triangular times upper triangular."""
     return alpha * (torch.triu(d @ u.T, 1) @ u)
+
+
+def _take(stats: Stats, perm: Tensor) -> Tensor:
+    """The permuted Hessian; the sums themselves are let go of, so that a large model's exist once."""
+    h = stats.h[perm[:, None], perm]
+    stats.h = torch.empty(0)
+    return h
 
 
 def _revive(h: Tensor) -> int:

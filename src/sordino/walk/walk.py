@@ -71,12 +71,11 @@ class Walk:
         Raises:
             SordinoError: if activations stop being finite, naming block and site.
         """
-        ends = Ends(self.source, self.plan)
         first, last = self.plan.blocks
         if self.plan.needs_text and self.windows is not None:
             self.calls = self.factory.calls(self.windows.shape[1])
             self._survey()
-            self._open_streams(ends, self.work.done)
+            self._open_streams(self.work.done)
         for index in range(self.work.done, last):
             self.progress("block", index, last)
             report = self._block(index) if index >= first else self._pass_through(index)
@@ -84,6 +83,7 @@ class Walk:
             self.work.drop_streams(index + 1)
             self.source.close()  # pages of a mapped file count as this process's memory until it is unmapped
         self.progress("block", last, last)
+        ends = Ends(self.source, self.plan)  # not before: its tables would sit in memory through the whole walk
         if self.plan.heldout and last == self.plan.anatomy.n_blocks:
             ends.final_guard({k: s.x for k, s in self.streams.items()}, self.factory.norm())
         for move in self.plan.moves:
@@ -109,11 +109,12 @@ class Walk:
         config: Any = self.source.config
         return self._layout()[name][1], self.windows.shape[1], config.hidden_size
 
-    def _open_streams(self, ends: Ends, index: int) -> None:
+    def _open_streams(self, index: int) -> None:
         """Open what enters block ``index``; at block 0 it is made from the embeddings."""
         assert self.windows is not None
+        ends = None if index else Ends(self.source, self.plan)
         for name, (calib, total) in self._layout().items():
-            if index:
+            if ends is None:
                 x = self.work.open(name, index, self._shape(name), self.plan.dtype)
             else:
                 x = self.work.create(name, 0, self._shape(name), self.plan.dtype)
