@@ -204,8 +204,6 @@ def main() -> None:
         app()
     except SordinoError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command continues where it stopped", 130)
     except BrokenPipeError:
         os._exit(1)  # the reader of our output is gone; there is nobody to tell
 
@@ -277,7 +275,9 @@ def _print_result(result: Any) -> None:
     table.add_row("bits per quantized weight", f"{manifest['bits_per_weight']:.3f}")
     table.add_row("bytes", f"{manifest['bytes']:,}")
     guard = manifest["guard"]
-    if guard:
+    if "not_run" in guard:
+        table.add_row("final guard", f"not run: {guard['not_run']}")
+    elif guard:
         table.add_row("KL to full precision, held out", f"{guard['kl']:.4f} (RTN of the same format: {guard['rtn_kl']:.4f})")
     fallbacks = [str(b["block"]) for b in manifest["blocks"] if b.get("fallback")]
     if fallbacks:

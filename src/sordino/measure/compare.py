@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sordino.api import locate
 from sordino.corpus import EVAL_TEXT
 from sordino.measure.evaluate import Evaluation, evaluate
+from sordino.walk.source import locate
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Comparison:
                 f"{e.bits_per_weight:.3f}",
                 f"{e.bits_per_parameter:.3f}",
                 f"{e.bytes / 2**20:.1f}",
-                f"{e.ppl:.3f} ± {e.ppl_stderr:.3f}",
-                "–" if e.kl is None else f"{e.kl:.4f} ± {e.kl_stderr:.4f}",
-                "–" if e.top1_agreement is None else f"{e.top1_agreement:.4f} ± {e.top1_agreement_stderr:.4f}",
+                _with_error(e.ppl, e.ppl_stderr, 3),
+                _with_error(e.kl, e.kl_stderr, 4),
+                _with_error(e.top1_agreement, e.top1_agreement_stderr, 4),
             )
             for name, e in self.rows
         ]
@@ -54,6 +54,12 @@ class Comparison:
         """The table as Markdown."""
         lines = ["| " + " | ".join(row) + " |" for row in (self.header, ("---",) * len(self.header), *self.cells())]
         return "\n".join(lines) + "\n"
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def compare(

@@ -23,6 +23,7 @@ from sordino.corpus import EVAL_TEXT, eval_windows, load_text, tokenize
 from sordino.errors import InputError
 from sordino.measure.size import Size, size_of
 from sordino.numerics.divergence import token_kl
+from sordino.walk.source import locate
 
 Progress = Callable[[str, int, int], None]
 _ROWS = 256  # positions whose logits are looked at in fp32 at once
@@ -45,7 +46,7 @@ class Evaluation:
     """
 
     ppl: float
-    ppl_stderr: float
+    ppl_stderr: float | None
     kl: float | None
     kl_stderr: float | None
     top1_agreement: float | None
@@ -87,20 +88,24 @@ def evaluate(
         InputError: if something cannot be loaded or the text is shorter than one window.
     """
     subject, tokenizer = load(model, dtype=dtype)
-    reference = load(against, dtype=dtype)[0] if against is not None else None
-    ids = eval_windows(tokenize(load_text(text), tokenizer), seqlen, windows)
-    _check_vocabulary(ids, subject, model)
-    if reference is not None:
-        _check_vocabulary(ids, reference, against)
+    content = load_text(text)
+    ids = eval_windows(tokenize(content, tokenizer), seqlen, windows)
+    _check_fits(ids, subject, model)
+    reference = None
+    if against is not None:
+        reference, other = load(against, dtype=dtype)
+        _check_fits(ids, reference, against)
+        if not torch.equal(eval_windows(tokenize(content, other), seqlen, windows), ids):
+            raise InputError(f"{model} and {against} tokenize the text differently: their distributions cannot be compared")
     started = time.time()
     scores = [_score(subject, reference, w) for w in _watched(ids, progress)]
     seconds = time.time() - started
     nll, kl, agree = (torch.stack([s[i] for s in scores]) for i in range(3))
-    size: Size = size_of(subject)
+    size: Size = size_of(subject, locate(model))
     ppl = math.exp(min(float(nll.mean()), 700.0))
     return Evaluation(
         ppl=ppl,
-        ppl_stderr=ppl * _stderr(nll),
+        ppl_stderr=None if (error := _stderr(nll)) is None else ppl * error,
         kl=float(kl.mean()) if reference is not None else None,
         kl_stderr=_stderr(kl) if reference is not None else None,
         top1_agreement=float(agree.mean()) if reference is not None else None,
@@ -114,10 +119,13 @@ def evaluate(
     )
 
 
-def _check_vocabulary(ids: Tensor, model: Any, name: str | Path | None) -> None:
-    have = model.config.vocab_size
-    if int(ids.max()) >= have:
-        raise InputError(f"{name}: the text has token {int(ids.max())}, the model only {have} embeddings")
+def _check_fits(ids: Tensor, model: Any, name: str | Path) -> None:
+    """Refuse token ids and windows that the model has no embeddings or positions for."""
+    vocabulary, limit = model.config.vocab_size, getattr(model.config, "max_position_embeddings", None)
+    if int(ids.max()) >= vocabulary:
+        raise InputError(f"{name}: the text has token {int(ids.max())}, the model only {vocabulary} embeddings")
+    if limit is not None and ids.shape[1] > limit:
+        raise InputError(f"--seqlen {ids.shape[1]} is longer than the {limit} positions of {name}")
 
 
 def _watched(ids: Tensor, progress: Progress | None) -> Any:
@@ -154,6 +162,7 @@ def _hidden(model: Any, window: Tensor) -> Tensor:
     return out
 
 
-def _stderr(per_window: Tensor) -> float:
+def _stderr(per_window: Tensor) -> float | None:
+    """Standard error of the mean over windows; one window has none."""
     n = len(per_window)
-    return float(per_window.double().std() / math.sqrt(n)) if n > 1 else float("nan")
+    return float(per_window.double().std() / math.sqrt(n)) if n > 1 else None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 
-from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+from sordino.runtime.modules import QuantEmbedding, QuantLinear
 
 
 @dataclass(frozen=True)
@@ -15,10 +18,10 @@ class Size:
     """Sizes of a loaded model.
 
     Attributes:
-        bits_per_weight: codes, scales, zeros and added biases of the quantized block linears over their parameters;
+        bits_per_weight: codes, scales and zeros of the quantized block linears over their weights;
             of a model without any, the width of its block linears.
         bits_per_parameter: the whole checkpoint over all parameters of the original model.
-        bytes: of the stored tensors.
+        bytes: of the safetensors files.
     """
 
     bits_per_weight: float
@@ -26,32 +29,46 @@ class Size:
     bytes: int
 
 
-def size_of(model: Any) -> Size:
-    """Measure a loaded transformers model."""
+def size_of(model: Any, folder: Path) -> Size:
+    """Measure a checkpoint.
+
+    Args:
+        model: the loaded transformers model, which says what belongs to what.
+        folder: the checkpoint, whose safetensors headers say what is stored, whatever dtype the model was loaded in.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    stored: dict[str, int] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            stored |= {name: _nbytes(f.get_slice(name)) for name in f.keys()}  # noqa: SIM118
     head = model.get_output_embeddings()
-    stored, parameters, bits, weights = 0, 0, 0, 0
-    seen: set[int] = set()
-    for module in model.modules():
-        own = [t for t in (*module._parameters.values(), *_persistent(module)) if t is not None and id(t) not in seen]
-        seen |= {id(t) for t in own}
-        stored += sum(t.nbytes for t in own)
+    bits = weights = parameters = 0
+    for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             n = module.in_features * module.out_features
             parameters += n + (0 if module.bias is None else module.bias.numel())
             if module is not head:
-                bits, weights = bits + 8 * sum(t.nbytes for t in own), weights + n
+                weights += n
+                bits += 8 * sum(stored.get(f"{name}.{b}", 0) for b, _ in module.named_buffers(recurse=False))
         elif isinstance(module, QuantEmbedding):
             parameters += module.num_embeddings * module.embedding_dim
-        elif not isinstance(module, TiedHead):
-            parameters += sum(t.numel() for t in own)
-    per_weight = bits / weights if weights else _plain_bits(model, head)
-    return Size(per_weight, 8 * stored / parameters, stored)
+    parameters += sum(p.numel() for n, p in model.named_parameters() if not n.endswith(".bias") or not _quantized(model, n))
+    size = sum(file.stat().st_size for file in files)
+    per_weight = bits / weights if weights else _plain_bits(model, head, stored)
+    return Size(per_weight, 8 * size / parameters, size)
 
 
-def _persistent(module: nn.Module) -> list[Any]:
-    return [b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set]
+def _nbytes(part: Any) -> int:
+    width = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}.get(part.get_dtype(), 1)
+    return width * math.prod(map(int, part.get_shape()))
 
 
-def _plain_bits(model: Any, head: Any) -> float:
-    plain = (8 * m.weight.element_size() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-    return float(next(plain, 8 * next(model.parameters()).element_size()))
+def _quantized(model: Any, parameter: str) -> bool:
+    return isinstance(model.get_submodule(parameter.rpartition(".")[0]), QuantLinear)
+
+
+def _plain_bits(model: Any, head: Any, stored: dict[str, int]) -> float:
+    """Stored width of a model without quantized linears, read off its first block linear (or first tensor)."""
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and f"{n}.weight" in stored]
+    name = f"{names[0]}.weight" if names else next(n for n, _ in model.named_parameters() if n in stored)
+    return 8.0 * stored[name] / int(model.get_parameter(name).numel())

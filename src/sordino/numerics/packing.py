@@ -68,7 +68,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         return stream[:, :n]
     if 8 % bits == 0:  # whole codes in a byte: plain shifts of bytes, the fastest path
         per_byte = 8 // bits
-        out = torch.empty(rows, stream.shape[1], per_byte, dtype=torch.uint8)
+        out = torch.empty(rows, stream.shape[1], per_byte, dtype=torch.uint8, device=packed.device)
         for i in range(per_byte):
             torch.bitwise_and(stream >> (i * bits), (1 << bits) - 1, out=out[..., i])
         return out.view(rows, -1)[:, :n]
@@ -81,7 +81,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     unit = byte[..., 0].to(wide)
     for i in range(1, bits):
         unit |= byte[..., i].to(wide) << (8 * i)
-    out = torch.empty(rows, units, 8, dtype=torch.uint8)
+    out = torch.empty(rows, units, 8, dtype=torch.uint8, device=packed.device)
     for i in range(8):
         out[..., i] = (unit >> (i * bits)) & ((1 << bits) - 1)
     return out.view(rows, -1)[:, :n]

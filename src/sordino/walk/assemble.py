@@ -74,7 +74,7 @@ def storage_config(plan: Plan) -> SordinoConfig:
     ]
     if fmt.head != 16 and not anatomy.tied:
         groups.append({"bits": fmt.head, "group": "channel", "symmetric": True, "modules": [anatomy.head]})
-    return SordinoConfig(groups, fmt.embeddings)
+    return SordinoConfig(groups, fmt.embeddings, fmt.head)
 
 
 def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -81,14 +82,15 @@ class Context:
         """Sums over the calibration tokens: "H" always, "D" where asked for."""
         n = self.anatomy.at(site)[0].in_features
         stats = Stats(0, torch.zeros(n, n), torch.zeros(n, n) if "D" in kinds else None)
-        twin = self.inputs("fp", site) if stats.d is not None else None
-        for _, batch in self.inputs("q", site):
+        own = self.inputs("q", site)
+        twin = self.inputs("fp", site) if stats.d is not None else repeat(None)
+        # Both are run to their ends: only then does a runner keep what it saw.
+        for (_, batch), target in zip(own, twin, strict=stats.d is not None):
             x = batch.flatten(0, 1).float()
             add_gram(stats.h, x)
             stats.tokens += x.shape[0]
-            if twin is not None and stats.d is not None:
-                _, target = next(twin)
-                stats.d.addmm_((target.flatten(0, 1).float() - x).T, x)
+            if target is not None and stats.d is not None:
+                stats.d.addmm_((target[1].flatten(0, 1).float() - x).T, x)
         mirror(stats.h)
         return stats
 

@@ -56,6 +56,8 @@ def _for_vllm(plan: Plan) -> None:
 def _for_gguf(plan: Plan) -> None:
     """GGUF blocks are 32 columns wide; an integer grid fits one of its types exactly if groups are made of blocks."""
     for p in plan.quantized():
+        if p.format.bits == 8 and not p.format.symmetric:
+            raise InputError(f"gguf: {p.name}: 8 bits asymmetric fit no block type; --set format.weights.symmetric=true")
         if p.group is None or p.group % 32:
             raise InputError(f"gguf: {p.name}: group {p.group} is no multiple of 32; "
                              "--set format.weights.group=32, or add it to format.weights.ignore")  # fmt: skip

@@ -19,6 +19,7 @@ from sordino.walk.source import Source
 
 # Rows of the final logits that are compared at once; a vocabulary of 128 k in fp32 makes 64 MB of them.
 _ROWS = 128
+_CHUNK = 1 << 22  # table entries that are rounded at once
 
 
 class Ends:
@@ -70,8 +71,13 @@ class Ends:
             self.tensors[f"{name}.weight"] = weight
             return weight
         grid = AffineGrid(bits, symmetric=True)
-        params = grid.fit_groups(weight.float(), weight.shape[1])
-        codes, values = grid.nearest(weight.float(), params)
-        packed = pack_linear(codes.to(torch.uint8), params.scale, params.zero, bits, True)
-        self.tensors |= {f"{name}.{k}": v for k, v in packed.items()}
-        return values.to(weight.dtype)
+        packed: dict[str, list[Tensor]] = {}
+        values = []
+        for rows in weight.split(max(1, _CHUNK // weight.shape[1])):  # a large table in fp32 would not fit
+            params = grid.fit_groups(rows.float(), rows.shape[1])
+            codes, exact = grid.nearest(rows.float(), params)
+            values.append(exact.to(weight.dtype))
+            for key, part in pack_linear(codes.to(torch.uint8), params.scale, params.zero, bits, True).items():
+                packed.setdefault(key, []).append(part)
+        self.tensors |= {f"{name}.{k}": torch.cat(parts) for k, parts in packed.items()}
+        return torch.cat(values)

@@ -6,6 +6,7 @@ headers, so nothing is loaded. Shapes: N windows of L tokens, D hidden size.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -43,14 +44,13 @@ class LinearPlan:
 
     @property
     def bits_stored(self) -> int:
-        """Stored bits of codes, scales, zeros and bias."""
+        """Stored bits of codes, scales and zeros; the model's own bias is not the quantization's."""
         rows, cols = self.linear.out_features, self.linear.in_features
-        bias = rows * 16 if self.linear.bias else 0
         if self.group is None:
-            return rows * cols * 16 + bias
+            return rows * cols * 16
         groups, b = cols // self.group, self.format.bits
         zeros = 0 if self.format.symmetric else packed_words(rows, b) * 32 * groups
-        return rows * packed_words(cols, b) * 32 + rows * groups * 16 + zeros + bias
+        return rows * packed_words(cols, b) * 32 + rows * groups * 16 + zeros
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Plan:
         return line
 
     def bits_per_weight(self) -> float:
-        """Stored bits of the quantized linears over their parameters (biases count as stored bits only if quantized)."""
+        """Stored bits of the quantized linears over their parameters."""
         chosen = list(self.quantized())
         if not chosen:
             return 16.0
@@ -136,6 +136,11 @@ def make_solver(fmt: WeightFormat) -> Solver:
 def make_grid(fmt: WeightFormat) -> AffineGrid:
     """The grid of a weight format."""
     return AffineGrid(fmt.bits, fmt.symmetric, fmt.search)
+
+
+def searched(fmt: WeightFormat) -> AffineGrid:
+    """The grid of a weight format as the guards' baseline uses it: with the default scale search, whatever the recipe."""
+    return AffineGrid(fmt.bits, fmt.symmetric)
 
 
 def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, out: Path | None) -> Plan:
@@ -182,7 +187,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
     """Dtype of forwards: bf16 for bf16 models where the CPU multiplies it natively, else fp32 (fp16 is slow on CPUs)."""
-    fast = torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32
 
 
@@ -205,6 +210,11 @@ def _check_tensors(source: Source, model: nn.Module, anatomy: Anatomy) -> None:
             raise InputError(f"{source.path} lacks tensor '{name}' that its config.json calls for")
         if source.shape(name) != tuple(parameter.shape):
             raise InputError(f"tensor '{name}' is {list(source.shape(name))}, config.json says {list(parameter.shape)}")
+    unknown = source.leave_out(set(model.state_dict()), harmless=".rotary_emb.inv_freq")
+    if unknown:
+        raise InputError(
+            f"{source.path}: tensor '{unknown[0]}' is no part of the {anatomy.model_type} that config.json describes"
+        )
 
 
 def _check_format(recipe: Recipe, anatomy: Anatomy, source: Source) -> None:
@@ -274,29 +284,25 @@ def _memory(plan: Plan, source: Source) -> int:
     streams = 2 * _stream_windows(plan) * c.seqlen * _hidden(source) * item
     kept = min(plan.budget, plan.q_calib * c.windows * c.seqlen * 2 * widest * item) * (1 + plan.fp_calib)
     forward = plan.needs_text * plan.batch * c.seqlen * widest * 4 * 4
-    return (
-        int(600e6)
-        + block * item * (3 if plan.heldout else 2)
-        + max(hessian, min(tallest, 1 << 25) * 16)
-        + streams
-        + kept
-        + forward
-    )
+    ends = sum(_bytes(source, n) for n in source.names if not n.startswith(plan.anatomy.blocks + "."))
+    walking = block * item * (3 if plan.heldout else 2) + max(hessian, min(tallest, 1 << 25) * 16) + kept + forward
+    # The tables around the blocks are in memory before and after the walk, twice where they are rounded.
+    return int(600e6) + streams + max(walking, 2 * ends)
 
 
 def _disk(plan: Plan, source: Source) -> int:
     c = plan.recipe.calibration
-    weights = sum(x.bits_stored // 8 for block in plan.linears for x in block)
-    rest = sum(_bytes(source, n) for n in source.names if not n.startswith(plan.anatomy.blocks + "."))
+    # Rounded blocks are written to the work folder and then into shards, everything else into shards only.
+    rounded = sum(x.bits_stored // 8 for x in plan.quantized())
+    kept = sum(_bytes(source, n) for n in source.names) - sum(
+        x.linear.in_features * x.linear.out_features * source.dtype.itemsize for x in plan.quantized()
+    )
     streams = 2 * _stream_windows(plan) * c.seqlen * _hidden(source) * plan.dtype.itemsize
-    return 2 * weights + 2 * rest + streams
+    return 2 * rounded + kept + streams
 
 
 def _bytes(source: Source, name: str) -> int:
-    count = 1
-    for n in source.shape(name):
-        count *= n
-    return count * 2
+    return math.prod(source.shape(name)) * source.dtype.itemsize
 
 
 def gib(size: float) -> str:

@@ -97,6 +97,11 @@ class Source:
         """Tensors below a module path, by their names relative to it."""
         return {n[len(prefix) + 1 :]: self.tensor(n, dtype) for n in self.names if n.startswith(prefix + ".")}
 
+    def leave_out(self, known: set[str], harmless: str) -> list[str]:
+        """Forget tensors that are not ``known`` but end in ``harmless``; returns the other unknown ones, sorted."""
+        self.weight_map = {n: f for n, f in self.weight_map.items() if n in known or not n.endswith(harmless)}
+        return sorted(set(self.weight_map) - known)
+
     def fingerprint(self) -> str:
         """Hash of the config and of every weight file, 16 hex digits; the same wherever the model lies."""
         config = {k: v for k, v in self.config.to_dict().items() if k != "_name_or_path"}
@@ -132,7 +137,16 @@ class Source:
 
 
 def open_source(model: str) -> Source:
-    """Find a model.
+    """Open a full-precision model; see :func:`locate`.
+
+    Raises:
+        InputError: one line that says what is missing.
+    """
+    return Source(locate(model))
+
+
+def locate(model: str | Path) -> Path:
+    """Folder of a model or checkpoint.
 
     Args:
         model: directory, hub name, ``.gguf`` file or ``smollm2``.
@@ -141,14 +155,14 @@ def open_source(model: str) -> Source:
         InputError: one line that says what is missing.
     """
     if model == "smollm2":
-        return Source(dequantized_gguf(_smollm2_file()))
-    path = Path(model)
+        return dequantized_gguf(_smollm2_file())
+    path, name = Path(model), str(model)
     if path.is_dir():
-        return Source(path)
-    if path.is_file() or model.endswith(".gguf"):
-        return Source(dequantized_gguf(path))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
-        return Source(_from_hub(model))
+        return path
+    if path.is_file() or name.endswith(".gguf"):
+        return dequantized_gguf(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.is_dir():
+        return _from_hub(name)
     raise InputError(f"no model '{model}': not a directory, a .gguf file, a hub name (org/name) or smollm2")
 
 
@@ -198,7 +212,8 @@ def _from_hub(name: str) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        # Some repositories hold the same weights a second time in their makers' own layout.
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]))
     except Exception as error:
         raise InputError(f"model '{name}' cannot be had from the hub: {reason(error)}") from None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from sordino.runtime.modules import QuantLinear
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.context import Context, Stream, relative_error
 from sordino.walk.ends import Ends
-from sordino.walk.plan import LinearPlan, Plan, make_grid, make_solver
+from sordino.walk.plan import LinearPlan, Plan, make_grid, make_solver, searched
 from sordino.walk.source import Source
 from sordino.walk.store import Work
 
@@ -237,11 +237,15 @@ class Walk:
             for i, rows in stack:
                 parts[i].append(done.rows(slice(at, at + rows.stop - rows.start)))
                 at += rows.stop - rows.start
-        for p, module, solved in zip(members, modules, parts, strict=True):
-            whole, before = _join(solved), module.weight
-            ctx.commit(p.linear.name, whole)
-            off, size = (module.weight.float() - before.float()).square().sum(), before.float().square().sum()
-            report["linears"][p.linear.name] = {"weight_error": round(float(off / size.clamp(min=1e-30)), 8)} | whole.notes
+        for p, solved in zip(members, parts, strict=True):
+            report["linears"][p.linear.name] = self._commit(ctx, p.linear.name, _join(solved))
+
+    def _commit(self, ctx: Context, linear: str, rounded: Rounded) -> dict[str, float]:
+        """Put a rounded weight into the block; returns its squared error relative to the full-precision weight."""
+        ctx.commit(linear, rounded)
+        ours, exact = (cast(Tensor, b.get_submodule(linear).weight).float() for b in (ctx.q, ctx.fp))
+        error = (ours - exact).square().sum() / exact.square().sum().clamp(min=1e-30)
+        return {"weight_error": round(float(error), 8)} | rounded.notes
 
     # Guard and storage
 
@@ -266,8 +270,7 @@ class Walk:
         rtn, layer = self._rtn_layer(ctx)
         report: dict[str, Any] = {"error": ours, "rtn_error": error_of(layer, None)}
         if not ours <= _GUARD * report["rtn_error"]:  # written so that a NaN falls back too
-            for name, rounded in rtn.items():
-                ctx.commit(name, rounded)
+            report["linears"] = {name: self._commit(ctx, name, rounded) for name, rounded in rtn.items()}
             report |= {"fallback": "rtn", "error": error_of(ctx.q, following), "refused_error": ours}
         self._advance(ctx, "rtn", layer)
         return report
@@ -280,7 +283,7 @@ class Walk:
             if p.group is None:
                 continue
             module: Any = layer.get_submodule(p.linear.name)
-            rounded[p.linear.name] = RtnSolver().solve(module.weight.float(), None, make_grid(p.format), p.group)
+            rounded[p.linear.name] = RtnSolver().solve(module.weight.float(), None, searched(p.format), p.group)
             values = rounded[p.linear.name].values().to(module.weight.dtype)
             module.weight = nn.Parameter(values, requires_grad=False)
         return rounded, layer
