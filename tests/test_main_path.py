@@ -6,15 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sordino
 from sordino.anatomy import FAMILIES
+from sordino.errors import InputError
 from sordino.runtime.generate import generate
 from sordino.runtime.modules import QuantLinear
+from sordino.walk.context import Context
 from tiny import make_tiny
 
 SMALL = {"windows": 32, "seqlen": 64}
@@ -151,3 +155,39 @@ def test_perplexity_equals_transformers_own_loss(tmp_path: Path) -> None:
     with torch.no_grad():
         losses = [plain(ids[i : i + 50][None], labels=ids[i : i + 50][None]).loss for i in range(0, 200, 50)]
     assert figures.ppl == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
+
+
+def test_leftover_rotary_buffers_are_ignored_and_other_extras_refused(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file, metadata={"format": "pt"})
+    sordino.quantize(str(model), "rtn-w4", tmp_path / "out")
+    assert "inv_freq" not in " ".join(load_file(tmp_path / "out" / "model.safetensors"))
+    save_file(tensors | {"model.layers.0.self_attn.sinks": torch.ones(8)}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="sinks"):
+        sordino.quantize(str(model), "rtn-w4", tmp_path / "out2")
+
+
+def test_sizes_do_not_depend_on_the_compute_dtype_nor_count_the_models_own_biases(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", "qwen2", layers=2)
+    overrides = ("format.weights.symmetric=true", "format.weights.group=32")
+    result = sordino.quantize(str(model), "rtn-w4", tmp_path / "out", overrides=overrides)
+    sizes = [sordino.evaluate(tmp_path / "out", seqlen=32, windows=2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert sizes[0].bytes == sizes[1].bytes == result.manifest["bytes"]
+    assert sizes[0].bits_per_weight == sizes[1].bits_per_weight == result.manifest["bits_per_weight"] == 4.5
+
+
+def test_gptaq_runs_both_streams_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both runners keep what they saw, so that no site computes a stream's attention again."""
+    kept = []
+    stats = Context.stats
+
+    def watch(self: Context, *args: Any) -> Any:
+        result = stats(self, *args)
+        kept.append([sorted(self.runner(s, s).kept) for s in ("fp", "q")])
+        return result
+
+    monkeypatch.setattr(Context, "stats", watch)
+    sordino.quantize(str(make_tiny(tmp_path / "model", layers=1)), "gptaq-w3", tmp_path / "out", **SMALL)
+    assert kept == [[[], []], [["o"], ["o"]], [["o"], ["o"]], [["down", "o"], ["down", "o"]]]
