@@ -24,7 +24,7 @@ from sordino.version import __version__, source_digest
 from sordino.walk.assemble import assemble, publish
 from sordino.walk.heap import keep_freed_memory
 from sordino.walk.plan import Plan, make_plan
-from sordino.walk.source import Source, locate, open_source
+from sordino.walk.source import Source, locate, open_source, without_bars
 from sordino.walk.store import WORK, Work, claim, write_text
 from sordino.walk.walk import Walk
 
@@ -131,19 +131,15 @@ def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json: not a model directory")
     options = {"dtype": "auto", "trust_remote_code": False} | options
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # loading takes a second; its bar would break into ours
     try:
         auto: Any = transformers.AutoModelForCausalLM
-        model, info = auto.from_pretrained(folder, **options, output_loading_info=True)
+        with without_bars():
+            model, info = auto.from_pretrained(folder, **options, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except SordinoError:
         raise
     except Exception as error:
         raise InputError(f"{folder} cannot be loaded: {reason(error)}") from None
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
     if info["missing_keys"]:  # transformers makes up random numbers for them
         raise InputError(f"{folder} lacks tensor '{min(info['missing_keys'])}' that its config.json calls for")
     return model.eval(), tokenizer

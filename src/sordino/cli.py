@@ -262,7 +262,9 @@ def _pretty(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _print_comparison(comparison: Any) -> None:
-    table = Table(*comparison.header)
+    table = Table()
+    for name in comparison.header:
+        table.add_column(name, overflow="fold")  # a name cut off with dots tells nothing
     for row in comparison.cells():
         table.add_row(*row)
     _out.print(table)

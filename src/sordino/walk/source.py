@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from sordino.errors import InputError, reason
 
@@ -252,7 +254,8 @@ def dequantized_gguf(file: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{file.stem}-", dir=target.parent))
         try:
-            _convert_gguf(file, work)
+            with without_bars():
+                _convert_gguf(file, work)
             work.rename(target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -277,6 +280,18 @@ def _convert_gguf(file: Path, out: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars, which would break into ours, off the terminal for a while."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
