@@ -1,4 +1,4 @@
-"""The two ways Sordino says no, and one way it warns.
+"""The two ways Sordino says no.
 
 ``InputError`` is the user's to mend (exit code 2): a missing file, a recipe typo, a group that does not divide.
 ``SordinoError`` is a failure of the run (exit code 1). Both carry one line that names the thing and the remedy.
@@ -25,7 +25,3 @@ def reason(error: BaseException) -> str:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-
-
-class SordinoWarning(UserWarning):
-    """Something the user should know that does not stop the run."""

@@ -110,8 +110,8 @@ class Context:
 
     def error(self, split: Split = "heldout") -> float:
         """Median over windows of ``|q(x_q) - fp(x_fp)|^2 / |fp(x_fp)|^2``."""
-        target = self.run("fp", "fp", split)
-        return block_error(self.run("q", "q", split), target)
+        pairs = zip(self.run("q", "q", split), self.run("fp", "fp", split), strict=True)
+        return float(torch.cat([relative_error(y, target) for (_, y), (_, target) in pairs]).median())
 
     def snapshot(self) -> Any:
         """State of the q block."""
@@ -124,12 +124,6 @@ class Context:
         self.rounded = dict(rounded)
         for key in [k for k in self._runners if k[0] == "q"]:
             del self._runners[key]
-
-
-def block_error(outputs: Iterator[tuple[slice, Tensor]], targets: Iterator[tuple[slice, Tensor]]) -> float:
-    """Median over windows of the relative squared error; both iterators yield [B, L, D] in the same order."""
-    errors = [relative_error(y, t) for (_, y), (_, t) in zip(outputs, targets, strict=True)]
-    return float(torch.cat(errors).median())
 
 
 def relative_error(y: Tensor, target: Tensor) -> Tensor:
