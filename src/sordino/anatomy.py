@@ -96,8 +96,12 @@ class Anatomy:
         return {"mlp.down_proj": "mlp.up_proj", "self_attn.o_proj": "self_attn.v_proj"}
 
 
-def skeleton(config: PretrainedConfig) -> nn.Module:
+def skeleton(config: PretrainedConfig, attention: str = "sdpa") -> nn.Module:
     """The transformers model of a config on the meta device: structure without memory.
+
+    Args:
+        config: of a known family.
+        attention: name of the attention function that its layers call.
 
     Raises:
         InputError: if the family is unknown, naming those that are.
@@ -105,7 +109,7 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
     if config.model_type not in FAMILIES:
         raise InputError(f"unknown architecture '{config.model_type}'; known: {', '.join(sorted(FAMILIES))}")
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return model.eval()
 
 

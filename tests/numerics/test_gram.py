@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sordino.numerics.gram import add_gram, inverse_factor, mirror
+from sordino.numerics.gram import add_cross, add_gram, exact_bf16_products, inverse_factor, mirror
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -79,3 +79,19 @@ def test_refuses_numbers_that_are_not_finite(bad: float, place: tuple[int, int])
 def test_refuses_a_diagonal_no_damping_can_help(size: float) -> None:
     with pytest.raises(ValueError, match="not positive"):
         inverse_factor(size * torch.eye(4), 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_are_exact_products_added_in_fp32(dtype: torch.dtype) -> None:
+    a, b = torch.randn(500, 30).to(dtype), torch.randn(500, 20).to(dtype)
+    total = torch.zeros(30, 20)
+    add_cross(total, a, b)
+    exact = a.double().T @ b.double()
+    assert (total - exact).abs().max() <= 1e-6 * (a.double().abs().T @ b.double().abs()).max()
+
+
+def test_precision_of_other_matmuls_is_put_back() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(ZeroDivisionError), exact_bf16_products():
+        raise ZeroDivisionError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before

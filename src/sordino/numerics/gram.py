@@ -7,12 +7,27 @@ exact in fp32; symmetry halves the work. Shapes: T tokens, N input features.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _TILE = 192
 _EXACT = 8192
+
+
+@contextmanager
+def exact_bf16_products(when: bool = True) -> Iterator[None]:
+    """Let fp32 matmuls in the body multiply in bf16 and add in fp32 (if ``when``): exact on bf16 numbers, twice as fast."""
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = backend.fp32_precision
+    backend.fp32_precision = "bf16" if when else before
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
@@ -22,11 +37,17 @@ def add_gram(total: Tensor, x: Tensor) -> None:
         total: fp32 [N, N]; only tiles on and above the diagonal are touched, see :func:`mirror`.
         x: float [T, N].
     """
-    x = x.float()
-    n = x.shape[1]
-    for i in range(0, n, _TILE):
-        # One product per block row: the tile of the diagonal and everything to its right.
-        total[i : i + _TILE, i:].addmm_(x[:, i : i + _TILE].T, x[:, i:])
+    n, wide = x.shape[1], x.float()
+    with exact_bf16_products(x.dtype == torch.bfloat16):
+        for i in range(0, n, _TILE):
+            # One product per block row: the tile of the diagonal and everything to its right.
+            total[i : i + _TILE, i:].addmm_(wide[:, i : i + _TILE].T, wide[:, i:])
+
+
+def add_cross(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a^T b`` to ``total`` fp32 [M, N], in place; a is [T, M], b [T, N], both of one float dtype."""
+    with exact_bf16_products(a.dtype == b.dtype == torch.bfloat16):
+        total.addmm_(a.float().T, b.float())
 
 
 def mirror(total: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy, skeleton
 from sordino.errors import InputError
+from sordino.walk import attention
 from sordino.walk.source import Source
 
 
@@ -23,7 +24,7 @@ class BlockFactory:
 
     def __init__(self, source: Source, anatomy: Anatomy, dtype: torch.dtype):
         self.source, self.anatomy, self.dtype = source, anatomy, dtype
-        self.model = skeleton(source.config)
+        self.model = skeleton(source.config, attention.NAME)
 
     def load(self, index: int) -> nn.Module:
         """Block ``index`` with its full-precision weights in the compute dtype, frozen, in eval mode."""

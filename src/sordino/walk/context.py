@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sordino.anatomy import Anatomy, Site
 from sordino.contract import Rounded, Split, Stats, StreamName
 from sordino.errors import SordinoError
-from sordino.numerics.gram import add_gram, mirror
+from sordino.numerics.gram import add_cross, add_gram, mirror
 from sordino.runtime.modules import pack_linear
 from sordino.walk.runner import Runner
 
@@ -86,12 +86,14 @@ class Context:
         twin = self.inputs("fp", site) if stats.d is not None else repeat(None)
         # Both are run to their ends: only then does a runner keep what it saw.
         for (_, batch), target in zip(own, twin, strict=stats.d is not None):
-            x = batch.flatten(0, 1).float()
+            x = batch.flatten(0, 1)
             add_gram(stats.h, x)
             stats.tokens += x.shape[0]
             if target is not None and stats.d is not None:
-                stats.d.addmm_((target[1].flatten(0, 1).float() - x).T, x)
+                add_cross(stats.d, target[1].flatten(0, 1), x)
         mirror(stats.h)
+        if stats.d is not None:  # sum (x_fp - x) x^T; a difference of two bf16 numbers would not be one
+            stats.d -= stats.h
         return stats
 
     def commit(self, linear: str, rounded: Rounded) -> None:

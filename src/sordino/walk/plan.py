@@ -28,8 +28,9 @@ from sordino.round.gptq import GptqSolver
 from sordino.round.rtn import RtnSolver
 from sordino.walk.source import Source
 
-# Tokens of one forward: enough to keep the matmuls busy, small enough to stay near the caches.
-_BATCH_TOKENS = 4096
+# Tokens of one forward: enough to keep the matmuls busy, few enough for activations to stay near the caches. Wide models
+# take as many as they are wide, because every forward also adds to sums of that size squared.
+_BATCH_TOKENS = 1024
 _RTN_WINDOWS = 4  # held-out windows on which the whole model rounded by RTN is followed, for the final guard
 
 
@@ -174,7 +175,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
         blocks=span,
         linears=linears,
         dtype=compute_dtype(source.dtype),
-        batch=max(1, min(c.windows, _BATCH_TOKENS // c.seqlen)),
+        batch=max(1, min(c.windows, max(_BATCH_TOKENS, _hidden(source)) // c.seqlen)),
         budget=min(1 << 29, psutil.virtual_memory().total // 16),
         heldout=max(4, c.windows // 8) if guarded else 0,
         q_calib=bool(needs) or bool(moves),

@@ -34,17 +34,21 @@ class Runner:
         x: stream [N, L, D].
         batch: windows of a batch.
         kept: inputs of "o" and "down" that later passes start from, [N', L, C] for the first N' windows.
+        attended: what attention adds to the stream, by first window of a batch; only beside a kept input of "o".
     """
 
     def __init__(self, layer: nn.Module, x: Tensor, call: dict[str, Any], anatomy: Anatomy, batch: int, budget: int):
         self.layer, self.x, self.call, self.anatomy, self.batch = layer, x, call, anatomy, batch
         self.budget = budget
         self.kept: dict[Site, Tensor] = {}
+        self.attended: dict[int, Tensor] = {}
 
     def touch(self, site: Site) -> None:
         """Forget what depends on a linear of ``site``."""
         late = SITES[SITES.index(site) + 1 :]
         self.kept = {s: t for s, t in self.kept.items() if s not in late}
+        if site in ("qkv", "o"):
+            self.attended = {}
 
     @torch.no_grad()
     def inputs(self, site: Site, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
@@ -124,4 +128,13 @@ class Runner:
 
     def _tail(self, site: Site, span: slice, shape: Callable[[Tensor], Any]) -> Callable[..., Any]:
         linear = self.layer.get_submodule(self.anatomy.at(site)[0].name)
-        return lambda *_, **__: shape(linear(self.kept[site][span]))
+
+        def tail(*_: Any, **__: Any) -> Any:
+            if site != "o":
+                return shape(linear(self.kept[site][span]))
+            known = self.attended.get(span.start)
+            if known is None or known.shape[0] != span.stop - span.start:
+                known = self.attended[span.start] = linear(self.kept[site][span])
+            return shape(known)
+
+        return tail

@@ -331,8 +331,8 @@ class Walk:
         """Make ``following`` the stream, once it is known to be finite."""
         stream = self.streams[name]
         start = stream.calib if index == self.plan.anatomy.n_blocks - 1 else 0
-        # A sum is not finite exactly where an entry is not (finite entries cannot overflow it), and costs one pass.
-        if not math.isfinite(float(following[start:].sum(dtype=torch.float32))):
+        # A sum (kept in fp32 inside) is not finite exactly where an entry is not, and costs one pass.
+        if not math.isfinite(float(following[start:].sum())):
             raise SordinoError(f"block {index}: the {name} stream is not finite after it")
         self.streams[name] = Stream(following, stream.calib)
 

@@ -1,0 +1,62 @@
+"""Attention for calibration windows: equal to the definition in fp64, and out of the way where it cannot help."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sordino.recipe import load_recipe
+from sordino.walk import attention
+from sordino.walk.blocks import BlockFactory
+from sordino.walk.plan import make_plan
+from sordino.walk.source import open_source
+from tiny import make_tiny
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """The definition, fp64, [B, L, H, d]."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(repeats, 1) for x in (k, v))
+    scores = (q.double() @ k.transpose(2, 3)) * scaling
+    length = q.shape[2]
+    scores.masked_fill_(torch.ones(length, length).triu(1).bool(), float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (6, 2)])
+def test_equals_the_definition(length: int, heads: int, kv: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(2, h, length, 16, generator=generator).bfloat16() for h in (heads, kv, kv))
+    with torch.no_grad():
+        out, _ = attention.window_attention(Layer(), q, k, v, None, scaling=0.3)
+    exact = reference(q, k, v, 0.3)
+    assert out.dtype == torch.bfloat16
+    assert (out - exact).norm() <= 4e-3 * exact.norm()
+
+
+class Layer(nn.Module):
+    is_causal = True
+    num_key_value_groups = 2
+
+
+@pytest.mark.parametrize("case", ["mask", "fp32", "gradient"])
+def test_other_cases_go_to_sdpa(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: called.append(a) or (a[1], None))
+    q = torch.randn(1, 4, 8, 16, dtype=torch.float32 if case == "fp32" else torch.bfloat16)
+    mask = torch.zeros(1, 1, 8, 8) if case == "mask" else None
+    with torch.set_grad_enabled(case == "gradient"):
+        attention.window_attention(Layer(), q, q, q, mask)
+    assert called
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_masks_of_a_family_survive(family: str, tmp_path: Path) -> None:
+    """A sliding window (mistral) must still arrive as a mask; plain causal families need none."""
+    source = open_source(str(make_tiny(tmp_path / "m", family, torch.bfloat16)))
+    plan = make_plan(source, load_recipe("gptq-w4"), None, None)
+    calls = BlockFactory(source, plan.anatomy, plan.dtype).calls(64)
+    assert (calls[0]["attention_mask"] is None) == (family != "mistral")
