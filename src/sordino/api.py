@@ -183,6 +183,7 @@ def _run(
         "dtype": str(plan.dtype).removeprefix("torch."),
         "guard": guard,
         "blocks": work.state["reports"],
+        **({"finish": work.finished} if work.finished else {}),
     }
     stored = assemble(source, plan, work, ends, out, manifest)
     progress("write", 1, 1)

@@ -7,17 +7,17 @@ Shapes: R = out_features, C = in_features, G = groups, T = tokens, L = window le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy, Site
-from sordino.errors import InputError
 from sordino.numerics.affine import GridParams
-from sordino.recipe import Format, MoveSpec
+from sordino.numerics.basis import Basis
+from sordino.recipe import Format
 
 StreamName = Literal["fp", "q"]
 Split = Literal["calib", "heldout"]
@@ -76,6 +76,8 @@ class Rounded:
         group: columns in a group, C/G.
         symmetric: the zero point is 2^(bits-1) everywhere and not stored.
         notes: what the solver wants to have said (damping raised, dead columns).
+        latent: fp32 [R, C], what was rounded: the weight with the errors of earlier columns moved into it. Only kept
+            where a move asks for it; it tells how near each code was to its neighbour.
     """
 
     codes: Tensor
@@ -85,6 +87,7 @@ class Rounded:
     group: int
     symmetric: bool
     notes: dict[str, float] = field(default_factory=dict)
+    latent: Tensor | None = None
 
     def values(self) -> Tensor:
         """Dequantized weight, fp32 [R, C]."""
@@ -94,7 +97,17 @@ class Rounded:
 
     def rows(self, span: slice) -> Rounded:
         """Some of the rows; notes go along."""
-        return Rounded(self.codes[span], self.scale[span], self.zero[span], self.bits, self.group, self.symmetric, self.notes)
+        latent = None if self.latent is None else self.latent[span]
+        return replace(self, codes=self.codes[span], scale=self.scale[span], zero=self.zero[span], latent=latent)
+
+    @staticmethod
+    def join(parts: list[Rounded]) -> Rounded:
+        """Stack the rows of several pieces of one weight; the notes are the first one's."""
+        if len(parts) == 1:
+            return parts[0]
+        codes, scale, zero = (torch.cat([getattr(p, k) for p in parts]) for k in ("codes", "scale", "zero"))
+        latents = [p.latent for p in parts if p.latent is not None]
+        return replace(parts[0], codes=codes, scale=scale, zero=zero, latent=torch.cat(latents) if latents else None)
 
 
 class Solver(Protocol):
@@ -115,6 +128,26 @@ class Solver(Protocol):
         ...
 
 
+class ParameterSpace(Protocol):
+    """A set of parameters of a block (or model) that can be trained; attached when made, at step 0 without effect."""
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for a torch optimizer."""
+        ...
+
+    def collect(self) -> None:
+        """Called between the backward pass and the optimizer step."""
+        ...
+
+    def settle(self) -> None:
+        """Called after every optimizer step."""
+        ...
+
+    def fold(self) -> dict[str, Rounded]:
+        """End training: leave the block as it was made up before, return the linears that changed."""
+        ...
+
+
 class BlockContext(Protocol):
     """What a move sees of the block that is being quantized."""
 
@@ -124,6 +157,9 @@ class BlockContext(Protocol):
     artifacts: dict[str, Any]  # what the surveys found, by move name
     fp: nn.Module  # the reshaped full-precision twin, read-only
     q: nn.Module  # the transformers layer being quantized
+    solved: dict[str, Rounded]  # what the solver made of each linear, by name inside the block
+    notes: dict[str, Any]  # what moves want to have said in the block's report, by move name
+    call: dict[str, Any]  # keyword arguments (masks, rotary angles) of the block for these windows
 
     def rng(self, move: str) -> torch.Generator:
         """Random numbers that depend on (seed, block, move) only."""
@@ -133,16 +169,34 @@ class BlockContext(Protocol):
         """Run the fp or the q block on a stream; yields (windows, output [B, L, D]) batch by batch."""
         ...
 
-    def inputs(self, which: StreamName, site: Site, split: Split = "calib") -> Iterator[tuple[slice, Tensor]]:
-        """Inputs of a site on that block's own stream, as the block is now; [B, L, C] batch by batch."""
+    def inputs(
+        self, which: StreamName, site: Site, split: Split = "calib", stream: StreamName | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Inputs of a site of a block as it is now, on its own stream or a given one; [B, L, C] batch by batch."""
         ...
 
     def stats(self, site: Site, kinds: frozenset[str]) -> Stats:
         """Sums over the calibration tokens, of the block as it is now."""
         ...
 
+    def stream(self, name: StreamName, split: Split = "calib") -> Tensor:
+        """What enters the block on a stream, [N, L, D]."""
+        ...
+
+    def target(self, split: Split = "calib") -> Tensor:
+        """Output of the full-precision block on the full-precision stream, [N, L, D]; only in :meth:`Move.close`."""
+        ...
+
     def commit(self, linear: str, rounded: Rounded) -> None:
         """Put a rounded weight into the q block."""
+        ...
+
+    def shift(self, module: str, bias: Tensor) -> None:
+        """Add [out] to the bias of a norm or linear of the q block, which gets one if it has none."""
+        ...
+
+    def unshift(self, module: str) -> None:
+        """Take the bias of a norm or linear of the q block away."""
         ...
 
     def touch(self, site: Site) -> None:
@@ -162,6 +216,41 @@ class BlockContext(Protocol):
         ...
 
 
+class FinishContext(Protocol):
+    """What a move sees of the whole rounded model after the walk. It may be trained in place, and must be put back."""
+
+    anatomy: Anatomy
+    artifacts: dict[str, Any]
+    blocks: list[nn.Module]  # decoder layers holding the rounded values
+    solved: list[dict[str, Rounded]]  # per block, the rounded linears by name inside it
+    norm: nn.Module  # the final norm
+    windows: Tensor  # token ids [N, L], calibration windows first
+    calib: int  # how many of them are for calibration; the rest is held out
+    targets: Tensor  # final hidden states of the full-precision model, [N, L, D]
+    notes: dict[str, Any]
+
+    @property
+    def ends(self) -> dict[str, Tensor]:
+        """Tensors outside the blocks, by full name, as they will be stored; may be edited."""
+        ...
+
+    def rng(self, move: str) -> torch.Generator:
+        """Random numbers that depend on (seed, move) only."""
+        ...
+
+    def hidden(self, windows: Tensor) -> Tensor:
+        """What the rounded model hands to its final norm, for window numbers [B] -> [B, L, D]."""
+        ...
+
+    def heads(self) -> tuple[Tensor, Tensor]:
+        """Output tables [V, D] in the compute dtype: the rounded model's, and the full-precision one."""
+        ...
+
+    def commit(self, block: int, linear: str, rounded: Rounded) -> None:
+        """Put a rounded weight into a block."""
+        ...
+
+
 class Move:
     """A move: every hook is optional, so the base class does nothing.
 
@@ -170,6 +259,7 @@ class Move:
 
     name = "move"
     needs_fp_stream = False  # ask for the full-precision stream on the calibration windows
+    needs_latent = False  # ask the solvers to keep what they rounded
     needs_survey = False  # ask for one full-precision pass before the walk
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
@@ -177,6 +267,14 @@ class Move:
 
     def survey(self, index: int, block: nn.Module, windows: Iterator[Tensor], artifacts: dict[str, Any]) -> None:
         """See one full-precision block and its inputs [B, L, D] before the walk; leave findings in ``artifacts``."""
+
+    def basis(self, hidden: int) -> Basis | None:
+        """Orthogonal basis of the residual stream that :meth:`reshape` moves the blocks to, or None to leave it."""
+        return None
+
+    def biases(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Modules of a block that get a bias which the family does not have."""
+        return ()
 
     def reshape(self, block: nn.Module, index: int, anatomy: Anatomy, artifacts: dict[str, Any]) -> None:
         """Edit a freshly loaded block without changing its function; twin and block alike."""
@@ -193,35 +291,5 @@ class Move:
     def close(self, ctx: BlockContext) -> None:
         """After the last site, before the guard."""
 
-    def finish(self, tensors: dict[str, Tensor], artifacts: dict[str, Any]) -> None:
-        """After the walk: may edit what surrounds the blocks (embeddings, final norm, head), by full name."""
-
-
-MoveFactory = Callable[..., Move]
-MOVES: dict[str, MoveFactory] = {}
-
-# Moves of the plan that no code stands behind yet; a recipe that names one is refused by name.
-PLANNED = frozenset(
-    {"prefix", "system-prompt", "channels", "fuse-norms", "rotate", "smooth", "permute"}
-    | {"mean-shift", "low-rank", "clip", "tune", "distill", "scale-search"}
-)
-
-
-def build_moves(specs: tuple[MoveSpec, ...]) -> list[Move]:
-    """Instantiate the moves of a recipe.
-
-    Raises:
-        InputError: if a move is unknown, not built yet, or refuses its options.
-    """
-    moves = []
-    for spec in specs:
-        factory = MOVES.get(spec.move)
-        if factory is None:
-            known = ", ".join(sorted(MOVES)) or "none yet"
-            state = "is planned but not built yet" if spec.move in PLANNED else "is unknown"
-            raise InputError(f"move '{spec.move}' {state}; available: {known}")
-        try:
-            moves.append(factory(**spec.options))
-        except TypeError as error:
-            raise InputError(f"move '{spec.move}': {error}") from None
-    return moves
+    def finish(self, ctx: FinishContext) -> None:
+        """After the walk: may train the whole rounded model, or edit what surrounds the blocks."""

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import sordino
 from sordino.anatomy import SITES, Anatomy, Site
-from sordino.contract import MOVES, BlockContext, Move
+from sordino.contract import BlockContext, FinishContext, Move
 from sordino.errors import InputError
+from sordino.moves import MOVES
 from sordino.recipe import Format, MoveSpec, load_recipe
 from tiny import make_tiny
 
@@ -54,8 +55,8 @@ class Diary(Move):
     def close(self, ctx: BlockContext) -> None:
         self.entries.append(("close", ctx.index, ctx.error()))
 
-    def finish(self, tensors: dict[str, Tensor], artifacts: dict[str, Any]) -> None:
-        self.entries.append(("finish", len(artifacts["seen"])))
+    def finish(self, ctx: FinishContext) -> None:
+        self.entries.append(("finish", len(ctx.artifacts["seen"])))
 
 
 class GainIntoLinears(Move):
@@ -86,8 +87,11 @@ class Mirror(Move):
 class LouderNorm(Move):
     """Finish: doubles the final norm."""
 
-    def finish(self, tensors: dict[str, Tensor], artifacts: dict[str, Any]) -> None:
-        tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    needs_fp_stream = True
+
+    def finish(self, ctx: FinishContext) -> None:
+        for parameter in ctx.norm.parameters():
+            parameter.data *= 2
 
 
 class Spoiler(Move):
@@ -160,7 +164,7 @@ def test_finish_edits_what_surrounds_the_blocks(tmp_path: Path) -> None:
 
 def test_unbuilt_and_unknown_moves_are_refused_by_name(tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", layers=2)
-    for name, word in (("mean-shift", "not built yet"), ("men-shift", "unknown")):
+    for name, word in (("low-rank", "not built yet"), ("men-shift", "unknown")):
         with pytest.raises(InputError, match=f"'{name}'.*{word}"):
             sordino.quantize(str(model), with_moves("rtn-w4", name), tmp_path / "out")
     assert not (tmp_path / "out").exists()

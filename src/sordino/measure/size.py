@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,16 +47,26 @@ def size_of(model: Any, folder: Path) -> Size:
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             n = module.in_features * module.out_features
-            parameters += n + (0 if module.bias is None else module.bias.numel())
+            added = _added(model, name)
+            parameters += n + (0 if module.bias is None or added else module.bias.numel())
             if module is not head:
                 weights += n
                 bits += 8 * sum(stored.get(f"{name}.{b}", 0) for b, _ in module.named_buffers(recurse=False))
+                bits += 8 * stored.get(f"{name}.bias", 0) * added
         elif isinstance(module, QuantEmbedding):
             parameters += module.num_embeddings * module.embedding_dim
-    parameters += sum(p.numel() for n, p in model.named_parameters() if not n.endswith(".bias") or not _quantized(model, n))
+        elif _added(model, name):  # a norm
+            bits += 8 * stored.get(f"{name}.bias", 0)
+    parameters += sum(p.numel() for n, p in model.named_parameters() if not _counted(model, n))
     size = sum(file.stat().st_size for file in files)
     per_weight = bits / weights if weights else _plain_bits(model, head, stored)
     return Size(per_weight, 8 * size / parameters, size)
+
+
+def _added(model: Any, module: str) -> bool:
+    """Whether the quantization gave a module a bias that its family does not have."""
+    config = getattr(model.config, "quantization_config", None)
+    return any(fnmatch.fnmatch(module, pattern) for pattern in getattr(config, "biases", []))
 
 
 def _nbytes(part: Any) -> int:
@@ -63,8 +74,10 @@ def _nbytes(part: Any) -> int:
     return width * math.prod(map(int, part.get_shape()))
 
 
-def _quantized(model: Any, parameter: str) -> bool:
-    return isinstance(model.get_submodule(parameter.rpartition(".")[0]), QuantLinear)
+def _counted(model: Any, parameter: str) -> bool:
+    """Whether a parameter is a bias that was counted with its linear already, or that the original does not have."""
+    module, _, leaf = parameter.rpartition(".")
+    return leaf == "bias" and (isinstance(model.get_submodule(module), QuantLinear) or _added(model, module))
 
 
 def _plain_bits(model: Any, head: Any, stored: dict[str, int]) -> float:

@@ -72,10 +72,12 @@ class GptqSolver:
         if self.static_groups:
             fitted, order = grid.fit_groups(w, group), perm[::group] // group
             static = GridParams(fitted.scale[:, order], fitted.zero[:, order])
-        codes, scale, zero = _walk_columns(w.T[perm], prepared.u, prepared.p, grid, group, static)
+        wt = w.T[perm]
+        codes, scale, zero = _walk_columns(wt, prepared.u, prepared.p, grid, group, static)
         columns, groups = torch.argsort(perm), torch.argsort(perm[::group] // group)
         codes, scale, zero = codes[columns].T.contiguous(), scale[:, groups], zero[:, groups]
-        return Rounded(codes, scale, zero, grid.bits, group, grid.symmetric, prepared.notes)
+        latent = wt[columns].T.contiguous()
+        return Rounded(codes, scale, zero, grid.bits, group, grid.symmetric, prepared.notes, latent)
 
 
 def gar_order(diag: Tensor, group: int) -> Tensor:
@@ -117,7 +119,7 @@ def _walk_columns(
     """The column loop.
 
     Args:
-        wt: fp32 [C, R], permuted, contiguous; overwritten.
+        wt: fp32 [C, R], permuted, contiguous; overwritten by what was rounded in the end.
         u: fp32 [C, C] upper factor of the inverse Hessian.
         p: fp32 [C, C] asymmetric term or None.
         grid: the grid.

@@ -20,4 +20,4 @@ class RtnSolver:
         """Round fp32 [R, C]."""
         params = grid.fit_groups(w, group)
         codes, _ = grid.nearest(w, params)
-        return Rounded(codes.to(torch.uint8), params.scale, params.zero, grid.bits, group, grid.symmetric)
+        return Rounded(codes.to(torch.uint8), params.scale, params.zero, grid.bits, group, grid.symmetric, latent=w)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sordino.numerics.basis import Basis
 from sordino.numerics.packing import pack, packed_words, unpack
 
 # Weights of one tile: big enough to keep the matmul busy, small enough that the tile stays out of the memory's way.
@@ -42,7 +43,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_scale", torch.zeros(out_features, groups, dtype=torch.bfloat16))
         zero = None if symmetric else torch.zeros(packed_words(out_features, bits), groups, dtype=torch.int32)
         self.register_buffer("weight_zero_point", zero)
-        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None)
 
     def codes(self, rows: slice = slice(None)) -> Tensor:
         """Codes of some rows, uint8 [rows, I]."""
@@ -86,6 +88,40 @@ def pack_linear(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric
     if not symmetric:
         out["weight_zero_point"] = pack(zero.T.to(torch.uint8).contiguous(), bits).T.contiguous()
     return out
+
+
+def give_bias(module: Any) -> None:
+    """Give a linear or a norm a zero bias where it has none; a norm adds it to what it puts out."""
+    if getattr(module, "bias", None) is not None:
+        return
+    weight: Tensor = module.weight_packed if isinstance(module, QuantLinear) else module.weight
+    dtype = torch.get_default_dtype() if isinstance(module, QuantLinear) else weight.dtype
+    bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=dtype, device=weight.device), requires_grad=False)
+    module.register_parameter("bias", bias)
+    if not isinstance(module, nn.Linear | QuantLinear):
+        module.register_forward_hook(_add_bias)
+
+
+def drop_bias(module: Any) -> None:
+    """Undo :func:`give_bias`."""
+    module.register_parameter("bias", None)
+    for key in [k for k, hook in module._forward_hooks.items() if hook is _add_bias]:
+        del module._forward_hooks[key]
+
+
+def _add_bias(module: Any, _: Any, out: Tensor) -> Tensor:
+    shifted: Tensor = out + module.bias
+    return shifted
+
+
+def in_basis(embedding: nn.Module, basis: Basis) -> None:
+    """Let an embedding hand out its rows in a rotated basis; the stored table stays as it is."""
+    embedding.register_forward_hook(lambda _, __, out: basis.apply(out))
+
+
+def out_of_basis(norm: nn.Module, basis: Basis) -> None:
+    """Let the final norm take hidden states in a rotated basis; its gain and the head stay as they are."""
+    norm.register_forward_pre_hook(lambda _, args: (basis.undo(args[0]), *args[1:]))
 
 
 class QuantEmbedding(nn.Module):

@@ -17,7 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sordino.errors import InputError
-from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+from sordino.numerics.basis import Basis
+from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, give_bias, in_basis, out_of_basis
 
 FORMAT_VERSION = 1
 
@@ -30,6 +31,8 @@ class SordinoConfig(QuantizationConfigMixin):
         groups: formats of linears: ``{"bits", "group", "symmetric", "modules": [name patterns]}``.
         embeddings: 16 (plain) or 8.
         head: 16 (plain), 8 or 4.
+        biases: name patterns of norms and linears that have a bias which their family does not.
+        basis: of the residual stream inside the blocks, ``{"size", "signs"}``; None for the model's own.
         format_version: version of this layout.
     """
 
@@ -38,6 +41,8 @@ class SordinoConfig(QuantizationConfigMixin):
         groups: list[dict[str, Any]] | None = None,
         embeddings: int = 16,
         head: int = 16,
+        biases: list[str] | None = None,
+        basis: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ):
@@ -46,6 +51,7 @@ class SordinoConfig(QuantizationConfigMixin):
             raise InputError(f"checkpoint format {format_version} is newer than this Sordino reads ({FORMAT_VERSION})")
         self.quant_method = "sordino"  # type: ignore[assignment]
         self.groups, self.embeddings, self.head = groups or [], embeddings, head
+        self.biases, self.basis = biases or [], basis
         self.format_version = format_version
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,6 +62,8 @@ class SordinoConfig(QuantizationConfigMixin):
             "embeddings": self.embeddings,
             "head": self.head,
             "groups": self.groups,
+            "biases": self.biases,
+            "basis": self.basis,
         }
 
 
@@ -93,8 +101,16 @@ def quantize_skeleton(model: nn.Module, config: SordinoConfig) -> None:
                 raise InputError(f"the checkpoint quantizes '{pattern}', which this model does not have")
             for name in matched:
                 _swap_linear(model, name, linears[name], group)
+    for pattern in config.biases:
+        matched = fnmatch.filter([n for n, _ in model.named_modules()], pattern)
+        if not matched:
+            raise InputError(f"the checkpoint adds a bias to '{pattern}', which this model does not have")
+        for name in matched:
+            give_bias(model.get_submodule(name))
     if config.embeddings == 8:
         _swap_embedding(model, tied=bool(model.config.tie_word_embeddings))  # type: ignore[union-attr]
+    if config.basis is not None:
+        _rotate(model, Basis(**config.basis))
 
 
 def _swap_linear(model: nn.Module, name: str, old: nn.Linear, group: dict[str, Any]) -> None:
@@ -106,6 +122,12 @@ def _swap_linear(model: nn.Module, name: str, old: nn.Linear, group: dict[str, A
         if new.bias is not None:
             new.bias = nn.Parameter(new.bias.to(old.weight.dtype), requires_grad=False)
     model.set_submodule(name, new)
+
+
+def _rotate(model: Any, basis: Basis) -> None:
+    """Blocks work in a rotated basis: go there after the embedding, and come back before the final norm."""
+    in_basis(model.get_input_embeddings(), basis)
+    out_of_basis(model.get_decoder().norm, basis)
 
 
 def _swap_embedding(model: Any, tied: bool) -> None:

@@ -74,7 +74,13 @@ def storage_config(plan: Plan) -> SordinoConfig:
     ]
     if fmt.head != 16 and not anatomy.tied:
         groups.append({"bits": fmt.head, "group": "channel", "symmetric": True, "modules": [anatomy.head]})
-    return SordinoConfig(groups, fmt.embeddings, fmt.head)
+    first, last = plan.blocks
+    added = sorted({name for m in plan.moves for name in m.biases(anatomy)})
+    biases = [anatomy.full_name(i, name) for name in added for i in range(first, last)]
+    basis = None if plan.basis is None else {"size": plan.basis.size, "signs": plan.basis.signs}
+    return SordinoConfig(
+        groups, fmt.embeddings, fmt.head, biases=compress_names(biases, anatomy.blocks, anatomy.n_blocks), basis=basis
+    )
 
 
 def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
-"""Causal attention for calibration windows: torch's fused CPU kernel takes 2.5 times as long.
+"""Causal attention for calibration windows, forward and backward: torch's fused CPU kernels take 2.5 times as long.
 
 Scores of a tile of queries are formed only against the keys they may see, in fp32 (products of bf16 numbers are exact
-there), so nothing is lost against the fused kernel. What it cannot carry (masks, gradients, other dtypes) goes to
-transformers' own sdpa path. Shapes: B batch, H query heads, K key heads, L tokens, d head size.
+there), so nothing is lost against the fused kernel. What it cannot carry (masks, other dtypes) goes to transformers'
+own sdpa path. Shapes: B batch, H query heads, K key heads, L tokens, d head size.
 """
 
 from __future__ import annotations
@@ -26,29 +26,68 @@ def window_attention(
 ) -> tuple[Tensor, Any]:
     """Attention in transformers' signature: query [B, H, L, d], key and value [B, K, L, d] -> [B, L, H, d]."""
     plain = attention_mask is None and query.dtype == torch.bfloat16 and query.shape[2] == key.shape[2]
-    if not plain or torch.is_grad_enabled() or not getattr(module, "is_causal", True) or options.get("is_causal") is False:
+    if not plain or not getattr(module, "is_causal", True) or options.get("is_causal") is False:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    return causal_attention(query, key, value, scaling), None
+    return CausalAttention.apply(query, key, value, scaling), None  # type: ignore[no-untyped-call]
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """``softmax(scaling * q k^T) v`` under a causal mask, bf16 in and out, fp32 scores; see :func:`window_attention`."""
-    batch, heads, length, _ = query.shape
-    repeats = heads // key.shape[1]
-    out = torch.empty(batch, length, heads, value.shape[-1], dtype=value.dtype)
-    later = torch.full((_TILE, _TILE), float("-inf")).triu(1)
-    with exact_bf16_products():
+class CausalAttention(torch.autograd.Function):
+    """``softmax(scaling * q k^T) v`` under a causal mask, bf16 in and out; see :func:`window_attention` for shapes."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """[B, H, L, d] and twice [B, K, L, d] -> [B, L, H, d]."""
+        batch, heads, length, _ = query.shape
+        repeats = heads // key.shape[1]
+        out = torch.empty(batch, length, heads, value.shape[-1], dtype=value.dtype)
+        later = torch.full((_TILE, _TILE), float("-inf")).triu(1)
+        keep = any(ctx.needs_input_grad[:3])
+        tiles = []
+        with exact_bf16_products():
+            for b in range(batch):
+                q = query[b].float()
+                k = key[b].repeat_interleave(repeats, 0).float().transpose(1, 2)
+                v = value[b].repeat_interleave(repeats, 0)
+                for i in range(0, length, _TILE):
+                    j = min(i + _TILE, length)
+                    scores = torch.bmm(q[:, i:j], k[:, :, :j]).mul_(scaling)
+                    scores[:, :, i:] += later[: j - i, : j - i]
+                    weights = torch.softmax(scores, -1).to(v.dtype)
+                    out[b, i:j] = torch.bmm(weights, v[:, :j]).transpose(0, 1)
+                    if keep:
+                        tiles.append(weights)
+        if keep:
+            ctx.save_for_backward(query, key, value, out, *tiles)
+            ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of query, key and value from that of the output [B, L, H, d]."""
+        query, key, value, out, *tiles = ctx.saved_tensors
+        grad = grads[0]
+        batch, heads, length, _ = query.shape
+        repeats = heads // key.shape[1]
+        dq = torch.empty_like(query)
+        dk, dv = torch.empty_like(key), torch.empty_like(value)
+        inner = (grad.float() * out.float()).sum(-1, keepdim=True).transpose(1, 2)  # [B, H, L, 1]
+        tile = iter(tiles)
         for b in range(batch):
-            q = query[b].float()
-            k = key[b].repeat_interleave(repeats, 0).float().transpose(1, 2)
-            v = value[b].repeat_interleave(repeats, 0)
+            k, v = (t[b].repeat_interleave(repeats, 0) for t in (key, value))
+            g = grad[b].transpose(0, 1).contiguous()
+            dk_all, dv_all = torch.zeros(k.shape), torch.zeros(v.shape)
             for i in range(0, length, _TILE):
-                j = min(i + _TILE, length)
-                scores = torch.bmm(q[:, i:j], k[:, :, :j]).mul_(scaling)
-                scores[:, :, i:] += later[: j - i, : j - i]
-                out[b, i:j] = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v[:, :j]).transpose(0, 1)
-    return out
+                j, weights = min(i + _TILE, length), next(tile)
+                dp = torch.bmm(g[:, i:j], v[:, :j].transpose(1, 2)).float()
+                ds = dp.sub_(inner[b, :, i:j]).mul_(weights).mul_(ctx.scaling).to(k.dtype)
+                dq[b, :, i:j] = torch.bmm(ds, k[:, :j])
+                dk_all[:, :j] += torch.bmm(ds.transpose(1, 2), query[b, :, i:j])
+                dv_all[:, :j] += torch.bmm(weights.transpose(1, 2), g[:, i:j])
+            # Query heads that share a key head come one after another.
+            dk[b] = dk_all.view(-1, repeats, *dk_all.shape[1:]).sum(1)
+            dv[b] = dv_all.view(-1, repeats, *dv_all.shape[1:]).sum(1)
+        return dq, dk, dv, None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, window_attention)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy, skeleton
 from sordino.errors import InputError
+from sordino.numerics.basis import Basis
+from sordino.runtime.modules import give_bias, out_of_basis
 from sordino.walk import attention
 from sordino.walk.source import Source
 
@@ -34,6 +36,11 @@ class BlockFactory:
     def assemble(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
         """Block ``index`` around given tensors; they are used, not copied."""
         layer: nn.Module = copy.deepcopy(self.model.get_submodule(self.anatomy.blocks)[index])  # type: ignore[index]
+        own = set(layer.state_dict())
+        for name in tensors:  # biases that moves have added
+            parent, _, leaf = name.rpartition(".")
+            if leaf == "bias" and name not in own and f"{parent}.weight" in own:
+                give_bias(layer.get_submodule(parent))
         try:
             layer.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
@@ -58,10 +65,12 @@ class BlockFactory:
             backbone(inputs_embeds=hidden, use_cache=False)
         return [r.call for r in recorders]
 
-    def norm(self) -> nn.Module:
-        """The final norm, real, in the compute dtype."""
+    def norm(self, basis: Basis | None = None) -> nn.Module:
+        """The final norm, real, in the compute dtype; it takes hidden states in ``basis``."""
         norm = copy.deepcopy(self.model.get_submodule(self.anatomy.final_norm))
         norm.load_state_dict(self.source.under(self.anatomy.final_norm, self.dtype), assign=True)
+        if basis is not None:
+            out_of_basis(norm, basis)
         return norm.eval().requires_grad_(False)
 
 

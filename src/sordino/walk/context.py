@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sordino.anatomy import Anatomy, Site
 from sordino.contract import Rounded, Split, Stats, StreamName
 from sordino.errors import SordinoError
+from sordino.numerics.divergence import token_weights
 from sordino.numerics.gram import add_cross, add_gram, mirror
-from sordino.runtime.modules import pack_linear
+from sordino.runtime.modules import drop_bias, give_bias
 from sordino.walk.runner import Runner
 
 
@@ -51,7 +52,9 @@ class Context:
     batch: int
     budget: int
     seed: int
-    rounded: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    solved: dict[str, Rounded] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    following: Tensor | None = None
     _runners: dict[tuple[str, str], Runner] = field(default_factory=dict)
 
     def rng(self, move: str) -> torch.Generator:
@@ -74,9 +77,28 @@ class Context:
         """Outputs of a block on a stream, batch by batch."""
         return self.runner(which, stream).outputs(*self.streams[stream].span(split))
 
-    def inputs(self, which: StreamName, site: Site, split: Split = "calib") -> Iterator[tuple[slice, Tensor]]:
-        """Inputs of a site, the block running on its own stream, batch by batch."""
-        return self.runner(which, which).inputs(site, *self.streams[which].span(split))
+    def inputs(
+        self, which: StreamName, site: Site, split: Split = "calib", stream: StreamName | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Inputs of a site, the block running on its own stream or a given one, batch by batch."""
+        source = stream or which
+        return self.runner(which, source).inputs(site, *self.streams[source].span(split))
+
+    def shift(self, module: str, bias: Tensor) -> None:
+        """Add to the bias of a norm or linear of the q block."""
+        target: Any = self.q.get_submodule(module)
+        give_bias(target)
+        target.bias.data = (target.bias.float() + bias).to(target.weight.dtype)
+        self._touch_module(module)
+
+    def unshift(self, module: str) -> None:
+        """Take the bias of a norm or linear away."""
+        drop_bias(self.q.get_submodule(module))
+        self._touch_module(module)
+
+    def _touch_module(self, module: str) -> None:
+        fed = [site for site, norm in self.anatomy.norms.items() if norm == module]
+        self.touch(fed[0] if fed else next(x.site for x in self.anatomy.linears if x.name == module))
 
     def stats(self, site: Site, kinds: frozenset[str]) -> Stats:
         """Sums over the calibration tokens: "H" always, "D" where asked for."""
@@ -96,10 +118,21 @@ class Context:
             stats.d -= stats.h
         return stats
 
+    def stream(self, name: StreamName, split: Split = "calib") -> Tensor:
+        """What enters the block on a stream."""
+        stream = self.streams[name]
+        return stream.x[slice(*stream.span(split))]
+
+    def target(self, split: Split = "calib") -> Tensor:
+        """Output of the full-precision block on its own stream."""
+        if self.following is None:
+            raise SordinoError(f"block {self.index}: the target is known in close only, and if the fp stream is computed")
+        return self.following[slice(*self.streams["fp"].span(split))]
+
     def commit(self, linear: str, rounded: Rounded) -> None:
         """Put a rounded weight into the q block and remember its stored form."""
         module = self.q.get_submodule(linear)
-        self.rounded[linear] = pack_linear(rounded.codes, rounded.scale, rounded.zero, rounded.bits, rounded.symmetric)
+        self.solved[linear] = rounded
         old: Any = module.weight
         module.weight = nn.Parameter(rounded.values().to(old.dtype), requires_grad=False)
         self.touch(next(x.site for x in self.anatomy.linears if x.name == linear))
@@ -117,18 +150,22 @@ class Context:
 
     def snapshot(self) -> Any:
         """State of the q block."""
-        return {k: v.clone() for k, v in self.q.state_dict().items()}, dict(self.rounded)
+        return {k: v.clone() for k, v in self.q.state_dict().items()}, dict(self.solved)
 
     def restore(self, state: Any) -> None:
         """Put a snapshot back."""
-        weights, rounded = state
-        self.q.load_state_dict(weights, assign=True)
-        self.rounded = dict(rounded)
+        weights, solved = state
+        for name in [n for n, _ in self.q.named_parameters() if n not in weights]:
+            drop_bias(self.q.get_submodule(name.rpartition(".")[0]))
+        self.q.load_state_dict({k: v.clone() for k, v in weights.items()}, assign=True)
+        self.solved = dict(solved)
         for key in [k for k in self._runners if k[0] == "q"]:
             del self._runners[key]
 
 
 def relative_error(y: Tensor, target: Tensor) -> Tensor:
-    """``|y - t|^2 / |t|^2`` per window: [B, L, D] twice -> fp32 [B]."""
+    """Weighted ``|y - t|^2 / |t|^2`` per window, see :func:`token_weights`: [B, L, D] twice -> fp32 [B]."""
     t = target.float()
-    return (y.float() - t).square().sum((1, 2)) / t.square().sum((1, 2)).clamp(min=1e-30)
+    weights = token_weights(t)
+    error = (y.float() - t).square().sum(2) * weights
+    return error.sum(1) / (t.square().sum(2) * weights).sum(1).clamp(min=1e-30)

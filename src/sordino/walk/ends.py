@@ -46,22 +46,33 @@ class Ends:
 
     def embed(self, ids: Tensor, exact: bool) -> Tensor:
         """Embeddings of token ids [N, L] in the compute dtype, [N, L, D]; ``exact`` takes the full-precision table."""
-        return F.embedding(ids, self._table if exact else self._q_table).to(self.plan.dtype)
+        x = F.embedding(ids, self._table if exact else self._q_table).to(self.plan.dtype)
+        return x if self.plan.basis is None else self.plan.basis.apply(x)
 
-    def final_guard(self, streams: dict[str, Tensor], norm: nn.Module) -> None:
-        """Compare KL to full precision of the quantized and the RTN model on the held-out windows they share."""
+    def final_guard(self, fp: Tensor, q: Tensor, rtn: Tensor, norm: nn.Module, q_norm: nn.Module | None = None) -> None:
+        """Compare KL to full precision of the quantized and the RTN model on the held-out windows they share.
+
+        Args:
+            fp: final hidden states of the full-precision model, [N, L, D].
+            q: of the quantized one; at least as many windows as ``rtn``.
+            rtn: of the RTN model.
+            norm: the final norm.
+            q_norm: of the quantized model, where it differs.
+        """
         n = self.plan.rtn_windows
-        fp = streams["fp"][-self.plan.heldout :][:n]
-        q = streams["q"][-self.plan.heldout :][:n]
         with torch.no_grad():
-            ours, theirs = self._kl(fp, q, norm), self._kl(fp, streams["rtn"], norm)
+            ours, theirs = self._kl(fp[:n], q[:n], norm, q_norm or norm), self._kl(fp[:n], rtn, norm, norm)
         self.guard = {"kl": ours, "rtn_kl": theirs}
 
-    def _kl(self, fp: Tensor, q: Tensor, norm: nn.Module) -> float:
+    def heads(self) -> tuple[Tensor, Tensor]:
+        """Output tables [V, D] in the compute dtype: as stored, and in full precision."""
+        return self._q_head.to(self.plan.dtype), self._head.to(self.plan.dtype)
+
+    def _kl(self, fp: Tensor, q: Tensor, norm: nn.Module, q_norm: nn.Module) -> float:
         total, count = 0.0, 0
-        head, q_head = (h.to(self.plan.dtype) for h in (self._head, self._q_head))
+        q_head, head = self.heads()
         for a, b in zip(fp.flatten(0, 1).split(_ROWS), q.flatten(0, 1).split(_ROWS), strict=True):
-            kl, _ = token_kl(F.linear(norm(a), head), F.linear(norm(b), q_head))
+            kl, _ = token_kl(F.linear(norm(a), head), F.linear(q_norm(b), q_head))
             total, count = total + float(kl.sum()), count + kl.shape[0]
         return total / count
 

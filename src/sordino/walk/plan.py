@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 from sordino.anatomy import Anatomy, Linear, anatomy_of, group_size, skeleton
-from sordino.contract import Move, Solver, build_moves
+from sordino.contract import Move, Solver
 from sordino.errors import InputError, SordinoError, reason
+from sordino.moves import build_moves
 from sordino.numerics.affine import AffineGrid
+from sordino.numerics.basis import Basis
 from sordino.numerics.packing import packed_words
 from sordino.recipe import Gptaq, Gptq, Recipe, WeightFormat
 from sordino.round.gptq import GptqSolver
@@ -65,10 +67,13 @@ class Plan:
         blocks: first and last-plus-one block to quantize.
         linears: per block, the linears in site order.
         dtype: compute dtype of forwards.
+        stored: dtype of what is not rounded.
         batch: windows of a forward.
         budget: bytes that a runner may keep of inputs.
         heldout: number of held-out windows (0: no guard).
         q_calib, fp_calib: whether that stream is computed on the calibration windows.
+        basis: of the residual stream inside the blocks, None for the model's own.
+        targets: whether moves train towards the full-precision stream, up to its end.
         memory: estimated peak bytes.
         disk: bytes written under OUT.
     """
@@ -79,11 +84,14 @@ class Plan:
     blocks: tuple[int, int]
     linears: tuple[tuple[LinearPlan, ...], ...]
     dtype: torch.dtype
+    stored: torch.dtype
     batch: int
     budget: int
     heldout: int
     q_calib: bool
     fp_calib: bool
+    targets: bool
+    basis: Basis | None
     memory: int
     disk: int
 
@@ -118,7 +126,15 @@ class Plan:
         chosen = list(self.quantized())
         if not chosen:
             return 16.0
-        return sum(x.bits_stored for x in chosen) / sum(x.linear.in_features * x.linear.out_features for x in chosen)
+        side = 8 * self.stored.itemsize * sum(self.added_biases(i) for i in range(*self.blocks))
+        return (sum(x.bits_stored for x in chosen) + side) / sum(x.linear.in_features * x.linear.out_features for x in chosen)
+
+    def added_biases(self, index: int) -> int:
+        """Numbers in the biases that moves add to a block."""
+        sizes = {x.name: x.out_features for x in self.anatomy.linears} | dict.fromkeys(
+            self.anatomy.norms.values(), self.anatomy.at("qkv")[0].in_features
+        )
+        return sum(sizes[name] for m in self.moves for name in m.biases(self.anatomy))
 
 
 def _group_word(x: LinearPlan) -> str:
@@ -175,11 +191,14 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
         blocks=span,
         linears=linears,
         dtype=compute_dtype(source.dtype),
+        stored=source.dtype,
         batch=max(1, min(c.windows, max(_BATCH_TOKENS, _hidden(source)) // c.seqlen)),
         budget=min(1 << 29, psutil.virtual_memory().total // 16),
         heldout=max(4, c.windows // 8) if guarded else 0,
         q_calib=bool(needs) or bool(moves),
         fp_calib="D" in needs or fp_moves,
+        targets=fp_moves,
+        basis=_basis(moves, _hidden(source)),
         memory=0,
         disk=0,
     )
@@ -248,6 +267,13 @@ def _plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, i
         chosen = span[0] <= index < span[1] and fmt.bits != 16
         plans.append(LinearPlan(linear, name, fmt, group_size(fmt.group, linear, name) if chosen else None))
     return tuple(plans)
+
+
+def _basis(moves: tuple[Move, ...], hidden: int) -> Basis | None:
+    found = [b for m in moves if (b := m.basis(hidden)) is not None]
+    if len(found) > 1:
+        raise InputError("more than one move rotates the residual stream; keep one of them")
+    return found[0] if found else None
 
 
 def _check_resources(plan: Plan, source: Source, out: Path | None) -> Plan:

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from sordino.contract import Rounded
 from sordino.errors import InputError
+from sordino.runtime.modules import pack_linear
 from sordino.walk.streams import create_stream, open_stream
 
 WORK = ".sordino-work"
@@ -79,9 +81,23 @@ class Work:
             if int(file.stem.rpartition("-")[2]) < before:
                 file.unlink()
 
-    def save_block(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Store a block's tensors, atomically."""
-        write_tensors(self.block_file(index), tensors)
+    def save_block(self, index: int, tensors: dict[str, Tensor], finished: bool = False) -> None:
+        """Store a block's tensors, atomically; those of the finish stage beside the others."""
+        write_tensors(self.path / ("finished" if finished else "blocks") / f"{index:05d}.safetensors", tensors)
+
+    def save_ends(self, tensors: dict[str, Tensor]) -> None:
+        """Store what the finish stage left around the blocks."""
+        write_tensors(self.path / "finished" / "ends.safetensors", tensors)
+
+    def load_ends(self) -> dict[str, Tensor]:
+        """Read :meth:`save_ends` back; None of it if there was no finish stage."""
+        return load_file(self.path / "finished" / "ends.safetensors") if self.finished is not None else {}
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """What the finish stage reported, once it is complete."""
+        found: dict[str, Any] | None = self.state.get("finished")
+        return found
 
     def load_block(self, index: int) -> dict[str, Tensor]:
         """Read a stored block back.
@@ -95,8 +111,8 @@ class Work:
             raise InputError(f"{self.block_file(index)} is missing or damaged; use --fresh to start over") from None
 
     def block_file(self, index: int) -> Path:
-        """Where a block is stored."""
-        return self.path / "blocks" / f"{index:05d}.safetensors"
+        """Where the latest generation of a block is stored."""
+        return self.path / ("blocks" if self.finished is None else "finished") / f"{index:05d}.safetensors"
 
     def remove(self) -> None:
         """Remove the folder, the state first: without it the rest does not count."""
@@ -128,6 +144,16 @@ def claim(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def pack_block(block: nn.Module, solved: dict[str, Rounded], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A block's tensors as they are stored: rounded linears packed, everything else in the model's dtype."""
+    tensors = {k: v.detach().to(dtype) for k, v in block.state_dict().items()}
+    for linear, r in solved.items():
+        del tensors[f"{linear}.weight"]
+        packed = pack_linear(r.codes, r.scale, r.zero, r.bits, r.symmetric)
+        tensors |= {f"{linear}.{k}": v for k, v in packed.items()}
+    return tensors
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +176,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def _read_state(file: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return {k: state[k] for k in ("fingerprint", "done", "reports", "seconds")}
+        known = {k: state[k] for k in ("fingerprint", "done", "reports", "seconds")}
+        return known | ({"finished": state["finished"]} if "finished" in state else {})
     except (ValueError, KeyError, TypeError, OSError):
         raise InputError(f"{file} is damaged; use --fresh to start over") from None
 

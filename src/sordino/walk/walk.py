@@ -22,13 +22,13 @@ from sordino.contract import Rounded, Stats, StreamName
 from sordino.errors import SordinoError
 from sordino.numerics.threads import one_thread
 from sordino.round.rtn import RtnSolver
-from sordino.runtime.modules import QuantLinear
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.context import Context, Stream, relative_error
 from sordino.walk.ends import Ends
+from sordino.walk.finish import finishing, open_finish, rounded_block, store_finish
 from sordino.walk.plan import LinearPlan, Plan, make_grid, make_solver, searched
 from sordino.walk.source import Source
-from sordino.walk.store import Work
+from sordino.walk.store import Work, pack_block
 
 # A block may be this much worse than RTN before RTN takes its place (guard a).
 _GUARD = 1.01
@@ -84,11 +84,37 @@ class Walk:
             self.source.close()  # pages of a mapped file count as this process's memory until it is unmapped
         self.progress("block", last, last)
         ends = Ends(self.source, self.plan)  # not before: its tables would sit in memory through the whole walk
-        if self.plan.heldout and last == self.plan.anatomy.n_blocks:
-            ends.final_guard({k: s.x for k, s in self.streams.items()}, self.factory.norm())
-        for move in self.plan.moves:
-            move.finish(ends.tensors, self.artifacts)
+        whole = last == self.plan.anatomy.n_blocks
+        if finishing(self.plan) and whole:
+            self._finish(ends)
+        elif self.plan.heldout and whole:
+            hidden = self.streams["q"].x[-self.plan.heldout :]
+            ends.final_guard(
+                self.streams["fp"].x[-self.plan.heldout :], hidden, self.streams["rtn"].x, self.factory.norm(self.plan.basis)
+            )
         return ends
+
+    def _finish(self, ends: Ends) -> None:
+        """Let moves work on the whole rounded model (unless an interrupted run has them done), then the final guard."""
+        assert self.windows is not None
+        rest = {"calls": self.calls, "artifacts": self.artifacts, "seed": self.seed}
+        if self.work.finished is None:
+            finish = open_finish(self.factory, self.plan, self.work, ends, self.streams, self.windows, **rest)
+            for move in finishing(self.plan):
+                move.finish(finish)
+            store_finish(finish, self.plan, self.work, self.source.dtype)
+            del finish
+        ends.tensors |= self.work.load_ends()
+        if self.plan.heldout:
+            finish = open_finish(self.factory, self.plan, self.work, ends, self.streams, self.windows, **rest)
+            path = f"{self.plan.anatomy.final_norm}."
+            own = {k.removeprefix(path): v.to(self.plan.dtype) for k, v in ends.tensors.items() if k.startswith(path)}
+            finish.norm.load_state_dict(own)
+            numbers = torch.arange(self.plan.recipe.calibration.windows, len(self.windows))
+            with torch.no_grad():
+                hidden = torch.cat([finish.hidden(n) for n in numbers[: self.plan.rtn_windows].split(self.plan.batch)])
+            exact = self.streams["fp"].x[-self.plan.heldout :]
+            ends.final_guard(exact, hidden, self.streams["rtn"].x, self.factory.norm(self.plan.basis), finish.norm)
 
     # Streams
 
@@ -190,10 +216,12 @@ class Walk:
             self._round_site(ctx, site, report)
             for move in self.plan.moves:
                 move.after(ctx, site)
-        for move in self.plan.moves:
-            move.close(ctx)
         if "fp" in self.streams:
             self._advance(ctx, "fp", fp)
+            ctx.following = self.streams["fp"].x
+        for move in self.plan.moves:
+            move.close(ctx)
+        report |= {"moves": ctx.notes} if ctx.notes else {}
         following = self._next("q", index) if "q" in self.streams else None
         if self.plan.heldout and following is not None:
             report |= self._guard(ctx, following)
@@ -233,12 +261,14 @@ class Walk:
             stacked = torch.cat([modules[i].weight[rows].float() for i, rows in stack])
             with one_thread(stacked.numel() <= _SMALL):
                 done = solver.solve(stacked, prepared, grid, group)
+            if not any(m.needs_latent for m in self.plan.moves):
+                done.latent = None
             at = 0
             for i, rows in stack:
                 parts[i].append(done.rows(slice(at, at + rows.stop - rows.start)))
                 at += rows.stop - rows.start
         for p, solved in zip(members, parts, strict=True):
-            report["linears"][p.linear.name] = self._commit(ctx, p.linear.name, _join(solved))
+            report["linears"][p.linear.name] = self._commit(ctx, p.linear.name, Rounded.join(solved))
 
     def _commit(self, ctx: Context, linear: str, rounded: Rounded) -> dict[str, float]:
         """Put a rounded weight into the block; returns its squared error relative to the full-precision weight."""
@@ -290,32 +320,26 @@ class Walk:
 
     def _store(self, ctx: Context) -> None:
         """Write the block, read it back, and make sure that the stored bytes are the block that calibration saw."""
-        stored_dtype = self.source.dtype
-        tensors = {k: v.to(stored_dtype) for k, v in ctx.q.state_dict().items()}
-        for linear, packed in ctx.rounded.items():
-            del tensors[f"{linear}.weight"]
-            tensors |= {f"{linear}.{k}": v for k, v in packed.items()}
-        self.work.save_block(ctx.index, tensors)
-        back = self.work.load_block(ctx.index)
-        for p in self.plan.linears[ctx.index]:
-            if p.group is None:
-                continue
-            shape = (p.linear.in_features, p.linear.out_features)
-            module = QuantLinear(*shape, False, p.format.bits, p.group, p.format.symmetric)
-            state = {k.rpartition(".")[2]: v for k, v in back.items() if k.startswith(f"{p.linear.name}.weight")}
-            module.load_state_dict(state, assign=True)
-            weight: Any = ctx.q.get_submodule(p.linear.name).weight
-            if not torch.equal(module.dequantize(weight.dtype), weight):
-                raise SordinoError(f"{p.name}: the stored bytes are not the weight that was calibrated")
+        self.work.save_block(ctx.index, pack_block(ctx.q, ctx.solved, self.source.dtype))
+        back, _ = rounded_block(self.factory, self.plan, ctx.index, self.work.load_block(ctx.index))
+        for name, parameter in ctx.q.named_parameters():
+            if not torch.equal(back.get_parameter(name), parameter):
+                name = self.plan.anatomy.full_name(ctx.index, name)
+                raise SordinoError(f"{name}: the stored bytes are not what was calibrated")
 
     def _advance(self, ctx: Context, name: str, layer: nn.Module) -> None:
         """Send a whole stream through a block, into a new file."""
         stream, following = self.streams[name], self._next(name, ctx.index)
-        start = stream.calib if ctx.last else 0
+        start = self._first_used(name, ctx.index)
         for i in range(start, stream.x.shape[0], ctx.batch):
             span = slice(i, min(i + ctx.batch, stream.x.shape[0]))
             following[span] = self._output(ctx, name, layer, span)
         self._step(name, following, ctx.index)
+
+    def _first_used(self, name: str, index: int) -> int:
+        """First window that anything still looks at after a block: after the last one, the held-out ones and targets."""
+        last = index == self.plan.anatomy.n_blocks - 1
+        return self.streams[name].calib if last and not (name == "fp" and self.plan.targets) else 0
 
     def _output(self, ctx: Context, name: str, layer: nn.Module, span: slice) -> Tensor:
         """Output of a layer for some windows; the full-precision block starts from what its runner kept."""
@@ -329,8 +353,7 @@ class Walk:
 
     def _step(self, name: str, following: Tensor, index: int) -> None:
         """Make ``following`` the stream, once it is known to be finite."""
-        stream = self.streams[name]
-        start = stream.calib if index == self.plan.anatomy.n_blocks - 1 else 0
+        stream, start = self.streams[name], self._first_used(name, index)
         # A sum (kept in fp32 inside) is not finite exactly where an entry is not, and costs one pass.
         if not math.isfinite(float(following[start:].sum())):
             raise SordinoError(f"block {index}: the {name} stream is not finite after it")
@@ -360,11 +383,3 @@ def _stacks(shapes: list[tuple[int, ...]]) -> list[list[tuple[int, slice]]]:
             stacks[-1].append((i, slice(at, at + n)))
             at, rows_left = at + n, rows_left - n
     return stacks
-
-
-def _join(parts: list[Rounded]) -> Rounded:
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    codes, scale, zero = (torch.cat([getattr(p, k) for p in parts]) for k in ("codes", "scale", "zero"))
-    return Rounded(codes, scale, zero, first.bits, first.group, first.symmetric, first.notes)

@@ -1,0 +1,1 @@
+"""Moves that give back what rounding took."""

@@ -1,0 +1,59 @@
+"""The one tuner: AdamW with warm-up and cosine over any set of parameter spaces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sordino.contract import ParameterSpace
+from sordino.errors import SordinoError
+
+_WARM = 0.05  # share of the steps in which the learning rates rise
+
+
+def descend(
+    spaces: Sequence[ParameterSpace], batches: Iterator[Tensor], steps: int, backward: Callable[[Tensor], float]
+) -> list[float]:
+    """Train.
+
+    Args:
+        spaces: what is trained; attached already.
+        batches: indices of the windows of each step.
+        steps: how many steps; the cosine ends there.
+        backward: computes the loss of some windows, its gradients, and returns its value.
+
+    Returns:
+        Loss of every step.
+
+    Raises:
+        SordinoError: if the loss stops being finite.
+    """
+    groups = [g for s in spaces for g in s.groups()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    warm = max(1, int(steps * _WARM))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, i - warm) / max(1, steps - warm)))
+    )
+    losses = []
+    with torch.enable_grad():
+        for _ in range(steps):
+            losses.append(backward(next(batches)))
+            if not math.isfinite(losses[-1]):
+                raise SordinoError(f"the training loss is not finite at step {len(losses)}; lower the learning rates")
+            for s in spaces:
+                s.collect()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            for s in spaces:
+                s.settle()
+    return losses
+
+
+def shuffled(n: int, batch: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of window numbers: every window once an epoch, in a new order each time."""
+    while True:
+        yield from torch.randperm(n, generator=rng).split(batch)

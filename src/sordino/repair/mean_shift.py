@@ -1,0 +1,87 @@
+"""Mean shift in the post-attention norm: D²Quant's deviation-aware correction (spec section 2).
+
+Rounding q, k, v and o moves the mean of what the norm before the MLP puts out. The difference of the two means over the
+calibration tokens, full-precision block against rounded block *on the same quantized stream*, is added to the norm as a
+bias; everything after sees the corrected norm. It is the constant that minimizes the squared deviation there.
+As the released code does, differences are limited to ±10; unlike it, two running means are kept instead of all
+activations, and the effect is measured on held-out windows, where a constant that only fits the calibration text shows.
+Shapes: B windows, L tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sordino.anatomy import Anatomy, Site
+from sordino.contract import BlockContext, Move, Split
+from sordino.errors import InputError
+from sordino.recipe import Format
+
+
+class MeanShift(Move):
+    """Correct the mean of the post-attention norm's output.
+
+    Args:
+        form: ``norm`` stores a bias of the norm; ``linear`` stores what it becomes in gate and up, for engines whose
+            norms have no bias (the rounded weights times the shift).
+        always: keep the shift even where it does not help on held-out windows, as the paper does.
+    """
+
+    name = "mean-shift"
+
+    def __init__(self, form: str = "norm", always: bool = False) -> None:
+        if form not in ("norm", "linear"):
+            raise InputError(f"move 'mean-shift': form '{form}' is neither norm nor linear")
+        self.form, self.always = form, always
+        self._pending: Tensor | None = None
+
+    def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
+        """Needs a norm between attention and MLP."""
+        if "gate_up" not in anatomy.norms:
+            raise InputError(f"move 'mean-shift': {anatomy.model_type} has no norm in front of its MLP")
+
+    def biases(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Where it is stored."""
+        linears = tuple(x.name for x in anatomy.at("gate_up") if not x.bias)
+        return (anatomy.norms["gate_up"],) if self.form == "norm" else linears
+
+    def after(self, ctx: BlockContext, site: Site) -> None:
+        """Measure and add the shift after o_proj; in linear form, hand it on once gate and up are rounded."""
+        norm = ctx.anatomy.norms["gate_up"]
+        if site == "o":
+            shift = (mean_input(ctx, "fp") - mean_input(ctx, "q")).clamp_(-10.0, 10.0)
+            before = deviation(ctx)
+            ctx.shift(norm, shift)
+            after = deviation(ctx)
+            kept = self.always or after < before or not ctx.stream("q", "heldout").shape[0]
+            if not kept:
+                ctx.shift(norm, -shift)
+            self._pending = shift if kept else torch.zeros_like(shift)
+            ctx.notes[self.name] = {"mse_before": before, "mse_after": after, "kept": kept}
+        elif site == "gate_up" and self.form == "linear" and self._pending is not None:
+            for linear in ctx.anatomy.at("gate_up"):
+                weight: Any = ctx.q.get_submodule(linear.name).weight
+                ctx.shift(linear.name, weight.float() @ self._pending)
+            ctx.unshift(norm)
+
+
+def mean_input(ctx: BlockContext, which: Any, split: Split = "calib") -> Tensor:
+    """Mean over tokens of what gate and up see, fp64-accumulated [D]; both blocks run on the quantized stream."""
+    total, count = torch.zeros(ctx.anatomy.at("gate_up")[0].in_features, dtype=torch.float64), 0
+    for _, x in ctx.inputs(which, "gate_up", split, stream="q"):
+        total += x.flatten(0, 1).sum(0, dtype=torch.float64)
+        count += x.shape[0] * x.shape[1]
+    return (total / max(count, 1)).float()
+
+
+def deviation(ctx: BlockContext) -> float:
+    """Mean squared deviation of the rounded block's input of gate and up from the full-precision block's, held out."""
+    total, count = 0.0, 0
+    pairs = zip(ctx.inputs("q", "gate_up", "heldout"), ctx.inputs("fp", "gate_up", "heldout", stream="q"), strict=True)
+    for (_, mine), (_, exact) in pairs:
+        total += float((mine.float() - exact.float()).square().mean(-1).sum())
+        count += mine.shape[0] * mine.shape[1]
+    return total / max(count, 1)

@@ -1,0 +1,192 @@
+"""Parameter spaces: what can be trained of a rounded linear, so that one tuner trains any set of them.
+
+A :class:`TrainedLinear` stands in for a linear while it is trained. Its weight is ``(code - zero) * scale`` exactly as it
+will be stored, on every step; codes come from a latent position on the grid (in steps of the scale), whose gradient goes
+straight through the rounding. Codes do not depend on the scale, so the scale's gradient is exact.
+Shapes: R = out_features, C = in_features, G = groups, g = C/G.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sordino.contract import Rounded
+from sordino.numerics.affine import round_scale
+
+_EDGE = 0.499  # how far beyond the outermost code a latent position may lie, in steps
+
+
+class TrainedLinear(nn.Module):
+    """A rounded linear whose roundings and scales can be trained.
+
+    Attributes:
+        latent: fp32 [R, G, g], position on the grid in steps, relative to the zero point (a parameter if weights train).
+        growth: fp32 [R, G], logarithm of the scale over its first value (a parameter if scales train).
+        bias: the linear's own, frozen, or None.
+    """
+
+    latent: Tensor
+    growth: Tensor
+    zero: Tensor
+    first: Tensor
+
+    def __init__(self, rounded: Rounded, bias: Tensor | None, weights: bool, scales: bool):
+        super().__init__()
+        self.start, self.bias = replace(rounded, latent=None), bias
+        rows, groups = rounded.scale.shape
+        zero, first = rounded.zero[..., None], rounded.scale
+        codes = rounded.codes.view(rows, groups, -1).float() - zero
+        if not weights:
+            self.register_buffer("latent", codes.to(torch.int8))
+        else:
+            if rounded.latent is not None:
+                # A clipped weight sits at the edge of the last code, from where it may still come back.
+                exact = rounded.latent.view(rows, groups, -1) / first[..., None]
+                codes = torch.minimum(torch.maximum(exact, codes - _EDGE), codes + _EDGE)
+            self.latent = nn.Parameter(codes)
+        self.register_buffer("zero", zero)
+        self.register_buffer("first", first)
+        growth = torch.zeros_like(first)
+        if scales:
+            self.growth = nn.Parameter(growth)
+        else:
+            self.register_buffer("growth", growth)
+
+    def scale(self) -> Tensor:
+        """The scale as it will be stored, fp32 [R, G], with gradients as if it were not rounded."""
+        exact = self.first * self.growth.exp()
+        return exact + (round_scale(exact.detach()) - exact.detach())
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight as it will be stored, [R, C]."""
+        top = (1 << self.start.bits) - 1
+        out: Tensor = _OnGrid.apply(self.latent, self.scale(), self.zero, top, dtype)  # type: ignore[no-untyped-call]
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + bias``."""
+        return F.linear(x, self.weight(x.dtype), self.bias)
+
+    @torch.no_grad()
+    def limit(self) -> None:
+        """Keep latent positions where their code is the nearest: call it after every step."""
+        if isinstance(self.latent, nn.Parameter):
+            top = (1 << self.start.bits) - 1
+            torch.minimum(torch.maximum(self.latent, -self.zero - _EDGE), top - self.zero + _EDGE, out=self.latent.data)
+
+    @torch.no_grad()
+    def rounded(self) -> Rounded:
+        """What it has become."""
+        codes = self.latent.float().round() + self.zero
+        codes = codes.clamp_(0, (1 << self.start.bits) - 1).view_as(self.start.codes).to(torch.uint8)
+        return replace(self.start, codes=codes, scale=self.scale())
+
+
+class _OnGrid(torch.autograd.Function):
+    """``(clamp(round(latent) + zero) - zero) * scale``; straight through the rounding, exact for the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, top: int, dtype: torch.dtype) -> Tensor:
+        """[R, G, g] positions -> [R, C] values."""
+        if latent.dtype == torch.int8:
+            steps = latent
+        else:
+            steps = torch.round(latent)
+            torch.minimum(torch.maximum(steps, -zero, out=steps), top - zero, out=steps)
+            steps = steps.to(torch.int8)
+        ctx.save_for_backward(steps, scale)
+        return (steps.to(dtype) * scale[..., None].to(dtype)).view(scale.shape[0], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of positions and scales."""
+        steps, scale = ctx.saved_tensors
+        grad = grads[0].view_as(steps)
+        d_latent = d_scale = None
+        if ctx.needs_input_grad[0]:
+            d_latent = grad.float() * scale[..., None]
+        if ctx.needs_input_grad[1]:
+            d_scale = (grad * steps.to(grad.dtype)).sum(-1, dtype=torch.float32)
+        return d_latent, d_scale, None, None, None
+
+
+class WeightSpace:
+    """Roundings and scales of the rounded linears of a block: every one is replaced by a :class:`TrainedLinear`.
+
+    Args:
+        block: the decoder layer, edited in place until :meth:`fold`.
+        solved: the rounded linears, by name inside the block.
+        weights: learning rate of latent positions in steps of the grid; 0 leaves the codes as they are.
+        scales: learning rate of the scales' logarithms; 0 leaves them.
+    """
+
+    def __init__(self, block: nn.Module, solved: dict[str, Rounded], weights: float, scales: float):
+        self.block, self.rates = block, (weights, scales)
+        self.plain: dict[str, nn.Module] = {name: block.get_submodule(name) for name in solved}
+        self.trained: dict[str, TrainedLinear] = {}
+        for name, rounded in solved.items():
+            bias: Any = self.plain[name].bias
+            self.trained[name] = TrainedLinear(rounded, bias, weights > 0, scales > 0)
+            block.set_submodule(name, self.trained[name])
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer."""
+        members: list[list[Tensor]] = [[t.latent for t in self.trained.values()], [t.growth for t in self.trained.values()]]
+        return [{"params": p, "lr": lr} for p, lr in zip(members, self.rates, strict=True) if lr > 0]
+
+    def collect(self) -> None:
+        """After the backward pass: nothing to do."""
+
+    def settle(self) -> None:
+        """After an optimizer step: keep positions on the grid."""
+        for t in self.trained.values():
+            t.limit()
+
+    def fold(self) -> dict[str, Rounded]:
+        """Put the plain linears back; returns what the rounded ones have become, for the context to commit."""
+        for name, module in self.plain.items():
+            self.block.set_submodule(name, module)
+        return {name: t.rounded() for name, t in self.trained.items()}
+
+
+class GainSpace:
+    """Gains of norms. They are trained in fp32 and used as they will be stored, in the dtype of the module.
+
+    Args:
+        norms: the norm modules.
+        rate: learning rate, as a share of the root mean square of each gain.
+    """
+
+    def __init__(self, norms: list[nn.Module], rate: float):
+        self.weights: list[Any] = [n.weight for n in norms]
+        self.masters = [nn.Parameter(w.detach().float()) for w in self.weights]
+        self.rate = rate
+        for w in self.weights:
+            w.requires_grad_(True)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer."""
+        return [{"params": [m], "lr": self.rate * float(m.detach().square().mean().sqrt())} for m in self.masters]
+
+    def collect(self) -> None:
+        """Hand the gradients to the fp32 copies."""
+        for w, m in zip(self.weights, self.masters, strict=True):
+            m.grad = None if w.grad is None else w.grad.float()
+            w.grad = None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Round the fp32 copies into the modules."""
+        for w, m in zip(self.weights, self.masters, strict=True):
+            w.copy_(m)
+
+    def fold(self) -> dict[str, Rounded]:
+        """The modules hold the gains already."""
+        for w in self.weights:
+            w.requires_grad_(False)
+        return {}

@@ -1,0 +1,73 @@
+"""Block-wise tuning: roundings, scales and gains of one block, against the full-precision stream.
+
+After a block is rounded, its latent weights (straight through the rounding), scales and norm gains are trained so that
+its output on the quantized stream comes near to what the full-precision model has there. The idea is common to AdaRound,
+BRECQ, AutoRound, EfficientQAT and PrefixQuant (spec section on block-wise fine-tuning); what is ours: latent weights
+start where GPTQ's error compensation left them, so that step 0 equals the solved block, and tokens are weighted such
+that a massive one counts for no more than a median one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sordino.contract import BlockContext, Move
+from sordino.numerics.divergence import token_weights
+from sordino.repair.descent import descend, shuffled
+from sordino.repair.spaces import GainSpace, WeightSpace
+
+
+class Tune(Move):
+    """Train a rounded block; kept only if the held-out error falls.
+
+    Args:
+        epochs: passes over the calibration windows.
+        batch: windows of a step.
+        weights: learning rate of latent weights in steps of the grid; 0 leaves the codes.
+        scales: learning rate of the scales' logarithms.
+        gains: learning rate of norm gains, as a share of their size.
+    """
+
+    name = "tune"
+    needs_fp_stream = True
+    needs_latent = True
+
+    def __init__(
+        self, epochs: int = 2, batch: int = 4, weights: float = 0.01, scales: float = 0.003, gains: float = 0.003
+    ) -> None:
+        self.epochs, self.batch, self.rates = epochs, batch, (weights, scales)
+        self.gains = gains
+
+    def close(self, ctx: BlockContext) -> None:
+        """Train, commit, compare."""
+        if not ctx.solved:
+            return
+        before, state = ctx.error(), ctx.snapshot()
+        x, target = ctx.stream("q"), ctx.target()
+        spaces: list[Any] = [WeightSpace(ctx.q, ctx.solved, *self.rates)]
+        if self.gains > 0:
+            spaces.append(GainSpace([ctx.q.get_submodule(n) for n in ctx.anatomy.norms.values()], self.gains))
+
+        def backward(windows: Tensor) -> float:
+            t = target[windows].float()
+            weight = token_weights(t)
+            out = ctx.q(x[windows], **ctx.call)
+            y = (out[0] if isinstance(out, tuple) else out).float()
+            loss: Tensor = ((y - t).square().sum(-1) * weight).sum() / (t.square().sum(-1) * weight).sum()
+            loss.backward()
+            return loss.item()
+
+        steps = self.epochs * -(-x.shape[0] // self.batch)
+        losses = descend(spaces, shuffled(x.shape[0], self.batch, ctx.rng(self.name)), steps, backward)
+        for space in spaces:
+            for linear, rounded in space.fold().items():
+                ctx.commit(linear, rounded)
+        after = ctx.error()
+        kept = after < before
+        if not kept:
+            ctx.restore(state)
+        tail = max(1, steps // 10)
+        trained = [sum(part) / len(part) for part in (losses[:tail], losses[-tail:])]
+        ctx.notes[self.name] = {"before": before, "after": after, "kept": kept, "loss": [round(v, 6) for v in trained]}

@@ -1,0 +1,1 @@
+"""Moves that change the numbers but not the function."""

@@ -1,0 +1,119 @@
+"""The finish stage: the whole rounded model at once, for moves that train it end to end (contract.FinishContext).
+
+It starts from the stored blocks and ends in a second generation of them, written beside the first; a killed finish
+starts again from the first. Shapes: N windows, L tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sordino.anatomy import Anatomy
+from sordino.contract import Move, Rounded
+from sordino.runtime.modules import QuantLinear
+from sordino.walk.blocks import BlockFactory
+from sordino.walk.ends import Ends
+from sordino.walk.plan import Plan
+from sordino.walk.store import Work, pack_block
+
+
+@dataclass
+class Finish:
+    """See :class:`sordino.contract.FinishContext`."""
+
+    anatomy: Anatomy
+    artifacts: dict[str, Any]
+    seed: int
+    blocks: list[nn.Module]
+    solved: list[dict[str, Rounded]]
+    calls: list[dict[str, Any]]
+    around: Ends
+    norm: nn.Module
+    windows: Tensor
+    calib: int
+    targets: Tensor
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ends(self) -> dict[str, Tensor]:
+        """Tensors outside the blocks, as they will be stored."""
+        return self.around.tensors
+
+    def rng(self, move: str) -> torch.Generator:
+        """Generator seeded by (seed, move)."""
+        digest = hashlib.sha256(f"{self.seed} finish {move}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def hidden(self, windows: Tensor) -> Tensor:
+        """What the rounded model hands to its final norm, for window numbers [B] -> [B, L, D]."""
+        x = self.around.embed(self.windows[windows], exact=False)
+        for block, call in zip(self.blocks, self.calls, strict=True):
+            out = block(x, **call)
+            x = out[0] if isinstance(out, tuple) else out
+        return x
+
+    def heads(self) -> tuple[Tensor, Tensor]:
+        """Output tables [V, D] in the compute dtype: the rounded model's, and the full-precision one."""
+        return self.around.heads()
+
+    def commit(self, block: int, linear: str, rounded: Rounded) -> None:
+        """Put a rounded weight into a block."""
+        module: Any = self.blocks[block].get_submodule(linear)
+        self.solved[block][linear] = rounded
+        module.weight = nn.Parameter(rounded.values().to(module.weight.dtype), requires_grad=False)
+
+
+def rounded_block(
+    factory: BlockFactory, plan: Plan, index: int, stored: dict[str, Tensor]
+) -> tuple[nn.Module, dict[str, Rounded]]:
+    """A block as its stored bytes say: plain linears that hold the rounded values, and the rounded form of each."""
+    tensors = {k: v.to(plan.dtype) for k, v in stored.items() if v.is_floating_point() and ".weight_" not in k}
+    solved = {}
+    for p in plan.linears[index]:
+        if p.group is None:
+            continue
+        module = QuantLinear(p.linear.in_features, p.linear.out_features, False, p.format.bits, p.group, p.format.symmetric)
+        own = {k.rpartition(".")[2]: v for k, v in stored.items() if k.startswith(f"{p.linear.name}.weight")}
+        module.load_state_dict(own, assign=True)
+        scale, zero = module.weight_scale.float(), module.zeros().float()
+        solved[p.linear.name] = Rounded(module.codes(), scale, zero, p.format.bits, p.group, p.format.symmetric)
+        tensors[f"{p.linear.name}.weight"] = module.dequantize(plan.dtype)
+    return factory.assemble(index, tensors), solved
+
+
+def finishing(plan: Plan) -> list[Move]:
+    """The moves that have something to do at the end."""
+    return [m for m in plan.moves if type(m).finish is not Move.finish]
+
+
+def open_finish(
+    factory: BlockFactory, plan: Plan, work: Work, ends: Ends, streams: Any, windows: Tensor, **rest: Any
+) -> Finish:
+    """Load the whole rounded model from the work folder (blocks that were left alone from the source)."""
+    blocks, solved = [], []
+    for i in range(plan.anatomy.n_blocks):
+        inside = plan.blocks[0] <= i < plan.blocks[1]
+        block, own = rounded_block(factory, plan, i, work.load_block(i)) if inside else (factory.load(i), {})
+        blocks.append(block)
+        solved.append(own)
+    norm = factory.norm(plan.basis)
+    return Finish(
+        anatomy=plan.anatomy, blocks=blocks, solved=solved, around=ends, norm=norm, windows=windows,
+        calib=plan.recipe.calibration.windows, targets=streams["fp"].x, **rest,
+    )  # fmt: skip
+
+
+def store_finish(finish: Finish, plan: Plan, work: Work, stored_dtype: torch.dtype) -> None:
+    """Write the second generation, and mark it as the valid one."""
+    path = plan.anatomy.final_norm
+    for name, parameter in finish.norm.named_parameters():
+        finish.ends[f"{path}.{name}"] = parameter.detach().to(stored_dtype)
+    for i in range(*plan.blocks):
+        work.save_block(i, pack_block(finish.blocks[i], finish.solved[i], stored_dtype), finished=True)
+    work.save_ends(finish.ends)
+    work.save(finished=finish.notes)

@@ -1,0 +1,105 @@
+"""Tuning and distillation through the main path; on random tiny models, so mechanics are tested here, not quality."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import sordino
+from sordino.moves import MOVES
+from sordino.recipe import MoveSpec, load_recipe
+from sordino.repair.distill import Distill, HeadDivergence
+from sordino.walk.store import Work
+from tiny import make_tiny
+
+SMALL = {"windows": 64, "seqlen": 32}
+
+
+def recipe(*moves: dict[str, Any], base: str = "gptaq-w2") -> sordino.Recipe:
+    return load_recipe(base).model_copy(update={"moves": tuple(MoveSpec(**m) for m in moves)})
+
+
+TUNE: dict[str, Any] = {"move": "tune", "epochs": 3, "batch": 4, "weights": 0.01}
+DISTILL: dict[str, Any] = {"move": "distill", "epochs": 3, "batch": 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2"])
+def test_tuned_blocks_are_better_on_held_out_windows(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", family, dtype, layers=2)
+    result = sordino.quantize(str(model), recipe(TUNE), tmp_path / "out", **SMALL)
+    notes = [b["moves"]["tune"] for b in result.manifest["blocks"]]
+    assert all(n["kept"] == (n["after"] < n["before"]) for n in notes) and any(n["kept"] for n in notes)
+
+
+def test_a_tuning_that_does_harm_is_undone(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    wild = TUNE | {"weights": 50.0}
+    result = sordino.quantize(str(model), recipe(wild), tmp_path / "wild", **SMALL)
+    assert not any(b["moves"]["tune"]["kept"] for b in result.manifest["blocks"])
+    sordino.quantize(str(model), "gptaq-w2", tmp_path / "plain", **SMALL)
+    files = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("wild", "plain")]
+    assert files[0] == files[1]
+
+
+def test_same_seed_same_bytes(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    for name in ("a", "b"):
+        sordino.quantize(str(model), recipe(TUNE, DISTILL), tmp_path / name, **SMALL)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("weights", [0.0, 0.03])
+@pytest.mark.parametrize("tied", [True, False])
+def test_distillation_lowers_the_divergence_that_the_checkpoint_has(weights: float, tied: bool, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2, tied=tied)
+    move = DISTILL | {"weights": weights, "scales": 0.01}
+    result = sordino.quantize(str(model), recipe(move), tmp_path / "out", **SMALL)
+    note = result.manifest["finish"]["distill"]
+    assert note["kept"] and note["kl_after"] < note["kl_before"] and note["loss"][1] < note["loss"][0]
+    sordino.quantize(str(model), "gptaq-w2", tmp_path / "plain", **SMALL)
+    text = tmp_path / "text"
+    text.write_text("The distribution of the next word, on words that nobody trained on. " * 20)
+    options: dict[str, Any] = {"text": str(text), "seqlen": 32, "against": str(model)}
+    ours, plain = (sordino.evaluate(tmp_path / n, **options).kl for n in ("out", "plain"))
+    assert ours is not None and plain is not None and ours < plain
+    codes = [sordino.load(tmp_path / n)[0].model.layers[0].mlp.up_proj.codes() for n in ("out", "plain")]
+    assert torch.equal(*codes) == (weights == 0.0)
+
+
+def test_a_kill_during_the_finish_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    sordino.quantize(str(model), recipe(TUNE, DISTILL), tmp_path / "a", **SMALL)
+
+    class Killed(Distill):
+        def finish(self, ctx: Any) -> None:
+            super().finish(ctx)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setitem(MOVES, "distill", Killed)
+        with pytest.raises(KeyboardInterrupt):
+            sordino.quantize(str(model), recipe(TUNE, DISTILL), tmp_path / "b", **SMALL)
+    with monkeypatch.context() as m:
+        m.setattr(Work, "load_ends", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sordino.quantize(str(model), recipe(TUNE, DISTILL), tmp_path / "b", **SMALL)
+    sordino.quantize(str(model), recipe(TUNE, DISTILL), tmp_path / "b", **SMALL)
+    for name in ("model.safetensors", "sordino.json", "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_head_divergence_is_the_definition_with_its_gradient() -> None:
+    h, t = (torch.randn(150, 8, dtype=torch.float64) for _ in range(2))
+    student, teacher = (torch.randn(40, 8, dtype=torch.float64) for _ in range(2))
+    mine, exact = h.float().requires_grad_(), h.clone().requires_grad_()
+    value = HeadDivergence.apply(mine, student.float(), t.float(), teacher.float())
+    value.backward()
+    log_p, log_q = F.log_softmax(t @ teacher.T, -1), F.log_softmax(exact @ student.T, -1)
+    definition = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    definition.backward()
+    assert abs(value.item() - float(definition)) <= 1e-5 * float(definition)
+    assert mine.grad is not None and exact.grad is not None
+    assert (mine.grad - exact.grad).norm() <= 1e-5 * exact.grad.norm()
