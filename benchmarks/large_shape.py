@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from ladder import ROOT, code_version, run
 from sordino.walk.source import copy_tokenizer, open_source
-from weight_only import ROOT, code_version, run
 
 LLAMA3_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

@@ -90,10 +90,10 @@ class Anatomy:
     def absorbable(self) -> dict[str, str]:
         """Pairs ``down -> up``: a positive scale on the input columns of the first can move to the rows of the second.
 
-        down_proj's input is ``act(gate) * up``, linear in up_proj. o_proj's input is a mixture of v_proj's outputs,
-        so the pair holds there too, with columns tied by query group.
+        down_proj's input is ``act(gate) * up``, linear in up_proj. (o_proj's input is a mixture of v_proj's outputs, but
+        there the columns of all query heads of a group would have to share a scale.)
         """
-        return {"mlp.down_proj": "mlp.up_proj", "self_attn.o_proj": "self_attn.v_proj"}
+        return {"mlp.down_proj": "mlp.up_proj"}
 
 
 def skeleton(config: PretrainedConfig, attention: str = "sdpa") -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy, Site
+from sordino.numerics.additive import additive_values
 from sordino.numerics.affine import GridParams
 from sordino.numerics.basis import Basis
 from sordino.recipe import Format
@@ -25,6 +26,11 @@ Split = Literal["calib", "heldout"]
 
 class Grid(Protocol):
     """Which numbers are allowed."""
+
+    @property
+    def name(self) -> Literal["affine", "additive"]:
+        """How codes become values."""
+        ...
 
     @property
     def bits(self) -> int:
@@ -44,8 +50,8 @@ class Grid(Protocol):
         """Fit all groups at once: fp32 [R, C] -> params [R, C/group]."""
         ...
 
-    def nearest(self, w: Tensor, params: GridParams) -> tuple[Tensor, Tensor]:
-        """Nearest codes and their values, fp32 [R, C] each."""
+    def nearest(self, w: Tensor, params: GridParams, cols: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Nearest codes and their values, fp32 [R, C] each; ``cols`` says which columns of the fitted group they are."""
         ...
 
 
@@ -70,11 +76,13 @@ class Rounded:
 
     Attributes:
         codes: uint8 [R, C].
-        scale: fp32 [R, G], numbers that bf16 and fp16 both hold.
+        scale: fp32 [R, G], numbers that bf16 and fp16 both hold; [R, G, b] if the grid is additive.
         zero: fp32 [R, G], integers.
         bits: width of a code.
         group: columns in a group, C/G.
         symmetric: the zero point is 2^(bits-1) everywhere and not stored.
+        grid: how codes become values.
+        column: fp32 [C], scale of every input column on top; the walk merges it into the linear before, or refuses.
         notes: what the solver wants to have said (damping raised, dead columns).
         latent: fp32 [R, C], what was rounded: the weight with the errors of earlier columns moved into it. Only kept
             where a move asks for it; it tells how near each code was to its neighbour.
@@ -88,12 +96,26 @@ class Rounded:
     symmetric: bool
     notes: dict[str, float] = field(default_factory=dict)
     latent: Tensor | None = None
+    grid: Literal["affine", "additive"] = "affine"
+    column: Tensor | None = None
+
+    @staticmethod
+    def of(codes: Tensor, params: GridParams, grid: Grid, group: int, **rest: Any) -> Rounded:
+        """Codes [R, C] of any dtype on a fitted grid."""
+        return Rounded(
+            codes.to(torch.uint8), params.scale, params.zero, grid.bits, group, grid.symmetric,
+            grid=grid.name, column=params.column, **rest,
+        )  # fmt: skip
 
     def values(self) -> Tensor:
         """Dequantized weight, fp32 [R, C]."""
-        rows, groups = self.scale.shape
-        x = self.codes.float().view(rows, groups, -1) - self.zero[..., None]
-        return (x * self.scale[..., None]).view(rows, -1)
+        rows, groups = self.zero.shape
+        codes = self.codes.view(rows, groups, -1)
+        if self.grid == "additive":
+            values = additive_values(codes, self.scale)
+        else:
+            values = (codes.float() - self.zero[..., None]) * self.scale[..., None]
+        return values.view(rows, -1) * (1.0 if self.column is None else self.column)
 
     def rows(self, span: slice) -> Rounded:
         """Some of the rows; notes go along."""

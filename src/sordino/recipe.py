@@ -50,6 +50,7 @@ class Gptq(_Table):
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
     order: Literal["gar", "none"] = "gar"
     static_groups: bool = False
+    weighted: bool = False
 
 
 class Gptaq(Gptq):
@@ -74,6 +75,8 @@ class WeightOverride(_Table):
     bits: Bits | None = None
     group: Group | None = None
     symmetric: bool | None = None
+    grid: Literal["affine", "additive"] | None = None
+    column_scale: bool | None = None
     solver: Solver | None = None
 
 
@@ -83,7 +86,8 @@ class WeightFormat(_Table):
     bits: Bits = 16
     group: Group = "auto"
     symmetric: bool = False
-    grid: Literal["affine"] = "affine"
+    grid: Literal["affine", "additive"] = "affine"
+    column_scale: bool = False
     search: Annotated[int, Field(ge=0, le=200, strict=True)] = 24
     solver: Solver = Rtn()
     override: tuple[WeightOverride, ...] = ()
@@ -94,7 +98,11 @@ class WeightFormat(_Table):
         update: dict[str, Any] = {"override": (), "ignore": ()}
         for o in self.override:
             if fnmatch.fnmatch(name, o.match):
-                update |= {k: getattr(o, k) for k in ("bits", "group", "symmetric", "solver") if getattr(o, k) is not None}
+                update |= {
+                    k: getattr(o, k)
+                    for k in ("bits", "group", "symmetric", "grid", "column_scale", "solver")
+                    if getattr(o, k) is not None
+                }
         if any(fnmatch.fnmatch(name, pattern) for pattern in self.ignore):
             update["bits"] = 16
         return self.model_copy(update=update)

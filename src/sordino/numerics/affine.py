@@ -8,6 +8,7 @@ Shapes: R rows, K columns of one group (or G groups of g columns, K = G*g).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,12 +26,21 @@ class GridParams:
     """Scale and zero of a set of groups.
 
     Attributes:
-        scale: fp32 [R, G], values that bf16 and fp16 hold exactly.
+        scale: fp32 [R, G], values that bf16 and fp16 hold exactly; [R, G, b] for additive grids.
         zero: fp32 [R, G], integers 0 … 2^b - 1.
+        column: fp32 [G*g], scale of each input column on top, or None.
     """
 
     scale: Tensor
     zero: Tensor
+    column: Tensor | None = None
+
+    @staticmethod
+    def join(parts: list[GridParams]) -> GridParams:
+        """Groups of one matrix, side by side."""
+        columns = [p.column for p in parts if p.column is not None]
+        scale, zero = torch.cat([p.scale for p in parts], 1), torch.cat([p.zero for p in parts], 1)
+        return GridParams(scale, zero, torch.cat(columns) if columns else None)
 
 
 def round_scale(scale: Tensor) -> Tensor:
@@ -60,6 +70,8 @@ class AffineGrid:
     symmetric: bool = False
     search: int = 24
     smallest: float = 0.4
+
+    name: ClassVar[Literal["affine"]] = "affine"
 
     @property
     def top(self) -> int:
@@ -123,8 +135,8 @@ class AffineGrid:
         x = codes.view(rows, groups, -1) - params.zero[..., None]
         return (x * params.scale[..., None]).view_as(codes)
 
-    def nearest(self, w: Tensor, params: GridParams) -> tuple[Tensor, Tensor]:
-        """Nearest codes and their values, both fp32 [R, G*g]."""
+    def nearest(self, w: Tensor, params: GridParams, cols: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Nearest codes and their values, both fp32 [R, G*g]; every column of a group is alike here."""
         codes = self.codes(w, params)
         return codes, self.values(codes, params)
 

@@ -116,7 +116,9 @@ class _OnGrid(torch.autograd.Function):
 
 
 class WeightSpace:
-    """Roundings and scales of the rounded linears of a block: every one is replaced by a :class:`TrainedLinear`.
+    """Roundings and scales of the rounded linears of a block: each is replaced by a :class:`TrainedLinear`.
+
+    Additive grids are left as they are.
 
     Args:
         block: the decoder layer, edited in place until :meth:`fold`.
@@ -127,9 +129,10 @@ class WeightSpace:
 
     def __init__(self, block: nn.Module, solved: dict[str, Rounded], weights: float, scales: float):
         self.block, self.rates = block, (weights, scales)
-        self.plain: dict[str, nn.Module] = {name: block.get_submodule(name) for name in solved}
+        trainable = {name: r for name, r in solved.items() if r.grid == "affine"}
+        self.plain: dict[str, nn.Module] = {name: block.get_submodule(name) for name in trainable}
         self.trained: dict[str, TrainedLinear] = {}
-        for name, rounded in solved.items():
+        for name, rounded in trainable.items():
             bias: Any = self.plain[name].bias
             self.trained[name] = TrainedLinear(rounded, bias, weights > 0, scales > 0)
             block.set_submodule(name, self.trained[name])

@@ -28,12 +28,21 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the inputs of a site contribute: column order [C], factor ``u`` and asymmetric term ``p`` (permuted)."""
+    """What the inputs of a site contribute, permuted.
+
+    Attributes:
+        perm: column order [C].
+        u: upper factor of the inverse Hessian, fp32 [C, C].
+        p: asymmetric term fp32 [C, C], or None.
+        notes: what is worth saying.
+        weights: of the columns in the grids' fit, fp32 [C], or None for equal ones.
+    """
 
     perm: Tensor
     u: Tensor
     p: Tensor | None
     notes: dict[str, float]
+    weights: Tensor | None = None
 
 
 class GptqSolver:
@@ -44,10 +53,18 @@ class GptqSolver:
         order: ``gar`` or ``none``.
         static_groups: fit every group's grid on the original weights before the first column.
         alpha: strength of the asymmetric term.
+        weighted: weigh the columns of a group by diag H when its grid is fitted.
     """
 
-    def __init__(self, damp: float = 0.01, order: str = "gar", static_groups: bool = False, alpha: float = 0.0):
-        self.damp, self.order, self.static_groups, self.alpha = damp, order, static_groups, alpha
+    def __init__(
+        self,
+        damp: float = 0.01,
+        order: str = "gar",
+        static_groups: bool = False,
+        alpha: float = 0.0,
+        weighted: bool = False,
+    ):
+        self.damp, self.order, self.static_groups, self.alpha, self.weighted = damp, order, static_groups, alpha, weighted
         self.needs = frozenset({"H", "D"} if alpha > 0 else {"H"})
 
     def prepare(self, stats: Stats | None, group: int) -> Prepared:
@@ -60,10 +77,11 @@ class GptqSolver:
             raise ValueError("GPTQ needs the Hessian of its inputs")
         dead = _revive(stats.h)
         perm = gar_order(stats.h.diagonal(), group) if self.order == "gar" else torch.arange(stats.h.shape[0])
+        weights = stats.h.diagonal()[perm].clone() if self.weighted else None
         u, damp = inverse_factor(_take(stats, perm), self.damp)
         p = None if stats.d is None else asymmetric_term(stats.d[perm[:, None], perm], u, self.alpha)
         notes = {"damp": damp} if damp > self.damp else {}
-        return Prepared(perm, u, p, notes | ({"dead_columns": float(dead)} if dead else {}))
+        return Prepared(perm, u, p, notes | ({"dead_columns": float(dead)} if dead else {}), weights)
 
     def solve(self, w: Tensor, prepared: Prepared, grid: Grid, group: int) -> Rounded:
         """Round fp32 [R, C]."""
@@ -71,13 +89,18 @@ class GptqSolver:
         static = None
         if self.static_groups:
             fitted, order = grid.fit_groups(w, group), perm[::group] // group
-            static = GridParams(fitted.scale[:, order], fitted.zero[:, order])
+            column = None if fitted.column is None else fitted.column[perm]
+            static = GridParams(fitted.scale[:, order], fitted.zero[:, order], column)
         wt = w.T[perm]
-        codes, scale, zero = _walk_columns(wt, prepared.u, prepared.p, grid, group, static)
+        codes, params = _walk_columns(wt, prepared, grid, group, static)
         columns, groups = torch.argsort(perm), torch.argsort(perm[::group] // group)
-        codes, scale, zero = codes[columns].T.contiguous(), scale[:, groups], zero[:, groups]
+        params = GridParams(
+            params.scale[:, groups].contiguous(),
+            params.zero[:, groups].contiguous(),
+            None if params.column is None else params.column[columns],
+        )
         latent = wt[columns].T.contiguous()
-        return Rounded(codes, scale, zero, grid.bits, group, grid.symmetric, prepared.notes, latent)
+        return Rounded.of(codes[columns].T.contiguous(), params, grid, group, notes=prepared.notes, latent=latent)
 
 
 def gar_order(diag: Tensor, group: int) -> Tensor:
@@ -114,24 +137,24 @@ def _revive(h: Tensor) -> int:
 
 
 def _walk_columns(
-    wt: Tensor, u: Tensor, p: Tensor | None, grid: Grid, group: int, static: GridParams | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    wt: Tensor, prepared: Prepared, grid: Grid, group: int, static: GridParams | None
+) -> tuple[Tensor, GridParams]:
     """The column loop.
 
     Args:
         wt: fp32 [C, R], permuted, contiguous; overwritten by what was rounded in the end.
-        u: fp32 [C, C] upper factor of the inverse Hessian.
-        p: fp32 [C, C] asymmetric term or None.
+        prepared: the factor and the asymmetric term.
         grid: the grid.
         group: columns in a group; groups are contiguous here.
         static: grids fitted beforehand, [R, G] in permuted order, or None.
 
     Returns:
-        codes uint8 [C, R], scale and zero fp32 [R, G], all in permuted order.
+        codes uint8 [C, R] and grids of all groups, in permuted order.
     """
     cols, rows = wt.shape
+    u, p = prepared.u, prepared.p
     codes = torch.empty(cols, rows, dtype=torch.uint8)
-    scales, zeros = torch.empty(cols // group, rows), torch.empty(cols // group, rows)
+    fitted: list[GridParams] = []
     step = _step(cols, group)
     for start in range(0, cols, step):
         stop = min(start + step, cols)
@@ -144,12 +167,13 @@ def _walk_columns(
             g, offset = divmod(column, group)
             if offset == 0:
                 if static is None:
-                    params = grid.fit(wt[column : column + group].T.contiguous())
+                    weights = None if prepared.weights is None else prepared.weights[column : column + group]
+                    fitted.append(grid.fit(wt[column : column + group].T.contiguous(), weights))
                 else:
-                    params = GridParams(static.scale[:, g : g + 1], static.zero[:, g : g + 1])
-                scales[g], zeros[g] = params.scale[:, 0], params.zero[:, 0]
+                    own = None if static.column is None else static.column[column : column + group]
+                    fitted.append(GridParams(static.scale[:, g : g + 1], static.zero[:, g : g + 1], own))
             w = block[j]
-            q, value = grid.nearest(w[:, None], GridParams(scales[g][:, None], zeros[g][:, None]))
+            q, value = grid.nearest(w[:, None], fitted[g], slice(offset, offset + 1))
             codes[column] = q[:, 0]
             before[j] = w
             torch.sub(w, value[:, 0], out=errors[j]).div_(ub[j, column])
@@ -161,7 +185,7 @@ def _walk_columns(
             wt[stop:].addmm_(ub[:, stop:].T, errors, alpha=-1.0)
             if p is not None:
                 wt[stop:].addmm_(p[start:stop, stop:].T, before)
-    return codes, scales.T.contiguous(), zeros.T.contiguous()
+    return codes, GridParams.join(fitted)
 
 
 def _step(cols: int, group: int) -> int:

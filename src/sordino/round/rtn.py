@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sordino.contract import Grid, Rounded, Stats
@@ -20,4 +19,4 @@ class RtnSolver:
         """Round fp32 [R, C]."""
         params = grid.fit_groups(w, group)
         codes, _ = grid.nearest(w, params)
-        return Rounded(codes.to(torch.uint8), params.scale, params.zero, grid.bits, group, grid.symmetric, latent=w)
+        return Rounded.of(codes, params, grid, group, latent=w)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sordino.numerics.additive import additive_values
 from sordino.numerics.basis import Basis
 from sordino.numerics.packing import pack, packed_words, unpack
 
@@ -25,7 +26,7 @@ class QuantLinear(nn.Module):
 
     Buffers:
         weight_packed: int32 [O, ceil(I*b/32)], bit stream along the input.
-        weight_scale: bf16 [O, G].
+        weight_scale: bf16 [O, G]; [O, G, b] if the grid is additive.
         weight_zero_point: int32 [ceil(O*b/32), G], bit stream along the output; None if symmetric.
         bias: [O] parameter or None.
     """
@@ -34,14 +35,24 @@ class QuantLinear(nn.Module):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, group: int, symmetric: bool):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        bits: int,
+        group: int,
+        symmetric: bool,
+        grid: str = "affine",
+    ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.bits, self.group, self.symmetric = bits, group, symmetric
+        self.bits, self.group, self.symmetric, self.additive = bits, group, symmetric or grid == "additive", grid == "additive"
         groups = in_features // group
         self.register_buffer("weight_packed", torch.zeros(out_features, packed_words(in_features, bits), dtype=torch.int32))
-        self.register_buffer("weight_scale", torch.zeros(out_features, groups, dtype=torch.bfloat16))
-        zero = None if symmetric else torch.zeros(packed_words(out_features, bits), groups, dtype=torch.int32)
+        shape = (out_features, groups, bits) if self.additive else (out_features, groups)
+        self.register_buffer("weight_scale", torch.zeros(shape, dtype=torch.bfloat16))
+        zero = None if self.symmetric else torch.zeros(packed_words(out_features, bits), groups, dtype=torch.int32)
         self.register_buffer("weight_zero_point", zero)
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None)
@@ -53,7 +64,8 @@ class QuantLinear(nn.Module):
     def zeros(self) -> Tensor:
         """Zero points, uint8 [O, G]."""
         if self.weight_zero_point is None:
-            return torch.full_like(self.weight_scale, 1 << (self.bits - 1), dtype=torch.uint8)
+            shape, middle = self.weight_scale.shape[:2], 0 if self.additive else 1 << (self.bits - 1)
+            return torch.full(shape, middle, dtype=torch.uint8, device=self.weight_scale.device)
         return unpack(self.weight_zero_point.T.contiguous(), self.bits, self.out_features).T
 
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None), zeros: Tensor | None = None) -> Tensor:
@@ -61,6 +73,10 @@ class QuantLinear(nn.Module):
 
         In bf16 the difference is exact and the product is rounded once, the same as computing in fp32 and casting.
         """
+        if self.additive:
+            levels = self.weight_scale[rows].float()
+            codes = self.codes(rows).view(*levels.shape[:2], self.group)
+            return additive_values(codes, levels).view(levels.shape[0], -1).to(dtype)
         zeros = (self.zeros() if zeros is None else zeros)[rows]
         scale = self.weight_scale[rows].to(dtype)
         w = self.codes(rows).to(dtype).view(*scale.shape, self.group)

@@ -117,7 +117,13 @@ def _swap_linear(model: nn.Module, name: str, old: nn.Linear, group: dict[str, A
     size = old.in_features if group["group"] == "channel" else int(group["group"])
     with torch.device("meta"):
         new = QuantLinear(
-            old.in_features, old.out_features, old.bias is not None, group["bits"], size, bool(group["symmetric"])
+            old.in_features,
+            old.out_features,
+            old.bias is not None,
+            group["bits"],
+            size,
+            bool(group["symmetric"]),
+            group.get("grid", "affine"),
         )
         if new.bias is not None:
             new.bias = nn.Parameter(new.bias.to(old.weight.dtype), requires_grad=False)

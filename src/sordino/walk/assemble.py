@@ -63,14 +63,15 @@ def publish(work: Work, out: Path) -> None:
 
 def storage_config(plan: Plan) -> SordinoConfig:
     """The ``quantization_config`` of a plan's checkpoint."""
-    kinds: dict[tuple[int, int | str, bool], list[str]] = {}
+    kinds: dict[tuple[int, int | str, bool, str], list[str]] = {}
     for p in plan.quantized():
         group: int | str = "channel" if p.group == p.linear.in_features else int(p.group or 0)
-        kinds.setdefault((p.format.bits, group, p.format.symmetric), []).append(p.name)
+        kinds.setdefault((p.format.bits, group, p.format.symmetric, p.format.grid), []).append(p.name)
     fmt, anatomy = plan.recipe.format, plan.anatomy
     groups = [
         {"bits": b, "group": g, "symmetric": s, "modules": compress_names(names, anatomy.blocks, anatomy.n_blocks)}
-        for (b, g, s), names in kinds.items()
+        | ({} if grid == "affine" else {"grid": grid})
+        for (b, g, s, grid), names in kinds.items()
     ]
     if fmt.head != 16 and not anatomy.tied:
         groups.append({"bits": fmt.head, "group": "channel", "symmetric": True, "modules": [anatomy.head]})

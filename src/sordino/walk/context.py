@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sordino.anatomy import Anatomy, Site
 from sordino.contract import Rounded, Split, Stats, StreamName
 from sordino.errors import SordinoError
+from sordino.numerics.affine import round_scale
 from sordino.numerics.divergence import token_weights
 from sordino.numerics.gram import add_cross, add_gram, mirror
 from sordino.runtime.modules import drop_bias, give_bias
@@ -84,6 +85,21 @@ class Context:
         source = stream or which
         return self.runner(which, source).inputs(site, *self.streams[source].span(split))
 
+    def _absorb(self, linear: str, column: Tensor) -> None:
+        """Move a column scale [C] to the rows of the linear before: into its stored scales, its codes stay."""
+        before = self.anatomy.absorbable()[linear]
+        module: Any = self.q.get_submodule(before)
+        if before in self.solved:
+            r = self.solved[before]
+            rows = column.view(-1, *[1] * (r.scale.ndim - 1))
+            self.commit(before, replace(r, scale=round_scale(r.scale * rows), latent=None))
+        else:
+            scaled = (module.weight.float() * column[:, None]).to(module.weight.dtype)
+            module.weight = nn.Parameter(scaled, requires_grad=False)
+            self.touch(next(x.site for x in self.anatomy.linears if x.name == before))
+        if module.bias is not None:
+            module.bias.data = (module.bias.float() * column).to(module.bias.dtype)
+
     def shift(self, module: str, bias: Tensor) -> None:
         """Add to the bias of a norm or linear of the q block."""
         target: Any = self.q.get_submodule(module)
@@ -131,6 +147,9 @@ class Context:
 
     def commit(self, linear: str, rounded: Rounded) -> None:
         """Put a rounded weight into the q block and remember its stored form."""
+        if rounded.column is not None:
+            self._absorb(linear, rounded.column)
+            rounded = replace(rounded, column=None, latent=None)
         module = self.q.get_submodule(linear)
         self.solved[linear] = rounded
         old: Any = module.weight

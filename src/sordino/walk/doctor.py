@@ -45,6 +45,7 @@ def examine(model: str, recipe: str, overrides: tuple[str, ...] = (), engines: t
 def _for_vllm(plan: Plan) -> None:
     """compressed-tensors pack-quantized in vLLM: affine groups of 32 columns or more, plain embeddings and head."""
     _plain_ends(plan, "vllm")
+    _affine(plan, "vllm")
     for p in plan.quantized():
         if p.linear.in_features % 32 or p.linear.out_features % 32:
             raise InputError(f"vllm: {p.name} is {p.linear.out_features} x {p.linear.in_features}, not multiples of 32; "
@@ -53,8 +54,19 @@ def _for_vllm(plan: Plan) -> None:
             raise InputError(f"vllm: {p.name}: group {p.group} has no kernel; --set format.weights.group=auto")
 
 
+def _affine(plan: Plan, engine: str) -> None:
+    for p in plan.quantized():
+        if p.format.grid != "affine":
+            raise InputError(f"{engine}: {p.name}: {p.format.grid} grids run in Sordino only; use an affine recipe, "
+                             "e.g. d2quant-paper-w3 instead of d2quant-w3")  # fmt: skip
+    if plan.basis is not None and plan.anatomy.tied:
+        raise InputError(f"{engine}: a rotated model with one table for embeddings and head runs in Sordino only; "
+                         "leave the move 'rotate' out")  # fmt: skip
+
+
 def _for_gguf(plan: Plan) -> None:
     """GGUF blocks are 32 columns wide; an integer grid fits one of its types exactly if groups are made of blocks."""
+    _affine(plan, "gguf")
     for p in plan.quantized():
         if p.format.bits == 8 and not p.format.symmetric:
             raise InputError(f"gguf: {p.name}: 8 bits asymmetric fit no block type; --set format.weights.symmetric=true")

@@ -77,11 +77,15 @@ def rounded_block(
     for p in plan.linears[index]:
         if p.group is None:
             continue
-        module = QuantLinear(p.linear.in_features, p.linear.out_features, False, p.format.bits, p.group, p.format.symmetric)
+        module = QuantLinear(
+            p.linear.in_features, p.linear.out_features, False, p.format.bits, p.group, p.format.symmetric, p.format.grid
+        )
         own = {k.rpartition(".")[2]: v for k, v in stored.items() if k.startswith(f"{p.linear.name}.weight")}
         module.load_state_dict(own, assign=True)
         scale, zero = module.weight_scale.float(), module.zeros().float()
-        solved[p.linear.name] = Rounded(module.codes(), scale, zero, p.format.bits, p.group, p.format.symmetric)
+        solved[p.linear.name] = Rounded(
+            module.codes(), scale, zero, p.format.bits, p.group, module.symmetric, grid=p.format.grid
+        )
         tensors[f"{p.linear.name}.weight"] = module.dequantize(plan.dtype)
     return factory.assemble(index, tensors), solved
 

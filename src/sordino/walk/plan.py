@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from sordino.anatomy import Anatomy, Linear, anatomy_of, group_size, skeleton
-from sordino.contract import Move, Solver
+from sordino.contract import Grid, Move, Solver
 from sordino.errors import InputError, SordinoError, reason
 from sordino.moves import build_moves
+from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
 from sordino.numerics.affine import AffineGrid
 from sordino.numerics.basis import Basis
 from sordino.numerics.packing import packed_words
@@ -52,8 +53,11 @@ class LinearPlan:
         if self.group is None:
             return rows * cols * 16
         groups, b = cols // self.group, self.format.bits
+        codes = rows * packed_words(cols, b) * 32
+        if self.format.grid == "additive":
+            return codes + rows * groups * b * 16
         zeros = 0 if self.format.symmetric else packed_words(rows, b) * 32 * groups
-        return rows * packed_words(cols, b) * 32 + rows * groups * 16 + zeros
+        return codes + rows * groups * 16 + zeros
 
 
 @dataclass(frozen=True)
@@ -146,18 +150,21 @@ def make_solver(fmt: WeightFormat) -> Solver:
     options = fmt.solver
     if isinstance(options, Gptq):
         alpha = options.alpha if isinstance(options, Gptaq) else 0.0
-        return GptqSolver(options.damp, options.order, options.static_groups, alpha)
+        return GptqSolver(options.damp, options.order, options.static_groups, alpha, options.weighted)
     return RtnSolver()
 
 
-def make_grid(fmt: WeightFormat) -> AffineGrid:
+def make_grid(fmt: WeightFormat) -> Grid:
     """The grid of a weight format."""
-    return AffineGrid(fmt.bits, fmt.symmetric, fmt.search)
+    if fmt.grid == "additive":
+        return AdditiveGrid(fmt.bits, fmt.column_scale)
+    base = AffineGrid(fmt.bits, fmt.symmetric, fmt.search)
+    return DualScaleGrid(base) if fmt.column_scale else base
 
 
-def searched(fmt: WeightFormat) -> AffineGrid:
-    """The grid of a weight format as the guards' baseline uses it: with the default scale search, whatever the recipe."""
-    return AffineGrid(fmt.bits, fmt.symmetric)
+def baseline_grid(fmt: WeightFormat) -> Grid:
+    """The grid that the guards' baseline rounds to: as stored, with the default search, without a column scale."""
+    return AdditiveGrid(fmt.bits, column=False) if fmt.grid == "additive" else AffineGrid(fmt.bits, fmt.symmetric)
 
 
 def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, out: Path | None) -> Plan:
@@ -265,6 +272,11 @@ def _plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, i
         name = anatomy.full_name(index, linear.name)
         fmt = recipe.format.weights.resolve(name)
         chosen = span[0] <= index < span[1] and fmt.bits != 16
+        if chosen and fmt.column_scale and linear.name not in anatomy.absorbable():
+            raise InputError(
+                f"{name}: no linear before it can take over a column scale, only {', '.join(anatomy.absorbable())} have one; "
+                'set column_scale in a [[format.weights.override]] that matches "*.down_proj"'
+            )
         plans.append(LinearPlan(linear, name, fmt, group_size(fmt.group, linear, name) if chosen else None))
     return tuple(plans)
 

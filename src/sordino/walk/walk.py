@@ -26,7 +26,7 @@ from sordino.walk.blocks import BlockFactory
 from sordino.walk.context import Context, Stream, relative_error
 from sordino.walk.ends import Ends
 from sordino.walk.finish import finishing, open_finish, rounded_block, store_finish
-from sordino.walk.plan import LinearPlan, Plan, make_grid, make_solver, searched
+from sordino.walk.plan import LinearPlan, Plan, baseline_grid, make_grid, make_solver
 from sordino.walk.source import Source
 from sordino.walk.store import Work, pack_block
 
@@ -257,7 +257,10 @@ class Walk:
             raise SordinoError(f"block {ctx.index}, {members[0].linear.site}: {error}") from None
         modules: list[Any] = [ctx.q.get_submodule(p.linear.name) for p in members]
         parts: list[list[Rounded]] = [[] for _ in members]
-        for stack in _stacks([tuple(m.weight.shape) for m in modules]):
+        shapes = [tuple(m.weight.shape) for m in modules]
+        # All rows share a column scale, so they must be fitted together.
+        whole = [[(i, slice(0, rows))] for i, (rows, _) in enumerate(shapes)]
+        for stack in whole if members[0].format.column_scale else _stacks(shapes):
             stacked = torch.cat([modules[i].weight[rows].float() for i, rows in stack])
             with one_thread(stacked.numel() <= _SMALL):
                 done = solver.solve(stacked, prepared, grid, group)
@@ -313,7 +316,7 @@ class Walk:
             if p.group is None:
                 continue
             module: Any = layer.get_submodule(p.linear.name)
-            rounded[p.linear.name] = RtnSolver().solve(module.weight.float(), None, searched(p.format), p.group)
+            rounded[p.linear.name] = RtnSolver().solve(module.weight.float(), None, baseline_grid(p.format), p.group)
             values = rounded[p.linear.name].values().to(module.weight.dtype)
             module.weight = nn.Parameter(values, requires_grad=False)
         return rounded, layer

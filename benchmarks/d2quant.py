@@ -1,0 +1,42 @@
+"""Ladder of D²Quant's parts at 2 and 3 bits, and Sordino's own best, on smollm2; see ladder.py.
+
+python benchmarks/d2quant.py --calibrate wiki.valid.raw --evaluate wiki.test.raw --also c4.txt [--only NAME …]
+"""
+
+from __future__ import annotations
+
+from ladder import Ladder, climb
+
+SEEDS = [0, 1, 2]
+DOWN = "format.weights.override"
+
+
+def rungs(bits: int) -> Ladder:
+    """Each rung adds one part; the last four are the systems whole, and with one move out."""
+    w, paper = f"d2quant-w{bits}", f"d2quant-paper-w{bits}"
+    plain, rotate = f"{DOWN}=[]", 'moves=[{move="rotate"}]'
+    return {
+        f"rtn-w{bits}": ("rtn-w4", [f"format.weights.bits={bits}"], [0]),
+        f"gptq-w{bits}": (f"gptq-w{bits}", [], SEEDS),
+        f"gptaq-w{bits}": (f"gptaq-w{bits}", [], SEEDS),
+        f"rotated gptaq-w{bits}": (w, [plain, rotate], SEEDS),
+        f"rotated gptaq-w{bits} + mean shift": (w, [plain], SEEDS),
+        f"rotated gptaq-w{bits} + column scale": (paper, [rotate], SEEDS),
+        f"rotated gptaq-w{bits} + additive grid": (w, [f"{DOWN}.0.column_scale=false", rotate], SEEDS),
+        f"rotated gptaq-w{bits} + additive dual scale": (w, [rotate], SEEDS),
+        f"d2quant-paper-w{bits}": (paper, [], SEEDS),
+        f"d2quant-w{bits}": (w, [], SEEDS),
+        f"d2quant-w{bits} without rotation": (w, ['moves=[{move="mean-shift", always=true}]'], SEEDS),
+    }
+
+
+LADDER: Ladder = {
+    **rungs(2),
+    **rungs(3),
+    "w2": ("w2", [], SEEDS),
+    "w3": ("w3", [], SEEDS),
+    "w4": ("w4", [], SEEDS),
+}
+
+if __name__ == "__main__":
+    climb(__doc__, LADDER, "d2quant.jsonl")

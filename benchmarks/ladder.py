@@ -1,0 +1,109 @@
+"""What ladders of recipes share: quantize and evaluate in processes of their own, keep one JSON row each.
+
+Every step is the public command line, so CPU seconds and memory are a user's. A row is one (recipe digest, code version,
+seed); rows that are there are skipped, so a ladder can be stopped and continued. `python benchmarks/render.py` turns the
+rows into docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from sordino.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+ROWS = ROOT / "benchmarks" / "rows"
+
+# name -> (recipe, overrides, seeds)
+Ladder = dict[str, tuple[str, list[str], list[int]]]
+
+
+def climb(doc: str | None, ladder: Ladder, file: str) -> None:
+    """Command line of a ladder: measure its rows, or some of them, into ``benchmarks/rows/FILE``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibrate", required=True, help="calibration text (never the test text)")
+    parser.add_argument("--evaluate", required=True, help="evaluation text")
+    parser.add_argument("--also", help="second evaluation text, of another domain; its first 16 windows are scored")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--windows", type=int, default=32, help="evaluation windows of 2048")
+    parser.add_argument("--only", nargs="*", help="names of rows")
+    parser.add_argument("--seeds", type=int, nargs="*", help="of these seeds only")
+    args = parser.parse_args()
+    if "full precision" in (args.only or ["full precision"]):
+        row("full precision", None, [], 0, args, ROWS / file)
+    for name, (recipe, overrides, seeds) in ladder.items():
+        if args.only is None or name in args.only:
+            for seed in seeds:
+                if args.seeds is None or seed in args.seeds:
+                    row(name, recipe, overrides, seed, args, ROWS / file)
+
+
+def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: argparse.Namespace, rows: Path) -> None:
+    """Measure one row and append it, unless it is there."""
+    digest = load_recipe(recipe, overrides).digest if recipe else "full"
+    key = {"digest": digest, "version": code_version(), "seed": seed, "windows": args.windows, "model": args.model}
+    have = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
+    if any(all(r.get(k) == v for k, v in key.items()) for r in have):
+        return
+    work = Path(tempfile.mkdtemp(prefix="sordino-bench-"))
+    result: dict[str, Any] = {"name": name, **key, "recipe": recipe, "overrides": overrides, "cores": os.cpu_count()}
+    try:
+        subject = args.model
+        if recipe:
+            subject = str(work / "out")
+            sets = [x for o in overrides for x in ("--set", o)]
+            given = ["quantize", args.model, "-r", recipe, "-o", subject, "--text", args.calibrate, "--seed", str(seed)]
+            result["quantize"] = run([*given, *sets])
+            manifest = json.loads((work / "out" / "sordino.json").read_text())
+            result |= {"guard": manifest["guard"], "coverage": manifest["coverage"]}
+            result["fallbacks"] = [b["block"] for b in manifest["blocks"] if b.get("fallback")]
+        result |= figures(subject, args.evaluate, args.windows, args.model if recipe else None, work)
+        if args.also:
+            result["also"] = figures(subject, args.also, 16, args.model if recipe else None, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    with open(rows, "a") as f:
+        f.write(json.dumps(result) + "\n")
+    print(f"{name} seed {seed}: PPL {result['ppl']:.3f} at {result['bits_per_weight']:.3f} bits", flush=True)
+
+
+def figures(subject: str, text: str, windows: int, against: str | None, work: Path) -> Any:
+    """What `sordino eval` measures."""
+    file = work / "figures.json"
+    reference = [] if against is None else ["--against", against]
+    run(["eval", subject, "--text", text, "--windows", str(windows), "--json", str(file), *reference])
+    return json.loads(file.read_text())
+
+
+def run(command: list[str]) -> dict[str, float]:
+    """Run the command line; returns wall and CPU seconds and peak bytes of the process."""
+    started = time.time()
+    process = subprocess.Popen([str(Path(sys.executable).parent / "sordino"), *command], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    # A final guard's "worse than RTN" (exit 1) keeps its files; the row then says so through the manifest.
+    code = os.waitstatus_to_exitcode(status)
+    marked = command[0] == "quantize" and (Path(command[command.index("-o") + 1]) / "sordino.json").is_file()
+    if code and not (code == 1 and marked):
+        raise SystemExit(f"sordino {' '.join(command)} failed with {code}")
+    return {
+        "seconds": round(time.time() - started, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
+
+
+def code_version() -> str:
+    """Version of the code that decides the figures: git's name of the src tree, marked if it has local changes."""
+    tree = subprocess.run(["git", "rev-parse", "--short", "HEAD:src"], cwd=ROOT, capture_output=True, text=True)
+    dirty = subprocess.run(["git", "status", "--porcelain", "src"], cwd=ROOT, capture_output=True, text=True).stdout
+    return tree.stdout.strip() + ("-dirty" if dirty.strip() else "")

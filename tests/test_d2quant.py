@@ -1,0 +1,102 @@
+"""D²Quant through the main path: the merge of the column scale, storage, loading (spec, section 6.5)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import sordino
+from sordino.contract import Rounded, Stats
+from sordino.errors import InputError
+from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
+from sordino.numerics.affine import AffineGrid, round_scale
+from sordino.recipe import load_recipe
+from sordino.round.gptq import GptqSolver
+from sordino.walk.context import Context
+from tiny import make_tiny
+
+SMALL: dict[str, Any] = {"windows": 16, "seqlen": 32}
+PRESETS = ["d2quant-w2", "d2quant-w3", "d2quant-paper-w2", "d2quant-paper-w3"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_column_scale_is_merged_into_up_proj(preset: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Rounded, Rounded, Rounded, torch.Tensor]] = []
+    original = Context.commit
+
+    def commit(self: Context, linear: str, rounded: Rounded) -> None:
+        before = self.solved.get("mlp.up_proj")
+        original(self, linear, rounded)
+        if linear == "mlp.down_proj" and rounded.column is not None and before is not None:
+            seen.append((before, self.solved["mlp.up_proj"], rounded, self.solved[linear].values()))
+
+    monkeypatch.setattr(Context, "commit", commit)
+    model = make_tiny(tmp_path / "model", family, layers=2, ffn=128)
+    recipe = load_recipe(preset, ["guard=off"])
+    sordino.quantize(str(model), recipe, tmp_path / "out", **SMALL)
+    assert len(seen) == 2
+    for up, merged, down, stored_down in seen:
+        assert down.column is not None
+        assert torch.equal(up.codes, merged.codes) and torch.equal(up.zero, merged.zero)
+        assert torch.equal(merged.scale, round_scale(up.scale * down.column[:, None]))
+        x, gate = torch.randn(5, up.codes.shape[1]), torch.rand(5, up.codes.shape[0])
+        unmerged = F.linear(gate * F.linear(x, up.values()), down.values())
+        exact = F.linear(gate * F.linear(x, up.values() * down.column[:, None]), stored_down)
+        assert (unmerged - exact).norm() <= 1e-5 * unmerged.norm()
+        stored = F.linear(gate * F.linear(x, merged.values()), stored_down)
+        assert (unmerged - stored).norm() <= 5e-3 * unmerged.norm()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoint_loads_generates_and_saves_again(preset: str, tied: bool, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", dtype=torch.bfloat16, layers=2, tied=tied, ffn=172)  # no multiple of 32
+    result = sordino.quantize(str(model), preset, tmp_path / "out", **SMALL, overrides=("guard=off",))
+    ours, tokenizer = sordino.load(tmp_path / "out")
+    ids = tokenizer("and it goes on", return_tensors="pt").input_ids
+    assert ours.generate(ids, max_new_tokens=8).shape[1] == ids.shape[1] + 8
+    ours.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, again(ids).logits)
+    measured = sordino.evaluate(tmp_path / "out", seqlen=32, windows=1)
+    assert measured.bits_per_weight == pytest.approx(result.manifest["bits_per_weight"])
+
+
+@pytest.mark.parametrize("grid", [AdditiveGrid(2), AdditiveGrid(3), DualScaleGrid(AffineGrid(3))])
+@pytest.mark.parametrize("static", [False, True])
+def test_column_scales_come_back_in_the_order_of_the_columns(grid: Any, static: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (torch.randn(64, generator=generator)).exp()
+    w = torch.randn(48, 64, generator=generator) * sizes
+    x = torch.randn(400, 64, generator=generator) * torch.randn(64, generator=generator).exp()
+    solver = GptqSolver(order="gar", static_groups=static)
+    rounded = solver.solve(w, solver.prepare(Stats(400, x.T @ x), 32), grid, 32)
+    assert rounded.column is not None
+    for g in range(2):
+        part = slice(32 * g, 32 * g + 32)
+        assert torch.corrcoef(torch.stack([rounded.column[part].log(), sizes[part].log()]))[0, 1] > 0.6
+    plain = AffineGrid(grid.bits)
+    base = GptqSolver(order="gar").solve(w, solver.prepare(Stats(400, x.T @ x), 32), plain, 32)
+    ours, theirs = (float(((r.values() - w) @ x.T).square().sum()) for r in (rounded, base))
+    assert ours < theirs
+
+
+def test_column_scale_is_refused_where_nothing_can_take_it(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    with pytest.raises(InputError, match=r"q_proj.*column scale.*mlp.down_proj"):
+        sordino.quantize(str(model), "gptq-w3", tmp_path / "out", overrides=("format.weights.column_scale=true",))
+
+
+def test_up_proj_in_full_precision_takes_the_scale_too(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2, ffn=128)
+    keep = 'format.weights.ignore=["*.up_proj", "*.gate_proj", "*.self_attn.*"]'
+    recipe = load_recipe("d2quant-paper-w3", [keep, "format.weights.override.0.bits=8"])
+    recipe = recipe.model_copy(update={"moves": ()})
+    sordino.quantize(str(model), recipe, tmp_path / "out", **SMALL)
+    figures = sordino.evaluate(tmp_path / "out", seqlen=32, windows=4, against=str(model))
+    assert figures.kl is not None and figures.kl < 1e-3
