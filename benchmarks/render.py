@@ -1,15 +1,15 @@
-"""Render docs/results.md and the table in README.md from the rows in benchmarks/rows; no figure is typed by hand."""
+"""Render docs/results.md and the tables in README.md and docs/methods/ from the rows in benchmarks/rows; nothing is typed."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
-from weight_only import LADDER
-
-ROOT = Path(__file__).parent.parent
-ROWS = ROOT / "benchmarks" / "rows"
+import d2quant
+import weight_only
+from ladder import ROOT, ROWS
 
 HEAD = """# Measured results
 
@@ -21,49 +21,142 @@ shown; groups of 64 and more are fair, but 4-bit figures of this model should be
 
 **Method.** Calibration: 128 windows of 512 tokens of WikiText-2 raw validation (a seeded choice), 16 further windows held out
 for the guards. Perplexity: WikiText-2 raw test as one text, tokenized once without added specials, first 32 non-overlapping
-windows of 2048, bf16. "auto" takes groups of 64 where 128 does not divide (576 columns) and 128 else (1536 columns).
-"g64 sym" rows are in the setting of the public tools' table: symmetric, groups of 64 everywhere. Where a row has one seed, the
-three-seed rows tell how far another choice of calibration windows moves it.
+windows of 2048, bf16. C4: the first 16 windows of a sample of truncated C4 documents; compare it with itself only.
+"auto" takes groups of 64 where 128 does not divide (576 columns) and 128 else (1536 columns). "g64 sym" rows are in the
+setting of the public tools' table: symmetric, groups of 64 everywhere. KL is against full precision on the same windows.
+Where a row has one seed, the rows with several tell how far another choice of calibration windows moves it. CPU seconds are
+user + system of the whole `quantize` process, taken with one thread and another job beside.
+
+Public tools on the same model and text (GPTQModel 7.6, auto-round 0.16, symmetric, group 64): GPTQ 27.40 / 53.9 / 9331 at
+4 / 3 / 2 bits in 401 / 360 / 355 CPU seconds, AutoRound 29.34 / 75.9 at 3 / 2 bits in 710 / 751.
 """
 
+COLUMNS = ["recipe", "bits/weight", "bits/parameter", "PPL", "seeds", "C4 PPL", "KL", "fallbacks to RTN"]
+COLUMNS += ["CPU s", "peak GiB"]
 
-COLUMNS = ["recipe", "bits/weight", "bits/parameter", "PPL", "seeds", "fallbacks to RTN", "held-out KL (RTN's)"]
-COLUMNS += ["wall s", "CPU s", "peak GiB"]
+Row = dict[str, Any]
 
 
 def main() -> None:
-    rows = [json.loads(line) for line in (ROWS / "weight_only.jsonl").read_text().splitlines()]
-    rows = [r for r in rows if r["model"] == "smollm2" and r["windows"] == 32]
-    latest = {(r["name"], r["seed"]): r for r in rows}  # later rows replace earlier ones
-    have = {r["name"] for r in latest.values()}
-    names = [n for n in ["full precision", *LADDER] if n in have]
-    lines = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-    ]
-    for name in names:
-        mine = [r for (n, _), r in sorted(latest.items()) if n == name]
-        lines.append(line(name, mine))
-    cores = sorted({r["cores"] for r in latest.values()})
-    versions = sorted({r["version"] for r in latest.values()})
-    foot = (
-        f"\nMachine: {cores[0]} cores. Code: src tree {', '.join(versions)}. Wall times were taken with other jobs running.\n"
-    )
-    body = HEAD + "\n## Weight-only recipes\n\n" + "\n".join(lines) + "\n" + foot + large_shape()
+    first, second = latest("weight_only.jsonl"), latest("d2quant.jsonl")
+    body = HEAD + "\n## Rounding alone\n\n" + table(first, ["full precision", *weight_only.LADDER])
+    body += "\n## D²Quant, and past it\n\n" + table(second, ["full precision", *d2quant.LADDER])
+    body += analyses() + large_shape()
     (ROOT / "docs" / "results.md").write_text(body)
-    readme(latest, names)
+    best = {k: v for k, v in second.items() if k[0] in ("w2", "w3", "w4", "d2quant-w2", "d2quant-w3")}
+    fill(ROOT / "README.md", table(first | best, ["full precision", *weight_only.LADDER, *d2quant.LADDER], 4))
+    fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 7))
 
 
-def readme(latest: dict, names: list[str]) -> None:
-    """Replace the short table between README's markers."""
-    table = ["| recipe | bits/weight | bits/parameter | WikiText-2 PPL |", "|---|---|---|---|"]
-    for name in names:
-        mine = [r for (n, _), r in sorted(latest.items()) if n == name]
-        table.append("| " + " | ".join(line(name, mine)[2:-2].split(" | ")[:4]) + " |")
-    path = ROOT / "README.md"
+def latest(file: str) -> dict[tuple[str, int], Row]:
+    """Rows of the usual setting by (name, seed); later ones replace earlier ones."""
+    path = ROWS / file
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return {(r["name"], r["seed"]): r for r in rows if r["model"] == "smollm2" and r["windows"] == 32}
+
+
+def table(rows: dict[tuple[str, int], Row], names: list[str], columns: int = len(COLUMNS)) -> str:
+    """Markdown table of the rows there are, in the order of ``names``; several seeds in one line."""
+    lines = ["| " + " | ".join(COLUMNS[:columns]) + " |", "|" + "---|" * columns]
+    for name in dict.fromkeys(names):
+        mine = [r for (n, _), r in sorted(rows.items()) if n == name]
+        if mine:
+            lines.append("| " + " | ".join(cells(name, mine)[:columns]) + " |")
+    versions = sorted({r["version"] for r in rows.values()})
+    foot = f"\nCode: src tree {', '.join(versions)}; 2 cores.\n" if columns == len(COLUMNS) and versions else ""
+    return "\n".join(lines) + "\n" + foot
+
+
+def cells(name: str, rows: list[Row]) -> list[str]:
+    """One table row; several seeds are shown as mean and range."""
+    first = rows[0]
+    cost = [r["quantize"] for r in rows if r.get("quantize")]
+    also = [r["also"]["ppl"] for r in rows if r.get("also")]
+    kl = [r["kl"] for r in rows if r.get("kl") is not None]
+    falls = sorted({b for r in rows for b in r.get("fallbacks") or []})
+    return [
+        name,
+        f"{first['bits_per_weight']:.3f}",
+        f"{first['bits_per_parameter']:.3f}",
+        spread([r["ppl"] for r in rows], 2),
+        str(len(rows)) if first["recipe"] else "–",
+        spread(also, 2),
+        spread(kl, 3),
+        ", ".join(map(str, falls)) or "–",
+        spread([c["cpu_seconds"] for c in cost], 0),
+        f"{max(c['peak_bytes'] for c in cost) / 2**30:.2f}" if cost else "–",
+    ]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """A value, or mean and range of several, or a dash."""
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} … {max(values):.{digits}f})"
+
+
+def fill(path: Path, content: str) -> None:
+    """Replace what stands between a file's markers."""
     before, rest = path.read_text().split("<!-- results -->\n", 1)
     after = rest.split("<!-- /results -->", 1)[1]
-    path.write_text(before + "<!-- results -->\n" + "\n".join(table) + "\n<!-- /results -->" + after)
+    path.write_text(before + "<!-- results -->\n" + content + "<!-- /results -->" + after)
+
+
+def analyses() -> str:
+    """Tables of d2quant_analyses.py, from the last row of each part."""
+    path = ROWS / "d2quant_analyses.jsonl"
+    parts = {r["part"]: r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    lines: list[str] = ["", "## What D²Quant builds on (`benchmarks/d2quant_analyses.py`)"] if parts else []
+    if a := parts.get("A"):
+        lines += ["", "**Projection sensitivity**: change of held-out loss (nat/token) at 2 bits, with standard error.", ""]
+        lines += [
+            "| linear | share of weights | RTN: only it | RTN: all but it | GPTQ: only it | GPTQ: all but it |",
+            "|---" * 6 + "|",
+        ]
+        for kind, share in a["share"].items():
+            found = [a["delta"].get(f"{s} {label} {kind}") for s in ("rtn", "gptq") for label in ("only", "all but")]
+            shown = [f"{d['mean']:.3f} ± {d['stderr']:.3f}" if d else "–" for d in found]
+            lines.append(f"| {kind} | {share:.1%} | " + " | ".join(shown) + " |")
+    if b := parts.get("B"):
+        lines += [
+            "",
+            "**Column heterogeneity**: spread (standard deviation over mean) of the columns' mean size in a group, and the",
+        ]
+        lines += ["share of the 2-bit additive grid's squared error that a column scale takes away.", ""]
+        lines += ["| linear | spread | gain | spread, rotated | gain, rotated |", "|---" * 5 + "|"]
+        for kind in [k for k in b["kinds"] if "rotated" not in k]:
+            plain, turned = b["kinds"][kind], b["kinds"][f"{kind} rotated"]
+            figures = [f"{plain['cv']:.3f}", f"{plain['gain']:.1%}", f"{turned['cv']:.3f}", f"{turned['gain']:.1%}"]
+            lines.append(f"| {kind} | " + " | ".join(figures) + " |")
+    if c := parts.get("C"):
+        lines += [
+            "",
+            "**Heavy tails**: largest over median channel energy and kurtosis of a site's input: median block, worst block.",
+            "",
+        ]
+        lines += ["| site | max/median | worst | kurtosis | worst |", "|---" * 5 + "|"]
+        for site, found in c["sites"].items():
+            figures = [f"{f(found[k]):.0f}" for k in ("max_over_median", "kurtosis") for f in (statistics.median, max)]
+            lines.append(f"| {site} | " + " | ".join(figures) + " |")
+    if d := parts.get("D"):
+        lines += [
+            "",
+            "**Mean shift**: share of the squared deviation at the post-attention norm that the shift takes away (2 bits,",
+        ]
+        lines += ["rotated GPTAQ), over all blocks: median (lowest … highest).", ""]
+        lines += [
+            "| text | calibration windows | held-out windows | held out, without token 0 | median of abs(mean)/deviation |",
+            "|---" * 5 + "|",
+        ]
+        for label, found in d["texts"].items():
+            figures = []
+            for key in ("calib", "heldout", "heldout without token 0"):
+                values = [r[key] for r in found]
+                figures.append(f"{statistics.median(values):.1%} ({min(values):.1%} … {max(values):.1%})")
+            figures.append(f"{statistics.median(r['snr_quantiles'][3] for r in found):.3f}")
+            lines.append(f"| {label} | " + " | ".join(figures) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def large_shape() -> str:
@@ -80,20 +173,6 @@ def large_shape() -> str:
     for r in rows.values():
         lines.append(f"| {r['recipe']} | {r['peak_bytes'] / 2**30:.2f} | {r['seconds']:.0f} | {r['cpu_seconds']:.0f} |")
     return "\n".join(lines) + "\n"
-
-
-def line(name: str, rows: list[dict]) -> str:
-    """One table row; several seeds are shown as mean and range."""
-    ppl = [r["ppl"] for r in rows]
-    shown = f"{ppl[0]:.2f}" if len(ppl) == 1 else f"{statistics.mean(ppl):.2f} ({min(ppl):.2f} … {max(ppl):.2f})"
-    first = rows[0]
-    guard, cost = first.get("guard") or {}, first.get("quantize") or {}
-    kl = f"{guard['kl']:.3f} ({guard['rtn_kl']:.3f})" if guard else "–"
-    falls = ", ".join(map(str, first.get("fallbacks") or [])) or "–"
-    time = [f"{cost['seconds']:.0f}", f"{cost['cpu_seconds']:.0f}", f"{cost['peak_bytes'] / 2**30:.2f}"] if cost else ["–"] * 3
-    seeds = str(len(rows)) if first["recipe"] else "–"
-    cells = [name, f"{first['bits_per_weight']:.3f}", f"{first['bits_per_parameter']:.3f}", shown, seeds, falls, kl, *time]
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

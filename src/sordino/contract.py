@@ -282,6 +282,12 @@ class Move:
     name = "move"
     needs_fp_stream = False  # ask for the full-precision stream on the calibration windows
     needs_latent = False  # ask the solvers to keep what they rounded
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Memory that finish takes for every block weight of the whole model, in bytes; 0 if it does not load it."""
+        return 0
+
     needs_survey = False  # ask for one full-precision pass before the walk
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:

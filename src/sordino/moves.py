@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
 
 from sordino.contract import Move
 from sordino.errors import InputError
@@ -32,8 +37,25 @@ def build_moves(specs: tuple[MoveSpec, ...]) -> list[Move]:
             known = ", ".join(sorted(MOVES))
             state = "is planned but not built yet" if spec.move in PLANNED else "is unknown"
             raise InputError(f"move '{spec.move}' {state}; available: {known}")
-        try:
-            moves.append(factory(**spec.options))
-        except TypeError as error:
-            raise InputError(f"move '{spec.move}': {error}") from None
+        moves.append(factory(**_options(spec, factory)))
     return moves
+
+
+def _options(spec: MoveSpec, factory: MoveFactory) -> dict[str, Any]:
+    """The options of a move, checked against the annotations of its ``__init__``."""
+    init: Any = factory.__init__
+    hints = get_type_hints(init, include_extras=True) if init is not object.__init__ else {}
+    defaults = {n: p.default for n, p in inspect.signature(init).parameters.items()}
+    fields: dict[str, Any] = {n: (hints[n], defaults[n]) for n in hints if n != "return"}
+    try:
+        checked = create_model(spec.move, __config__=ConfigDict(extra="forbid"), **fields)(**spec.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(fields) or 'none'}"
+            raise InputError(f"move '{spec.move}' has no option '{key}'; {hint}") from None
+        what = first["msg"][0].lower() + first["msg"][1:]
+        raise InputError(f"move '{spec.move}': {key}: {what} (got {first['input']!r})") from None
+    return {n: getattr(checked, n) for n in fields}

@@ -26,6 +26,7 @@ from sordino.errors import InputError
 PRESET_DIR = Path(__file__).parent / "recipes"
 
 Bits = Literal[2, 3, 4, 8, 16]
+Rate = Annotated[float, Field(ge=0, le=1)]  # a learning rate; 0 leaves what it belongs to as it is
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: `true` is no 1
 Group = Literal["channel", "token", "tensor", "head", "auto"] | PositiveInt
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sordino.contract import FinishContext, Move
+from sordino.recipe import PositiveInt, Rate
 from sordino.repair.descent import descend, shuffled
 from sordino.repair.spaces import GainSpace, WeightSpace
 
@@ -34,12 +35,21 @@ class Distill(Move):
 
     name = "distill"
     needs_fp_stream = True
-    holds_model = True
 
     def __init__(
-        self, epochs: int = 2, batch: int = 2, weights: float = 0.0, scales: float = 0.001, gains: float = 0.001
+        self,
+        epochs: PositiveInt = 2,
+        batch: PositiveInt = 2,
+        weights: Rate = 0.0,
+        scales: Rate = 0.002,
+        gains: Rate = 0.002,
     ) -> None:
         self.epochs, self.batch, self.weights, self.scales, self.gains = epochs, batch, weights, scales, gains
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Values, codes, values on the graph and their gradient; latent weights with gradient and two moments."""
+        return 7 + 16 * (self.weights > 0)
 
     def finish(self, ctx: FinishContext) -> None:
         """Train, commit, compare."""

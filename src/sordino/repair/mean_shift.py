@@ -10,7 +10,7 @@ Shapes: B windows, L tokens, D hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,9 +32,7 @@ class MeanShift(Move):
 
     name = "mean-shift"
 
-    def __init__(self, form: str = "norm", always: bool = False) -> None:
-        if form not in ("norm", "linear"):
-            raise InputError(f"move 'mean-shift': form '{form}' is neither norm nor linear")
+    def __init__(self, form: Literal["norm", "linear"] = "norm", always: bool = False) -> None:
         self.form, self.always = form, always
         self._pending: Tensor | None = None
 

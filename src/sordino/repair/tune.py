@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sordino.contract import BlockContext, Move
 from sordino.numerics.divergence import token_weights
+from sordino.recipe import PositiveInt, Rate
 from sordino.repair.descent import descend, shuffled
 from sordino.repair.spaces import GainSpace, WeightSpace
 
@@ -35,7 +36,12 @@ class Tune(Move):
     needs_latent = True
 
     def __init__(
-        self, epochs: int = 2, batch: int = 4, weights: float = 0.01, scales: float = 0.003, gains: float = 0.003
+        self,
+        epochs: PositiveInt = 2,
+        batch: PositiveInt = 4,
+        weights: Rate = 0.01,
+        scales: Rate = 0.003,
+        gains: Rate = 0.003,
     ) -> None:
         self.epochs, self.batch, self.rates = epochs, batch, (weights, scales)
         self.gains = gains

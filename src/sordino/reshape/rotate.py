@@ -10,7 +10,7 @@ under an RMS norm: left out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ class Rotate(Move):
 
     name = "rotate"
 
-    def __init__(self, size: int = 128, seed: int = 0) -> None:
+    def __init__(self, size: Literal[2, 4, 8, 16, 32, 64, 128, 256, 512] = 128, seed: int = 0) -> None:
         self.size, self.seed = size, seed
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:

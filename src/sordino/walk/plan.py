@@ -326,7 +326,10 @@ def _memory(plan: Plan, source: Source) -> int:
     ends = sum(_bytes(source, n) for n in source.names if not n.startswith(plan.anatomy.blocks + "."))
     walking = block * item * (3 if plan.heldout else 2) + max(hessian, min(tallest, 1 << 25) * 16) + kept + forward
     # The tables around the blocks are in memory before and after the walk, twice where they are rounded.
-    return int(600e6) + streams + max(walking, 2 * ends)
+    per_weight = max((m.bytes_per_weight for m in plan.moves), default=0)
+    graph = plan.batch * c.seqlen * (12 * _hidden(source) + 6 * widest) * item  # activations that the backward pass needs
+    finishing = plan.anatomy.n_blocks * (block * per_weight + graph) + 2 * ends if per_weight else 0
+    return int(600e6) + streams + max(walking, finishing)
 
 
 def _disk(plan: Plan, source: Source) -> int:
