@@ -59,6 +59,7 @@ class Gptaq(Gptq):
 
     name: Literal["gptaq"] = "gptaq"  # type: ignore[assignment]
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
+    target: Literal["columns", "whole"] = "columns"
 
 
 def _by_name(value: Any) -> Any:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sordino.contract import Rounded, Stats
 from sordino.numerics.affine import AffineGrid, GridParams
+from sordino.numerics.gram import inverse_factor
 from sordino.round import gptq
-from sordino.round.gptq import GptqSolver, asymmetric_term, gar_order
+from sordino.round.gptq import GptqSolver, asymmetric_term, gar_order, whole_shift
 from sordino.round.rtn import RtnSolver
 
 both = pytest.mark.parametrize("symmetric", [False, True])
@@ -299,3 +300,19 @@ def test_gptaq_comes_closer_to_the_full_precision_stream(kind: str, bits: int) -
     gptq_error, mild, full = errors.square().mean(1).tolist()
     assert mild < gptq_error
     assert bits == 2 or full < mild
+
+
+def test_whole_target_is_the_least_squares_one_and_beats_the_plain_one() -> None:
+    x_fp = normal(600, 32) @ normal(32, 32, seed=1)
+    x = x_fp + 0.3 * x_fp @ normal(32, 32, seed=2) / 6  # a drift that the weight can partly undo
+    w = normal(24, 32, seed=3)
+    h, d = x.T @ x, (x_fp - x).T @ x
+    u, _ = inverse_factor(h.clone(), 1e-6)
+    target = w + w @ whole_shift(d, u, 1.0)
+    exact = torch.linalg.lstsq(x.double(), x_fp.double() @ w.T.double()).solution.T
+    assert (target - exact).norm() <= 1e-3 * exact.norm()
+    errors = []
+    for solver in (GptqSolver(), GptqSolver(alpha=1.0), GptqSolver(alpha=1.0, whole=True)):
+        rounded = solve(solver, w, h.clone(), AffineGrid(4), 32, d.clone() if solver.alpha else None)
+        errors.append(float((rounded.values() @ x.T - w @ x_fp.T).norm()))
+    assert errors[2] < errors[1] < errors[0]

@@ -36,6 +36,7 @@ class Prepared:
         p: asymmetric term fp32 [C, C], or None.
         notes: what is worth saying.
         weights: of the columns in the grids' fit, fp32 [C], or None for equal ones.
+        shift: what moves the weight to its target beforehand, fp32 [C, C], or None.
     """
 
     perm: Tensor
@@ -43,6 +44,7 @@ class Prepared:
     p: Tensor | None
     notes: dict[str, float]
     weights: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class GptqSolver:
@@ -54,6 +56,7 @@ class GptqSolver:
         static_groups: fit every group's grid on the original weights before the first column.
         alpha: strength of the asymmetric term.
         weighted: weigh the columns of a group by diag H when its grid is fitted.
+        whole: instead of GPTAQ's column-wise term, move the whole weight to the least-squares target first.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class GptqSolver:
         static_groups: bool = False,
         alpha: float = 0.0,
         weighted: bool = False,
+        whole: bool = False,
     ):
-        self.damp, self.order, self.static_groups, self.alpha, self.weighted = damp, order, static_groups, alpha, weighted
+        self.damp, self.order, self.static_groups = damp, order, static_groups
+        self.alpha, self.weighted, self.whole = alpha, weighted, whole
         self.needs = frozenset({"H", "D"} if alpha > 0 else {"H"})
 
     def prepare(self, stats: Stats | None, group: int) -> Prepared:
@@ -79,19 +84,26 @@ class GptqSolver:
         perm = gar_order(stats.h.diagonal(), group) if self.order == "gar" else torch.arange(stats.h.shape[0])
         weights = stats.h.diagonal()[perm].clone() if self.weighted else None
         u, damp = inverse_factor(_take(stats, perm), self.damp)
-        p = None if stats.d is None else asymmetric_term(stats.d[perm[:, None], perm], u, self.alpha)
+        p = shift = None
+        if stats.d is not None and self.whole:
+            shift = whole_shift(stats.d[perm[:, None], perm], u, self.alpha)
+        elif stats.d is not None:
+            p = asymmetric_term(stats.d[perm[:, None], perm], u, self.alpha)
         notes = {"damp": damp} if damp > self.damp else {}
-        return Prepared(perm, u, p, notes | ({"dead_columns": float(dead)} if dead else {}), weights)
+        return Prepared(perm, u, p, notes | ({"dead_columns": float(dead)} if dead else {}), weights, shift)
 
     def solve(self, w: Tensor, prepared: Prepared, grid: Grid, group: int) -> Rounded:
         """Round fp32 [R, C]."""
         perm = prepared.perm
         static = None
+        wt = w.T[perm]
+        if prepared.shift is not None:
+            wt += prepared.shift.T @ wt
+            w = wt[torch.argsort(perm)].T.contiguous()
         if self.static_groups:
             fitted, order = grid.fit_groups(w, group), perm[::group] // group
             column = None if fitted.column is None else fitted.column[perm]
             static = GridParams(fitted.scale[:, order], fitted.zero[:, order], column)
-        wt = w.T[perm]
         codes, params = _walk_columns(wt, prepared, grid, group, static)
         columns, groups = torch.argsort(perm), torch.argsort(perm[::group] // group)
         params = GridParams(
@@ -114,6 +126,14 @@ def gar_order(diag: Tensor, group: int) -> Tensor:
 def asymmetric_term(d: Tensor, u: Tensor, alpha: float) -> Tensor:
     """GPTAQ's ``P = alpha * triu(D U^T, 1) U``, fp32 [C, C], strictly upper triangular times upper triangular."""
     return alpha * (torch.triu(d @ u.T, 1) @ u)
+
+
+def whole_shift(d: Tensor, u: Tensor, alpha: float) -> Tensor:
+    """``alpha * D H^-1``, fp32 [C, C]: ``W (I + D H^-1)`` is the least-squares target ``argmin |W X_fp - W* X|^2``.
+
+    GPTAQ's column-wise term keeps only a triangle of it.
+    """
+    return alpha * ((d @ u.T) @ u)
 
 
 def _take(stats: Stats, perm: Tensor) -> Tensor:

@@ -150,7 +150,8 @@ def make_solver(fmt: WeightFormat) -> Solver:
     options = fmt.solver
     if isinstance(options, Gptq):
         alpha = options.alpha if isinstance(options, Gptaq) else 0.0
-        return GptqSolver(options.damp, options.order, options.static_groups, alpha, options.weighted)
+        whole = isinstance(options, Gptaq) and options.target == "whole"
+        return GptqSolver(options.damp, options.order, options.static_groups, alpha, options.weighted, whole)
     return RtnSolver()
 
 
