@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import sordino
-from sordino.contract import Grid, Rounded, Stats
+from sordino.contract import BlockContext, Grid, Move, Rounded, Stats
 from sordino.errors import SordinoError
+from sordino.moves import MOVES
+from sordino.recipe import MoveSpec, load_recipe
 from sordino.round.gptq import GptqSolver
 from sordino.walk.ends import Ends
 from tiny import make_tiny
@@ -70,3 +72,22 @@ def test_activations_that_are_not_finite_name_the_block(tmp_path: Path, monkeypa
     with pytest.raises(SordinoError, match=r"block 0, qkv: .*not finite"):
         sordino.quantize(str(model), "gptq-w4", tmp_path / "out", **SMALL)
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_fallback_takes_everything_back_that_moves_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ruin(Move):
+        def close(self, ctx: BlockContext) -> None:
+            for parameter in ctx.q.parameters():
+                parameter.data = -3 * parameter.data
+            ctx.touch("qkv")
+
+    monkeypatch.setitem(MOVES, "ruin", Ruin)
+    model = make_tiny(tmp_path / "model", layers=2)
+    moves = (MoveSpec(move="mean-shift", always=True), MoveSpec(move="ruin"))
+    recipe = load_recipe("gptq-w4").model_copy(update={"moves": moves})
+    result = sordino.quantize(str(model), recipe, tmp_path / "out", **SMALL)
+    assert [b.get("fallback") for b in result.manifest["blocks"]] == ["rtn"] * 2
+    sordino.quantize(str(model), "rtn-w4", tmp_path / "rtn")
+    ours, rtn = sordino.load(tmp_path / "out")[0].state_dict(), sordino.load(tmp_path / "rtn")[0].state_dict()
+    assert all(torch.equal(ours[k], rtn[k]) for k in rtn)
+    assert set(ours) - set(rtn) and all(not ours[k].any() for k in set(ours) - set(rtn))

@@ -8,6 +8,7 @@ Shapes: B windows, L tokens, T = B*L, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class Distill(Move):
     ) -> None:
         self.epochs, self.batch, self.weights, self.scales, self.gains = epochs, batch, weights, scales, gains
 
+        self.needs_latent = weights > 0
+
     @property
     def bytes_per_weight(self) -> int:
         """Values, codes, values on the graph and their gradient; latent weights with gradient and two moments."""
@@ -53,39 +56,29 @@ class Distill(Move):
 
     def finish(self, ctx: FinishContext) -> None:
         """Train, commit, compare."""
-        before = held_out(ctx)
-        spaces: list[Any] = []
-        norms = [ctx.norm]
-        plain = list(ctx.solved)
-        for block, solved in zip(ctx.blocks, plain, strict=True):
-            spaces.append(WeightSpace(block, solved, self.weights, self.scales))
-            norms += [block.get_submodule(n) for n in ctx.anatomy.norms.values()]
-        gains = GainSpace(norms, self.gains)
-        kept_gains = [w.detach().clone() for w in gains.weights]
+        exact_norm = copy.deepcopy(ctx.norm).requires_grad_(False)
+        before, solved = held_out(ctx, exact_norm), list(ctx.solved)
+        spaces = [WeightSpace(b, own, self.weights, self.scales) for b, own in zip(ctx.blocks, solved, strict=True)]
+        norms = [b.get_submodule(n) for b in ctx.blocks for n in ctx.anatomy.norms.values()]
+        gains = GainSpace([ctx.norm, *norms], self.gains)
+        first_gains = [w.detach().clone() for w in gains.weights]
 
         def backward(windows: Tensor) -> float:
-            hidden = ctx.hidden(windows)
-            exact = ctx.targets[windows]
-            student, teacher = ctx.heads()
-            with torch.no_grad():
-                target = frozen_norm(exact)
-            loss: Tensor = HeadDivergence.apply(ctx.norm(hidden).flatten(0, 1), student, target.flatten(0, 1), teacher)  # type: ignore[no-untyped-call]
+            loss = divergence(ctx, exact_norm, windows)
             loss.backward()
             return loss.item()
 
-        frozen_norm = _copy(ctx.norm)
         steps = self.epochs * -(-ctx.calib // self.batch)
-        everything = [*spaces, *([gains] if self.gains > 0 else [])]
-        losses = descend(everything, shuffled(ctx.calib, self.batch, ctx.rng(self.name)), steps, backward)
+        losses = descend([*spaces, gains], shuffled(ctx.calib, self.batch, ctx.rng(self.name)), steps, backward)
         self._fold(ctx, spaces)
         gains.fold()
-        after = held_out(ctx, frozen_norm)
+        after = held_out(ctx, exact_norm)
         kept = after < before
         if not kept:
-            for i, solved in enumerate(plain):
-                for linear, rounded in solved.items():
+            for i, own in enumerate(solved):
+                for linear, rounded in own.items():
                     ctx.commit(i, linear, rounded)
-            for w, old in zip(gains.weights, kept_gains, strict=True):
+            for w, old in zip(gains.weights, first_gains, strict=True):
                 w.copy_(old)
         tail = max(1, steps // 10)
         trained = [sum(part) / len(part) for part in (losses[:tail], losses[-tail:])]
@@ -98,24 +91,21 @@ class Distill(Move):
                 ctx.commit(i, linear, rounded)
 
 
-def _copy(norm: Any) -> Any:
-    import copy
-
-    return copy.deepcopy(norm).requires_grad_(False)
+def divergence(ctx: FinishContext, exact_norm: Any, windows: Tensor) -> Tensor:
+    """Mean divergence from full precision on some windows [B], in nats per token, with gradients where they are on."""
+    student, teacher = ctx.heads()
+    with torch.no_grad():
+        target = exact_norm(ctx.targets[windows]).flatten(0, 1)
+    hidden = ctx.norm(ctx.hidden(windows)).flatten(0, 1)
+    loss: Tensor = HeadDivergence.apply(hidden, student, target, teacher)  # type: ignore[no-untyped-call]
+    return loss
 
 
 @torch.no_grad()
-def held_out(ctx: FinishContext, exact_norm: Any = None) -> float:
+def held_out(ctx: FinishContext, exact_norm: Any) -> float:
     """Mean divergence from full precision on the held-out windows, in nats per token."""
-    student, teacher = ctx.heads()
-    total = count = 0.0
-    for i in range(ctx.calib, ctx.windows.shape[0]):
-        window = torch.tensor([i])
-        target = (exact_norm or ctx.norm)(ctx.targets[window]).flatten(0, 1)
-        mine = ctx.norm(ctx.hidden(window)).flatten(0, 1)
-        total += float(HeadDivergence.apply(mine, student, target, teacher))  # type: ignore[no-untyped-call]
-        count += 1
-    return total / count
+    windows = torch.arange(ctx.calib, ctx.windows.shape[0]).split(1)
+    return sum(float(divergence(ctx, exact_norm, w)) for w in windows) / len(windows)
 
 
 class HeadDivergence(torch.autograd.Function):

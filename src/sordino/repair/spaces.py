@@ -84,7 +84,9 @@ class TrainedLinear(nn.Module):
         """What it has become."""
         codes = self.latent.float().round() + self.zero
         codes = codes.clamp_(0, (1 << self.start.bits) - 1).view_as(self.start.codes).to(torch.uint8)
-        return replace(self.start, codes=codes, scale=self.scale())
+        scale = self.scale()
+        latent = (self.latent * scale[..., None]).view_as(self.start.codes) if self.latent.is_floating_point() else None
+        return replace(self.start, codes=codes, scale=scale, latent=latent)
 
 
 class _OnGrid(torch.autograd.Function):
@@ -158,23 +160,28 @@ class WeightSpace:
 
 
 class GainSpace:
-    """Gains of norms. They are trained in fp32 and used as they will be stored, in the dtype of the module.
+    """Gains of norms, and their biases. They are trained in fp32 and used as they will be stored.
 
     Args:
         norms: the norm modules.
-        rate: learning rate, as a share of the root mean square of each gain.
+        rate: learning rate, as a share of the root mean square of each norm's gain; 0 trains nothing.
     """
 
     def __init__(self, norms: list[nn.Module], rate: float):
-        self.weights: list[Any] = [n.weight for n in norms]
+        self.weights: list[Any] = []
+        self.rates: list[float] = []
+        for norm in norms if rate > 0 else []:
+            gain: Any = norm.weight
+            own = [gain] if getattr(norm, "bias", None) is None else [gain, norm.bias]
+            self.weights += own
+            self.rates += [rate * float(gain.detach().float().square().mean().sqrt())] * len(own)
         self.masters = [nn.Parameter(w.detach().float()) for w in self.weights]
-        self.rate = rate
         for w in self.weights:
             w.requires_grad_(True)
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer."""
-        return [{"params": [m], "lr": self.rate * float(m.detach().square().mean().sqrt())} for m in self.masters]
+        return [{"params": [m], "lr": lr} for m, lr in zip(self.masters, self.rates, strict=True)]
 
     def collect(self) -> None:
         """Hand the gradients to the fp32 copies."""

@@ -9,11 +9,11 @@ that a massive one counts for no more than a median one.
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
-from sordino.contract import BlockContext, Move
+from sordino.anatomy import Anatomy
+from sordino.contract import BlockContext, Move, ParameterSpace
 from sordino.numerics.divergence import token_weights
 from sordino.recipe import PositiveInt, Rate
 from sordino.repair.descent import descend, shuffled
@@ -28,7 +28,8 @@ class Tune(Move):
         batch: windows of a step.
         weights: learning rate of latent weights in steps of the grid; 0 leaves the codes.
         scales: learning rate of the scales' logarithms.
-        gains: learning rate of norm gains, as a share of their size.
+        gains: learning rate of norm gains (and norm biases, where there are some), as a share of the gains' size.
+        biases: give every norm a bias to train.
     """
 
     name = "tune"
@@ -42,19 +43,25 @@ class Tune(Move):
         weights: Rate = 0.01,
         scales: Rate = 0.003,
         gains: Rate = 0.003,
+        biases: bool = False,
     ) -> None:
         self.epochs, self.batch, self.rates = epochs, batch, (weights, scales)
-        self.gains = gains
+        self.gains, self.with_biases = gains, biases
+
+    def biases(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """The norms of a block, if they get one."""
+        return tuple(anatomy.norms.values()) if self.with_biases else ()
 
     def close(self, ctx: BlockContext) -> None:
         """Train, commit, compare."""
         if not ctx.solved:
             return
+        for norm in self.biases(ctx.anatomy):
+            ctx.shift(norm, torch.zeros(()))
         before, state = ctx.error(), ctx.snapshot()
         x, target = ctx.stream("q"), ctx.target()
-        spaces: list[Any] = [WeightSpace(ctx.q, ctx.solved, *self.rates)]
-        if self.gains > 0:
-            spaces.append(GainSpace([ctx.q.get_submodule(n) for n in ctx.anatomy.norms.values()], self.gains))
+        norms = [ctx.q.get_submodule(n) for n in ctx.anatomy.norms.values()]
+        spaces: list[ParameterSpace] = [WeightSpace(ctx.q, ctx.solved, *self.rates), GainSpace(norms, self.gains)]
 
         def backward(windows: Tensor) -> float:
             t = target[windows].float()

@@ -167,6 +167,14 @@ class Context:
         pairs = zip(self.run("q", "q", split), self.run("fp", "fp", split), strict=True)
         return float(torch.cat([relative_error(y, target) for (_, y), (_, target) in pairs]).median())
 
+    def reset(self) -> None:
+        """Undo everything that moves did to the q block but the reshapes: what the twin has, and biases of zero."""
+        exact = dict(self.fp.named_parameters())
+        for name, parameter in self.q.named_parameters():
+            parameter.data = exact[name].detach().clone() if name in exact else torch.zeros_like(parameter)
+        self.solved = {}
+        self.touch("qkv")
+
     def snapshot(self) -> Any:
         """State of the q block."""
         return {k: v.clone() for k, v in self.q.state_dict().items()}, dict(self.solved)

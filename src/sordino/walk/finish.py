@@ -103,6 +103,8 @@ def open_finish(
     for i in range(plan.anatomy.n_blocks):
         inside = plan.blocks[0] <= i < plan.blocks[1]
         block, own = rounded_block(factory, plan, i, work.load_block(i)) if inside else (factory.load(i), {})
+        for name, latent in work.load_latents(i).items():
+            own[name].latent = latent.float()
         blocks.append(block)
         solved.append(own)
     norm = factory.norm(plan.basis)

@@ -138,7 +138,7 @@ class Plan:
         sizes = {x.name: x.out_features for x in self.anatomy.linears} | dict.fromkeys(
             self.anatomy.norms.values(), self.anatomy.at("qkv")[0].in_features
         )
-        return sum(sizes[name] for m in self.moves for name in m.biases(self.anatomy))
+        return sum(sizes[name] for name in {n for m in self.moves for n in m.biases(self.anatomy)})
 
 
 def _group_word(x: LinearPlan) -> str:

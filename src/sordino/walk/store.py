@@ -85,6 +85,16 @@ class Work:
         """Store a block's tensors, atomically; those of the finish stage beside the others."""
         write_tensors(self.path / ("finished" if finished else "blocks") / f"{index:05d}.safetensors", tensors)
 
+    def save_latents(self, index: int, solved: dict[str, Rounded]) -> None:
+        """Store what was rounded in a block, in bf16: how near each code is to its neighbour."""
+        latents = {name: r.latent.bfloat16() for name, r in solved.items() if r.latent is not None}
+        write_tensors(self.path / "latents" / f"{index:05d}.safetensors", latents)
+
+    def load_latents(self, index: int) -> dict[str, Tensor]:
+        """Read :meth:`save_latents` back, if there is something."""
+        file = self.path / "latents" / f"{index:05d}.safetensors"
+        return load_file(file) if file.is_file() else {}
+
     def save_ends(self, tensors: dict[str, Tensor]) -> None:
         """Store what the finish stage left around the blocks."""
         write_tensors(self.path / "finished" / "ends.safetensors", tensors)

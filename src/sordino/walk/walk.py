@@ -303,6 +303,7 @@ class Walk:
         rtn, layer = self._rtn_layer(ctx)
         report: dict[str, Any] = {"error": ours, "rtn_error": error_of(layer, None)}
         if not ours <= _GUARD * report["rtn_error"]:  # written so that a NaN falls back too
+            ctx.reset()
             report["linears"] = {name: self._commit(ctx, name, rounded) for name, rounded in rtn.items()}
             report |= {"fallback": "rtn", "error": error_of(ctx.q, following), "refused_error": ours}
         self._advance(ctx, "rtn", layer)
@@ -324,6 +325,8 @@ class Walk:
     def _store(self, ctx: Context) -> None:
         """Write the block, read it back, and make sure that the stored bytes are the block that calibration saw."""
         self.work.save_block(ctx.index, pack_block(ctx.q, ctx.solved, self.source.dtype))
+        if any(m.needs_latent for m in finishing(self.plan)):
+            self.work.save_latents(ctx.index, ctx.solved)
         back, _ = rounded_block(self.factory, self.plan, ctx.index, self.work.load_block(ctx.index))
         for name, parameter in ctx.q.named_parameters():
             if not torch.equal(back.get_parameter(name), parameter):
