@@ -9,6 +9,7 @@ from ladder import Ladder, climb
 
 SEEDS = [0, 1, 2]
 DOWN = "format.weights.override"
+LONGER = ["moves.0.epochs=2", "moves.1.epochs=6"]
 
 
 def rungs(bits: int) -> Ladder:
@@ -34,8 +35,11 @@ LADDER: Ladder = {
     **rungs(2),
     **rungs(3),
     "w2": ("w2", [], SEEDS),
+    "w2, longer": ("w2", LONGER, SEEDS),
     "w3": ("w3", [], SEEDS),
+    "w3, longer": ("w3", LONGER, SEEDS),
     "w4": ("w4", [], SEEDS),
+    "w4, longer": ("w4", LONGER, SEEDS),
 }
 
 if __name__ == "__main__":

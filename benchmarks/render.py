@@ -43,7 +43,7 @@ def main() -> None:
     body += "\n## D²Quant, and past it\n\n" + table(second, ["full precision", *d2quant.LADDER])
     body += analyses() + large_shape()
     (ROOT / "docs" / "results.md").write_text(body)
-    best = {k: v for k, v in second.items() if k[0] in ("w2", "w3", "w4", "d2quant-w2", "d2quant-w3")}
+    best = {k: v for k, v in second.items() if k[0].startswith(("w2", "w3", "w4", "d2quant-w"))}
     fill(ROOT / "README.md", table(first | best, ["full precision", *weight_only.LADDER, *d2quant.LADDER], 4))
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 7))
 
