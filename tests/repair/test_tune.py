@@ -44,6 +44,13 @@ def test_a_tuning_that_does_harm_is_undone(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+def test_without_guards_everything_trained_is_kept(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    plain = load_recipe(recipe(TUNE, DISTILL), ["guard=off"])
+    manifest = sordino.quantize(str(model), plain, tmp_path / "out", **SMALL).manifest
+    assert all(b["moves"]["tune"]["kept"] for b in manifest["blocks"]) and manifest["finish"]["distill"]["kept"]
+
+
 def test_same_seed_same_bytes(tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", layers=2)
     for name in ("a", "b"):

@@ -9,6 +9,7 @@ Shapes: B windows, L tokens, T = B*L, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class Distill(Move):
         self._fold(ctx, spaces)
         gains.fold()
         after = held_out(ctx, exact_norm)
-        kept = after < before
+        unguarded = math.isnan(before)
+        kept = unguarded or after < before
         if not kept:
             for i, own in enumerate(solved):
                 for linear, rounded in own.items():
@@ -82,7 +84,8 @@ class Distill(Move):
                 w.copy_(old)
         tail = max(1, steps // 10)
         trained = [sum(part) / len(part) for part in (losses[:tail], losses[-tail:])]
-        ctx.notes[self.name] = {"kl_before": before, "kl_after": after, "kept": kept, "loss": [round(v, 6) for v in trained]}
+        divergences = {} if unguarded else {"kl_before": before, "kl_after": after}
+        ctx.notes[self.name] = {**divergences, "kept": kept, "loss": [round(v, 6) for v in trained]}
 
     def _fold(self, ctx: FinishContext, spaces: list[Any]) -> None:
         for i, space in enumerate(spaces):
@@ -103,9 +106,11 @@ def divergence(ctx: FinishContext, exact_norm: Any, windows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out(ctx: FinishContext, exact_norm: Any) -> float:
-    """Mean divergence from full precision on the held-out windows, in nats per token."""
-    windows = torch.arange(ctx.calib, ctx.windows.shape[0]).split(1)
-    return sum(float(divergence(ctx, exact_norm, w)) for w in windows) / len(windows)
+    """Mean divergence from full precision on the held-out windows, in nats per token; NaN if there are none."""
+    windows = torch.arange(ctx.calib, ctx.windows.shape[0])
+    if not len(windows):
+        return math.nan
+    return sum(float(divergence(ctx, exact_norm, w)) for w in windows.split(1)) / len(windows)
 
 
 class HeadDivergence(torch.autograd.Function):

@@ -9,6 +9,8 @@ that a massive one counts for no more than a median one.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,9 +80,11 @@ class Tune(Move):
             for linear, rounded in space.fold().items():
                 ctx.commit(linear, rounded)
         after = ctx.error()
-        kept = after < before
+        unguarded = math.isnan(before)
+        kept = unguarded or after < before
         if not kept:
             ctx.restore(state)
         tail = max(1, steps // 10)
         trained = [sum(part) / len(part) for part in (losses[:tail], losses[-tail:])]
-        ctx.notes[self.name] = {"before": before, "after": after, "kept": kept, "loss": [round(v, 6) for v in trained]}
+        errors = {} if unguarded else {"before": before, "after": after}
+        ctx.notes[self.name] = {**errors, "kept": kept, "loss": [round(v, 6) for v in trained]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -163,7 +164,9 @@ class Context:
                 runner.touch(site)
 
     def error(self, split: Split = "heldout") -> float:
-        """Median over windows of ``|q(x_q) - fp(x_fp)|^2 / |fp(x_fp)|^2``."""
+        """Median over windows of ``|q(x_q) - fp(x_fp)|^2 / |fp(x_fp)|^2``; NaN if there are none (guard off)."""
+        if not len(self.stream("q", split)):
+            return math.nan
         pairs = zip(self.run("q", "q", split), self.run("fp", "fp", split), strict=True)
         return float(torch.cat([relative_error(y, target) for (_, y), (_, target) in pairs]).median())
 
