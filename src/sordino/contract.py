@@ -140,6 +140,7 @@ class Solver(Protocol):
     """
 
     needs: frozenset[str]  # of "H", "D"
+    keep_latent: bool  # whether solve should give what it rounded, which costs a copy of the weight
 
     def prepare(self, stats: Stats | None, group: int) -> Any:
         """Turn the statistics (which are used up) into what :meth:`solve` wants."""

@@ -12,7 +12,9 @@ from sordino.round.rtn import RtnSolver
 
 def rounded(bits: int, symmetric: bool = False, seed: int = 0) -> Rounded:
     w = torch.randn(6, 32, generator=torch.Generator().manual_seed(seed))
-    return RtnSolver().solve(w, None, AffineGrid(bits, symmetric), 16)
+    solver = RtnSolver()
+    solver.keep_latent = True
+    return solver.solve(w, None, AffineGrid(bits, symmetric), 16)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -316,3 +316,16 @@ def test_whole_target_is_the_least_squares_one_and_beats_the_plain_one() -> None
         rounded = solve(solver, w, h.clone(), AffineGrid(4), 32, d.clone() if solver.alpha else None)
         errors.append(float((rounded.values() @ x.T - w @ x_fp.T).norm()))
     assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("order", ["gar", "none"])
+def test_latent_weights_are_what_was_rounded(order: str) -> None:
+    w, x, grid = normal(8, 32), normal(200, 32, seed=1), AffineGrid(3)
+    solver = GptqSolver(order=order)
+    assert solve(solver, w, x.T @ x, grid, 16).latent is None
+    solver.keep_latent = True
+    rounded = solve(solver, w, x.T @ x, grid, 16)
+    assert rounded.latent is not None
+    codes, _ = grid.nearest(rounded.latent, GridParams(rounded.scale, rounded.zero))
+    assert torch.equal(codes.to(torch.uint8), rounded.codes)
+    assert not torch.equal(rounded.latent, w)

@@ -59,6 +59,8 @@ class GptqSolver:
         whole: instead of GPTAQ's column-wise term, move the whole weight to the least-squares target first.
     """
 
+    keep_latent = False
+
     def __init__(
         self,
         damp: float = 0.01,
@@ -111,7 +113,7 @@ class GptqSolver:
             params.zero[:, groups].contiguous(),
             None if params.column is None else params.column[columns],
         )
-        latent = wt[columns].T.contiguous()
+        latent = wt[columns].T.contiguous() if self.keep_latent else None
         return Rounded.of(codes[columns].T.contiguous(), params, grid, group, notes=prepared.notes, latent=latent)
 
 

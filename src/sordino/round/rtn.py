@@ -11,6 +11,7 @@ class RtnSolver:
     """Each group gets its best grid by squared weight error, each weight its nearest code."""
 
     needs: frozenset[str] = frozenset()
+    keep_latent = False
 
     def prepare(self, stats: Stats | None, group: int) -> None:
         """Nothing to prepare: RTN does not look at the inputs."""
@@ -19,4 +20,4 @@ class RtnSolver:
         """Round fp32 [R, C]."""
         params = grid.fit_groups(w, group)
         codes, _ = grid.nearest(w, params)
-        return Rounded.of(codes, params, grid, group, latent=w)
+        return Rounded.of(codes, params, grid, group, latent=w if self.keep_latent else None)

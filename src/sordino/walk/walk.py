@@ -243,6 +243,7 @@ class Walk:
             batches.setdefault((p.format.model_dump_json(), p.group), []).append(p)
         for number, members in enumerate(batches.values()):
             solver = make_solver(members[0].format)
+            solver.keep_latent = any(m.needs_latent for m in self.plan.moves)
             if solver.needs:
                 # A solver uses its statistics up; only a further format at this site needs them again.
                 stats = ctx.stats(site, solver.needs) if stats is None or number else stats
@@ -264,8 +265,6 @@ class Walk:
             stacked = torch.cat([modules[i].weight[rows].float() for i, rows in stack])
             with one_thread(stacked.numel() <= _SMALL):
                 done = solver.solve(stacked, prepared, grid, group)
-            if not any(m.needs_latent for m in self.plan.moves):
-                done.latent = None
             at = 0
             for i, rows in stack:
                 parts[i].append(done.rows(slice(at, at + rows.stop - rows.start)))
