@@ -1,4 +1,4 @@
-"""The analyses behind D²Quant (spec section 5, protocols A to D) on a real model; E, the ablation, is d2quant.py.
+"""The analyses behind D²Quant (spec section 5, protocols A to D, and M) on a real model; E, the ablation, is d2quant.py.
 
     python benchmarks/d2quant_analyses.py --calibrate wiki.valid.raw --other c4.txt [--parts A B C D]
 
@@ -6,6 +6,7 @@ A  projection sensitivity: only one kind of linear at 2 bits, and all kinds but 
 B  column heterogeneity: how uneven the columns of each kind are, and what a column scale could gain, before and after rotation
 C  heavy tails: largest over median input energy of each site, and kurtosis of down_proj's input
 D  mean shift: signal to noise at the post-attention norm, fitted on one text and measured on both
+M  merging the column scale: what rounding the merged scales costs
 
 One JSON row a part goes to benchmarks/rows/d2quant_analyses.jsonl; render.py makes tables of them. Loss is measured on the
 windows of the calibration text that calibration did not use.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sordino
 from ladder import ROWS, code_version
@@ -31,6 +32,7 @@ from sordino.moves import MOVES
 from sordino.numerics.additive import AdditiveGrid
 from sordino.numerics.basis import Basis
 from sordino.recipe import load_recipe
+from sordino.walk.context import Context
 
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -41,9 +43,9 @@ def main() -> None:
     parser.add_argument("--other", required=True, help="text of another domain, for the hold-out of D")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--parts", nargs="*", default=["A", "B", "C", "D"])
+    parser.add_argument("--parts", nargs="*", default=["A", "B", "C", "D", "M"])
     args = parser.parse_args()
-    parts = {"A": sensitivity, "B": heterogeneity, "C": heavy_tails, "D": mean_shift}
+    parts = {"A": sensitivity, "B": heterogeneity, "C": heavy_tails, "D": mean_shift, "M": merge}
     for part in args.parts:
         result = {"part": part, "model": args.model, "version": code_version(), **parts[part](args)}
         with open(ROWS / "d2quant_analyses.jsonl", "a") as f:
@@ -192,6 +194,38 @@ def mean_shift(args: argparse.Namespace) -> dict[str, Any]:
             sordino.quantize(args.model, recipe, Path(folder) / "out", text=text, windows=4 * args.windows)
         out[label] = Signal.found
     return {"texts": out}
+
+
+# M
+
+
+def merge(args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity of `d2quant-w2` in fp32, with up_proj's merged scales as stored and as they were before their rounding."""
+    scales: list[Tensor] = []
+    absorb = Context._absorb
+
+    def record(self: Context, linear: str, column: Tensor) -> None:
+        scales.append(self.solved["mlp.up_proj"].scale * column[:, None])
+        absorb(self, linear, column)
+
+    Context._absorb = record  # type: ignore[method-assign]
+    held = windows(args, args.calibrate)[args.windows :]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        sordino.quantize(args.model, load_recipe("d2quant-w2", ["guard=off"]), out, text=args.calibrate, windows=args.windows)
+        model, _ = sordino.load(out, dtype=torch.float32)
+    ppl = {}
+    for label in ("as stored", "before rounding"):
+        with torch.no_grad():
+            ppl[label] = float(torch.stack([model(input_ids=w[None], labels=w[None]).loss for w in held]).mean().exp())
+            for layer, scale in zip(model.model.layers, scales, strict=True):
+                up = layer.mlp.up_proj
+                exact = nn.Linear(up.in_features, up.out_features, bias=False)
+                steps = up.codes().float().view(*scale.shape, -1) - up.zeros().float()[..., None]
+                exact.weight = nn.Parameter((steps * scale[..., None]).view(up.out_features, -1))
+                layer.mlp.up_proj = exact
+    change = ppl["as stored"] / ppl["before rounding"] - 1
+    return {"ppl": ppl, "change": change}
 
 
 def windows(args: argparse.Namespace, text: str) -> Tensor:

@@ -156,6 +156,12 @@ def analyses() -> str:
                 figures.append(f"{statistics.median(values):.1%} ({min(values):.1%} … {max(values):.1%})")
             figures.append(f"{statistics.median(r['snr_quantiles'][3] for r in found):.3f}")
             lines.append(f"| {label} | " + " | ".join(figures) + " |")
+    if m := parts.get("M"):
+        lines += [
+            "",
+            f"**Merge**: rounding up_proj's merged scales to stored numbers changes the perplexity by {m['change']:+.3%}",
+        ]
+        lines += [f"({m['ppl']['before rounding']:.3f} → {m['ppl']['as stored']:.3f}, fp32, held-out windows)."]
     return "\n".join(lines) + "\n"
 
 
