@@ -52,6 +52,7 @@ class Gptq(_Table):
     order: Literal["gar", "none"] = "gar"
     static_groups: bool = False
     weighted: bool = False
+    refit: bool = False
 
 
 class Gptaq(Gptq):

@@ -22,6 +22,7 @@ from torch import Tensor
 from sordino.contract import Grid, Rounded, Stats
 from sordino.numerics.affine import GridParams
 from sordino.numerics.gram import inverse_factor
+from sordino.round.refit import refit
 
 _BLOCK = 128
 
@@ -37,6 +38,7 @@ class Prepared:
         notes: what is worth saying.
         weights: of the columns in the grids' fit, fp32 [C], or None for equal ones.
         shift: what moves the weight to its target beforehand, fp32 [C, C], or None.
+        h, d: the sums themselves in the original order, for a refit; h is None without one.
     """
 
     perm: Tensor
@@ -45,6 +47,8 @@ class Prepared:
     notes: dict[str, float]
     weights: Tensor | None = None
     shift: Tensor | None = None
+    h: Tensor | None = None
+    d: Tensor | None = None
 
 
 class GptqSolver:
@@ -56,6 +60,7 @@ class GptqSolver:
         static_groups: fit every group's grid on the original weights before the first column.
         alpha: strength of the asymmetric term.
         weighted: weigh the columns of a group by diag H when its grid is fitted.
+        refit: fit the scales again after the last column, codes frozen, under the full Hessian.
         whole: instead of GPTAQ's column-wise term, move the whole weight to the least-squares target first.
     """
 
@@ -69,9 +74,10 @@ class GptqSolver:
         alpha: float = 0.0,
         weighted: bool = False,
         whole: bool = False,
+        refit: bool = False,
     ):
         self.damp, self.order, self.static_groups = damp, order, static_groups
-        self.alpha, self.weighted, self.whole = alpha, weighted, whole
+        self.alpha, self.weighted, self.whole, self.refit = alpha, weighted, whole, refit
         self.needs = frozenset({"H", "D"} if alpha > 0 else {"H"})
 
     def prepare(self, stats: Stats | None, group: int) -> Prepared:
@@ -85,6 +91,7 @@ class GptqSolver:
         dead = _revive(stats.h)
         perm = gar_order(stats.h.diagonal(), group) if self.order == "gar" else torch.arange(stats.h.shape[0])
         weights = stats.h.diagonal()[perm].clone() if self.weighted else None
+        h = stats.h.clone() if self.refit else None
         u, damp = inverse_factor(_take(stats, perm), self.damp)
         p = shift = None
         if stats.d is not None and self.whole:
@@ -92,11 +99,11 @@ class GptqSolver:
         elif stats.d is not None:
             p = asymmetric_term(stats.d[perm[:, None], perm], u, self.alpha)
         notes = {"damp": damp} if damp > self.damp else {}
-        return Prepared(perm, u, p, notes | ({"dead_columns": float(dead)} if dead else {}), weights, shift)
+        return Prepared(perm, u, p, notes | ({"dead_columns": float(dead)} if dead else {}), weights, shift, h, stats.d)
 
     def solve(self, w: Tensor, prepared: Prepared, grid: Grid, group: int) -> Rounded:
         """Round fp32 [R, C]."""
-        perm = prepared.perm
+        perm, original = prepared.perm, w
         static = None
         wt = w.T[perm]
         if prepared.shift is not None:
@@ -114,7 +121,13 @@ class GptqSolver:
             None if params.column is None else params.column[columns],
         )
         latent = wt[columns].T.contiguous() if self.keep_latent else None
-        return Rounded.of(codes[columns].T.contiguous(), params, grid, group, notes=prepared.notes, latent=latent)
+        rounded = Rounded.of(codes[columns].T.contiguous(), params, grid, group, notes=prepared.notes, latent=latent)
+        if prepared.h is None:
+            return rounded
+        wh = original @ prepared.h
+        if prepared.d is not None:
+            wh.addmm_(original, prepared.d, alpha=self.alpha)
+        return refit(rounded, prepared.h, wh)
 
 
 def gar_order(diag: Tensor, group: int) -> Tensor:
