@@ -31,15 +31,27 @@ def rungs(bits: int) -> Ladder:
     }
 
 
+def own(bits: int) -> Ladder:
+    """Sordino's own best: what each of its parts adds."""
+    best, free = f"w{bits}", "moves=[]"
+    solver = "format.weights.solver"
+    return {
+        f"w{bits}, GPTAQ as published": (best, [free, f'{solver}={{name="gptaq"}}'], [0]),
+        f"w{bits}, whole target": (best, [free, f"{solver}.weighted=false", f"{solver}.refit=false"], [0]),
+        f"w{bits}, whole target, refit": (best, [free, f"{solver}.weighted=false"], [0]),
+        f"w{bits}, no training": (best, [free], SEEDS),
+        f"w{bits}, tuned only": (best, ['moves=[{move="tune", epochs=1}]'], [0]),
+        f"w{bits}": (best, [], SEEDS),
+        f"w{bits}, longer": (best, LONGER, SEEDS),
+    }
+
+
 LADDER: Ladder = {
     **rungs(2),
     **rungs(3),
-    "w2": ("w2", [], SEEDS),
-    "w2, longer": ("w2", LONGER, SEEDS),
-    "w3": ("w3", [], SEEDS),
-    "w3, longer": ("w3", LONGER, SEEDS),
-    "w4": ("w4", [], SEEDS),
-    "w4, longer": ("w4", LONGER, SEEDS),
+    **own(2),
+    **own(3),
+    **own(4),
 }
 
 if __name__ == "__main__":
