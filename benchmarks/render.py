@@ -41,7 +41,7 @@ def main() -> None:
     first, second = latest("weight_only.jsonl"), latest("d2quant.jsonl")
     body = HEAD + "\n## Rounding alone\n\n" + table(first, ["full precision", *weight_only.LADDER])
     body += "\n## D²Quant, and past it\n\n" + table(second, ["full precision", *d2quant.LADDER])
-    body += analyses() + large_shape()
+    body += solver_options() + analyses() + large_shape()
     (ROOT / "docs" / "results.md").write_text(body)
     best = {k: v for k, v in second.items() if k[0].startswith(("w2", "w3", "w4", "d2quant-w"))}
     fill(ROOT / "README.md", table(first | best, ["full precision", *weight_only.LADDER, *d2quant.LADDER], 4))
@@ -101,6 +101,24 @@ def fill(path: Path, content: str) -> None:
     before, rest = path.read_text().split("<!-- results -->\n", 1)
     after = rest.split("<!-- /results -->", 1)[1]
     path.write_text(before + "<!-- results -->\n" + content + "<!-- /results -->" + after)
+
+
+def solver_options() -> str:
+    """Section on the solver's options, from the last row of each."""
+    path = ROWS / "solver_options.jsonl"
+    rows = {(r["bits"], r["name"]): r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    if not rows:
+        return ""
+    count = max(len(r["errors"]) for r in rows.values())
+    lines = ["", "## Options of the solver, block by block (`benchmarks/solver_options.py`)", ""]
+    lines += [
+        f"Held-out error of the first {count} blocks, relative to full precision, each on the stream that the blocks before it"
+    ]
+    lines += ["leave; 64 calibration windows, no training.", ""]
+    lines += ["| bits | solver | " + " | ".join(f"block {i}" for i in range(count)) + " | CPU s |", "|---" * (count + 3) + "|"]
+    for (bits, name), r in rows.items():
+        lines.append(f"| {bits} | {name} | " + " | ".join(f"{e:.4f}" for e in r["errors"]) + f" | {r['cpu_seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
 
 
 def analyses() -> str:
