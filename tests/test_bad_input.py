@@ -381,6 +381,9 @@ ON_MODEL = [
     (["doctor", "-r", "gptq-w4", "--set", "format.weights.group=48"], ["48"]),
     (["doctor", "-r", "gptq-w4", "--set", "format.head=8"], ["one table"]),
     (["doctor", "-r", "gptq-w4", "--for", "nothing"], ["vllm"]),
+    (["doctor", "-r", "d2quant-w3", "--for", "gguf"], ["additive", "d2quant-paper-w3"]),
+    (["doctor", "-r", "d2quant-paper-w3", "--for", "vllm"], ["mean-shift", "form"]),
+    (["doctor", "-r", "gptq-w4", "--for", "vllm", "--set", "moves=[{move='rotate'}]"], ["vllm", "rotate"]),
     (["doctor", "-r", "gptq-w4", "--for", "gguf", "--set", "format.weights.group=16"], ["gguf", "group 16"]),
     (["doctor", "-r", "gptq-w4", "--for", "vllm", "--set", "format.embeddings=8"], ["vllm", "--set format.embeddings=16"]),
 ]
