@@ -284,6 +284,13 @@ def _print_result(result: Any) -> None:
     fallbacks = [str(b["block"]) for b in manifest["blocks"] if b.get("fallback")]
     if fallbacks:
         table.add_row("blocks where RTN was better and taken", ", ".join(fallbacks))
+    tuned = [b["moves"]["tune"]["kept"] for b in manifest["blocks"] if "tune" in b.get("moves", {})]
+    if tuned:
+        table.add_row("blocks that tuning made better", f"{sum(tuned)} of {len(tuned)}; the others keep what they had")
+    for name, note in manifest.get("finish", {}).items():
+        if "kl_before" in note:
+            change = f"{note['kl_before']:.4f} → {note['kl_after']:.4f}"
+            table.add_row(f"{name}: KL, held out", change if note["kept"] else f"{change}: not kept")
     table.add_row("time", f"{run['seconds']:.0f} s wall, {run['cpu_seconds']:.0f} s CPU")
     table.add_row("peak memory", f"{run['peak_memory_bytes'] / 2**30:.2f} GiB")
     _out.print(table)

@@ -257,6 +257,10 @@ class FinishContext(Protocol):
         """Tensors outside the blocks, by full name, as they will be stored; may be edited."""
         ...
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Say how far work has come that takes longer than seconds."""
+        ...
+
     def rng(self, move: str) -> torch.Generator:
         """Random numbers that depend on (seed, move) only."""
         ...

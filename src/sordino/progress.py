@@ -12,7 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_NAMES = {"block": "quantizing blocks", "survey": "surveying", "eval": "evaluating windows", "write": "writing"}
+_NAMES = {
+    "block": "quantizing blocks",
+    "survey": "surveying",
+    "distill": "distilling",
+    "eval": "evaluating windows",
+    "write": "writing",
+}
 
 
 class Bars:

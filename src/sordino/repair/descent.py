@@ -15,7 +15,11 @@ _WARM = 0.05  # share of the steps in which the learning rates rise
 
 
 def descend(
-    spaces: Sequence[ParameterSpace], batches: Iterator[Tensor], steps: int, backward: Callable[[Tensor], float]
+    spaces: Sequence[ParameterSpace],
+    batches: Iterator[Tensor],
+    steps: int,
+    backward: Callable[[Tensor], float],
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
     """Train.
 
@@ -24,6 +28,7 @@ def descend(
         batches: indices of the windows of each step.
         steps: how many steps; the cosine ends there.
         backward: computes the loss of some windows, its gradients, and returns its value.
+        tick: told (steps done, steps) before each.
 
     Returns:
         Loss of every step.
@@ -39,7 +44,8 @@ def descend(
     )
     losses = []
     with torch.enable_grad():
-        for _ in range(steps):
+        for i in range(steps):
+            tick(i, steps)
             losses.append(backward(next(batches)))
             if not math.isfinite(losses[-1]):
                 raise SordinoError(f"the training loss is not finite at step {len(losses)}; lower the learning rates")
@@ -50,6 +56,7 @@ def descend(
             schedule.step()
             for s in spaces:
                 s.settle()
+    tick(steps, steps)
     return losses
 
 

@@ -70,7 +70,8 @@ class Distill(Move):
             return loss.item()
 
         steps = self.epochs * -(-ctx.calib // self.batch)
-        losses = descend([*spaces, gains], shuffled(ctx.calib, self.batch, ctx.rng(self.name)), steps, backward)
+        order = shuffled(ctx.calib, self.batch, ctx.rng(self.name))
+        losses = descend([*spaces, gains], order, steps, backward, lambda i, n: ctx.progress(self.name, i, n))
         self._fold(ctx, spaces)
         gains.fold()
         after = held_out(ctx, exact_norm)

@@ -7,6 +7,7 @@ starts again from the first. Shapes: N windows, L tokens, D hidden size.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,12 +38,17 @@ class Finish:
     windows: Tensor
     calib: int
     targets: Tensor
+    tell: Callable[[str, int, int], None]
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ends(self) -> dict[str, Tensor]:
         """Tensors outside the blocks, as they will be stored."""
         return self.around.tensors
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Pass it on."""
+        self.tell(what, done, total)
 
     def rng(self, move: str) -> torch.Generator:
         """Generator seeded by (seed, move)."""

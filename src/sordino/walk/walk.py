@@ -97,7 +97,7 @@ class Walk:
     def _finish(self, ends: Ends) -> None:
         """Let moves work on the whole rounded model (unless an interrupted run has them done), then the final guard."""
         assert self.windows is not None
-        rest = {"calls": self.calls, "artifacts": self.artifacts, "seed": self.seed}
+        rest = {"calls": self.calls, "artifacts": self.artifacts, "seed": self.seed, "tell": self.progress}
         if self.work.finished is None:
             finish = open_finish(self.factory, self.plan, self.work, ends, self.streams, self.windows, **rest)
             for move in finishing(self.plan):
