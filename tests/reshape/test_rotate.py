@@ -22,7 +22,7 @@ def rotated(name: str, *overrides: str) -> sordino.Recipe:
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_unchanged(family: str, tied: bool, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", family, tied=tied, layers=2, hidden_size=96, num_attention_heads=6, ffn=172)
-    sordino.quantize(str(model), rotated("rtn-w4", *PLAIN), tmp_path / "out")
+    sordino.quantize(str(model), rotated("rtn-w4", *PLAIN), tmp_path / "out", windows=4, seqlen=32)
     exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     ours, tokenizer = sordino.load(tmp_path / "out", dtype=torch.float32)
     assert not torch.allclose(exact.model.layers[0].mlp.down_proj.weight, ours.model.layers[0].mlp.down_proj.weight)
