@@ -60,6 +60,12 @@ def descend(
     return losses
 
 
+def first_and_last(losses: list[float]) -> list[float]:
+    """Mean loss of the first and of the last tenth of the steps, for a report."""
+    tail = max(1, len(losses) // 10)
+    return [round(sum(part) / len(part), 6) for part in (losses[:tail], losses[-tail:])]
+
+
 def shuffled(n: int, batch: int, rng: torch.Generator) -> Iterator[Tensor]:
     """Endless batches of window numbers: every window once an epoch, in a new order each time."""
     while True:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sordino.contract import FinishContext, Move
 from sordino.recipe import PositiveInt, Rate
-from sordino.repair.descent import descend, shuffled
+from sordino.repair.descent import descend, first_and_last, shuffled
 from sordino.repair.spaces import GainSpace, WeightSpace
 
 _ROWS = 64  # tokens whose logits exist at once
@@ -83,10 +83,8 @@ class Distill(Move):
                     ctx.commit(i, linear, rounded)
             for w, old in zip(gains.weights, first_gains, strict=True):
                 w.copy_(old)
-        tail = max(1, steps // 10)
-        trained = [sum(part) / len(part) for part in (losses[:tail], losses[-tail:])]
         divergences = {} if unguarded else {"kl_before": before, "kl_after": after}
-        ctx.notes[self.name] = {**divergences, "kept": kept, "loss": [round(v, 6) for v in trained]}
+        ctx.notes[self.name] = {**divergences, "kept": kept, "loss": first_and_last(losses)}
 
     def _fold(self, ctx: FinishContext, spaces: list[Any]) -> None:
         for i, space in enumerate(spaces):

@@ -18,7 +18,7 @@ from sordino.anatomy import Anatomy
 from sordino.contract import BlockContext, Move, ParameterSpace
 from sordino.numerics.divergence import token_weights
 from sordino.recipe import PositiveInt, Rate
-from sordino.repair.descent import descend, shuffled
+from sordino.repair.descent import descend, first_and_last, shuffled
 from sordino.repair.spaces import GainSpace, WeightSpace
 
 
@@ -84,7 +84,5 @@ class Tune(Move):
         kept = unguarded or after < before
         if not kept:
             ctx.restore(state)
-        tail = max(1, steps // 10)
-        trained = [sum(part) / len(part) for part in (losses[:tail], losses[-tail:])]
         errors = {} if unguarded else {"before": before, "after": after}
-        ctx.notes[self.name] = {**errors, "kept": kept, "loss": [round(v, 6) for v in trained]}
+        ctx.notes[self.name] = {**errors, "kept": kept, "loss": first_and_last(losses)}
