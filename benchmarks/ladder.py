@@ -1,6 +1,6 @@
-"""What ladders of recipes share: quantize and evaluate in processes of their own, keep one JSON row each.
+"""What ladders of recipes share: quantize in a process of its own, evaluate, keep one JSON row each.
 
-Every step is the public command line, so CPU seconds and memory are a user's. A row is one (recipe digest, code version,
+Quantization is the public command line, so CPU seconds and memory are a user's. A row is one (recipe digest, code version,
 seed); rows that are there are skipped, so a ladder can be stopped and continued. `python benchmarks/render.py` turns the
 rows into docs/results.md.
 """
@@ -8,6 +8,7 @@ rows into docs/results.md.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import sordino
+from sordino.measure.evaluate import reference
 from sordino.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -66,9 +69,9 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
             manifest = json.loads((work / "out" / "sordino.json").read_text())
             result |= {"guard": manifest["guard"], "coverage": manifest["coverage"]}
             result["fallbacks"] = [b["block"] for b in manifest["blocks"] if b.get("fallback")]
-        result |= figures(subject, args.evaluate, args.windows, args.model if recipe else None, work)
+        result |= figures(subject, args.evaluate, args.windows, args.model if recipe else None)
         if args.also:
-            result["also"] = figures(subject, args.also, 16, args.model if recipe else None, work)
+            result["also"] = figures(subject, args.also, 16, args.model if recipe else None)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     rows.parent.mkdir(parents=True, exist_ok=True)
@@ -77,12 +80,13 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
     print(f"{name} seed {seed}: PPL {result['ppl']:.3f} at {result['bits_per_weight']:.3f} bits", flush=True)
 
 
-def figures(subject: str, text: str, windows: int, against: str | None, work: Path) -> Any:
-    """What `sordino eval` measures."""
-    file = work / "figures.json"
-    reference = [] if against is None else ["--against", against]
-    run(["eval", subject, "--text", text, "--windows", str(windows), "--json", str(file), *reference])
-    return json.loads(file.read_text())
+def figures(subject: str, text: str, windows: int, against: str | None) -> dict[str, Any]:
+    """What `sordino eval` measures; the reference runs once for all rows."""
+    exact = None if against is None else _reference(against, text, windows)
+    return sordino.evaluate(subject, text=text, windows=windows, against=exact).to_json()
+
+
+_reference = functools.cache(lambda model, text, windows: reference(model, text=text, windows=windows))
 
 
 def run(command: list[str]) -> dict[str, float]:

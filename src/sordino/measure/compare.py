@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sordino.corpus import EVAL_TEXT
-from sordino.measure.evaluate import Evaluation, evaluate
+from sordino.measure.evaluate import Evaluation, evaluate, reference
 from sordino.walk.source import locate
 
 
@@ -74,8 +74,10 @@ def compare(
     """Measure several checkpoints; see :func:`sordino.evaluate` for the arguments and errors."""
     for name in (*checkpoints, *([] if against is None else [against])):
         locate(name)  # a mistyped name is found now, not after minutes of measuring the others
+    options: dict[str, Any] = {"text": text, "seqlen": seqlen, "windows": windows, "progress": progress}
+    exact = None if against is None else reference(against, **options)
     rows = []
     for checkpoint in checkpoints:
-        figures = evaluate(checkpoint, text=text, seqlen=seqlen, windows=windows, against=against, progress=progress)
+        figures = evaluate(checkpoint, against=exact, **options)
         rows.append((str(checkpoint), figures))
     return Comparison(tuple(rows))

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sordino.api import load
-from sordino.corpus import EVAL_TEXT, eval_windows, load_text, tokenize
+from sordino.corpus import EVAL_TEXT, Text, eval_windows, load_text, tokenize
 from sordino.errors import InputError
 from sordino.measure.size import Size, size_of
-from sordino.numerics.divergence import token_kl
+from sordino.walk.attention import NAME as WINDOW_ATTENTION
 from sordino.walk.source import locate
 
 Progress = Callable[[str, int, int], None]
@@ -63,13 +62,45 @@ class Evaluation:
         return asdict(self) | {"tasks": None}
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a reference model says about some windows, so that several models can be held against it.
+
+    Attributes:
+        name: of the model.
+        ids: the windows it read, [N, L].
+        hidden: its final hidden states, [N, L, D].
+        head: its output projection.
+    """
+
+    name: str | Path
+    ids: Tensor
+    hidden: Tensor
+    head: Any
+
+
+def reference(
+    model: str | Path,
+    *,
+    text: str = EVAL_TEXT,
+    seqlen: int = 2048,
+    windows: int | None = None,
+    dtype: torch.dtype | str = "auto",
+    progress: Progress | None = None,
+) -> Reference:
+    """Run a reference model once; see :func:`evaluate` for the arguments and errors."""
+    exact, ids = _open(model, load_text(text), seqlen, windows, dtype)
+    hidden = [_hidden(exact, w) for w in _watched(ids, progress, "reference")]
+    return Reference(model, ids, torch.stack(hidden), exact.lm_head)
+
+
 def evaluate(
     model: str | Path,
     *,
     text: str = EVAL_TEXT,
     seqlen: int = 2048,
     windows: int | None = None,
-    against: str | Path | None = None,
+    against: str | Path | Reference | None = None,
     dtype: torch.dtype | str = "auto",
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -80,25 +111,21 @@ def evaluate(
         text: evaluation text, see :func:`sordino.corpus.load_text`.
         seqlen: tokens of a window.
         windows: how many windows from the start; None for all.
-        against: reference for KL and agreement, usually the full-precision model.
+        against: reference for KL and agreement, usually the full-precision model; of several models that are held
+            against the same one, run it once with :func:`reference`.
         dtype: compute dtype; "auto" is the model's own.
         progress: called with (what, done, total).
 
     Raises:
         InputError: if something cannot be loaded or the text is shorter than one window.
     """
-    subject, tokenizer = load(model, dtype=dtype)
-    content = load_text(text)
-    ids = eval_windows(tokenize(content, tokenizer), seqlen, windows)
-    _check_fits(ids, subject, model)
-    reference = None
-    if against is not None:
-        reference, other = load(against, dtype=dtype)
-        _check_fits(ids, reference, against)
-        if not torch.equal(eval_windows(tokenize(content, other), seqlen, windows), ids):
-            raise InputError(f"{model} and {against} tokenize the text differently: their distributions cannot be compared")
+    subject, ids = _open(model, load_text(text), seqlen, windows, dtype)
+    if isinstance(against, str | Path):
+        against = reference(against, text=text, seqlen=seqlen, windows=windows, dtype=dtype, progress=progress)
+    if against is not None and not torch.equal(against.ids, ids):
+        raise InputError(f"{model} and {against.name} tokenize the text differently: their distributions cannot be compared")
     started = time.time()
-    scores = [_score(subject, reference, w) for w in _watched(ids, progress)]
+    scores = [_score(subject, against, i, w) for i, w in enumerate(_watched(ids, progress, "eval"))]
     seconds = time.time() - started
     nll, kl, agree = (torch.stack([s[i] for s in scores]) for i in range(3))
     size: Size = size_of(subject, locate(model))
@@ -106,10 +133,10 @@ def evaluate(
     return Evaluation(
         ppl=ppl,
         ppl_stderr=None if (error := _stderr(nll)) is None else ppl * error,
-        kl=float(kl.mean()) if reference is not None else None,
-        kl_stderr=_stderr(kl) if reference is not None else None,
-        top1_agreement=float(agree.mean()) if reference is not None else None,
-        top1_agreement_stderr=_stderr(agree) if reference is not None else None,
+        kl=float(kl.mean()) if against is not None else None,
+        kl_stderr=_stderr(kl) if against is not None else None,
+        top1_agreement=float(agree.mean()) if against is not None else None,
+        top1_agreement_stderr=_stderr(agree) if against is not None else None,
         bits_per_weight=size.bits_per_weight,
         bits_per_parameter=size.bits_per_parameter,
         bytes=size.bytes,
@@ -117,6 +144,15 @@ def evaluate(
         seqlen=seqlen,
         seconds=round(seconds, 2),
     )
+
+
+def _open(name: str | Path, content: Text, seqlen: int, windows: int | None, dtype: torch.dtype | str) -> tuple[Any, Tensor]:
+    """A model that reads whole windows, and the text as its token ids [N, L]."""
+    model, tokenizer = load(name, dtype=dtype)
+    ids = eval_windows(tokenize(content, tokenizer), seqlen, windows)
+    _check_fits(ids, model, name)
+    model.set_attn_implementation(WINDOW_ATTENTION)
+    return model, ids
 
 
 def _check_fits(ids: Tensor, model: Any, name: str | Path) -> None:
@@ -128,34 +164,31 @@ def _check_fits(ids: Tensor, model: Any, name: str | Path) -> None:
         raise InputError(f"--seqlen {ids.shape[1]} is longer than the {limit} positions of {name}")
 
 
-def _watched(ids: Tensor, progress: Progress | None) -> Any:
+def _watched(ids: Tensor, progress: Progress | None, what: str) -> Any:
     for i, window in enumerate(ids):
         if progress is not None:
-            progress("eval", i, len(ids))
+            progress(what, i, len(ids))
         yield window
     if progress is not None:
-        progress("eval", len(ids), len(ids))
+        progress(what, len(ids), len(ids))
 
 
 @torch.no_grad()
-def _score(model: Any, reference: Any, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _score(model: Any, exact: Reference | None, index: int, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean NLL, KL and agreement of one window [L]; the last two are zero without a reference."""
-    hidden, target = _hidden(model, window), None
-    if reference is not None:
-        target = _hidden(reference, window)
-    nll, kl, agree = [], [], []
-    for i in range(0, len(window) - 1, _ROWS):
-        rows = slice(i, min(i + _ROWS, len(window) - 1))
-        logits = model.lm_head(hidden[rows]).float()
-        nll.append(F.cross_entropy(logits, window[rows.start + 1 : rows.stop + 1], reduction="none"))
-        if target is not None:
-            divergence, same = token_kl(reference.lm_head(target[rows]), logits)
-            kl.append(divergence)
-            agree.append(same.float())
-    zero = torch.zeros(())
-    return torch.cat(nll).mean(), torch.cat(kl).mean() if kl else zero, torch.cat(agree).mean() if agree else zero
+    hidden = _hidden(model, window)
+    nll, kl, agree = torch.zeros(3, dtype=torch.float64)
+    for rows in torch.arange(len(window) - 1).split(_ROWS):
+        log_q = torch.log_softmax(model.lm_head(hidden[rows]).float(), -1)
+        nll -= log_q.gather(-1, window[rows + 1, None]).sum()
+        if exact is not None:
+            log_p = torch.log_softmax(exact.head(exact.hidden[index, rows]).float(), -1)
+            agree += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+            kl += torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q)).sum()
+    return nll / (len(window) - 1), kl / (len(window) - 1), agree / (len(window) - 1)
 
 
+@torch.no_grad()
 def _hidden(model: Any, window: Tensor) -> Tensor:
     """Final hidden states of one window, [L, D]; logits are made from slices of it, never all at once."""
     out: Tensor = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]
