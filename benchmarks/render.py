@@ -39,6 +39,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     first, second = latest("weight_only.jsonl"), latest("d2quant.jsonl")
+    first |= {k: v for k, v in second.items() if k[0] in weight_only.LADDER}  # the same recipe, measured later
     body = HEAD + "\n## Rounding alone\n\n" + table(first, ["full precision", *weight_only.LADDER])
     body += "\n## D²Quant, and past it\n\n" + table(second, ["full precision", *d2quant.LADDER])
     body += solver_options() + analyses() + large_shape()

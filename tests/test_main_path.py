@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sordino
 from sordino.anatomy import FAMILIES
 from sordino.errors import InputError
+from sordino.measure.evaluate import reference
 from sordino.runtime.generate import generate
 from sordino.runtime.modules import QuantLinear
 from sordino.walk.context import Context
@@ -155,6 +156,19 @@ def test_perplexity_equals_transformers_own_loss(tmp_path: Path) -> None:
     with torch.no_grad():
         losses = [plain(ids[i : i + 50][None], labels=ids[i : i + 50][None]).loss for i in range(0, 200, 50)]
     assert figures.ppl == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
+
+
+def test_one_reference_serves_many_models_and_only_on_its_own_text(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model")
+    sordino.quantize(str(model), "rtn-w4", tmp_path / "out")
+    options = {"seqlen": 64, "windows": 3}
+    exact = reference(str(model), **options)
+    again = sordino.evaluate(str(model), against=exact, **options)
+    assert again.kl == pytest.approx(0, abs=1e-7) and again.top1_agreement == 1
+    ours, alone = (sordino.evaluate(tmp_path / "out", against=a, **options) for a in (exact, str(model)))
+    assert ours.kl == alone.kl and ours.ppl == alone.ppl and ours.top1_agreement == alone.top1_agreement
+    with pytest.raises(InputError, match="tokenize the text differently"):
+        sordino.evaluate(tmp_path / "out", against=exact, seqlen=32, windows=3)
 
 
 def test_leftover_rotary_buffers_are_ignored_and_other_extras_refused(tmp_path: Path) -> None:
