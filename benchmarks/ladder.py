@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import sordino
-from sordino.measure.evaluate import reference
+from sordino.measure.evaluate import Reference, reference
 from sordino.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,9 @@ def figures(subject: str, text: str, windows: int, against: str | None) -> dict[
     return sordino.evaluate(subject, text=text, windows=windows, against=exact).to_json()
 
 
-_reference = functools.cache(lambda model, text, windows: reference(model, text=text, windows=windows))
+@functools.cache
+def _reference(model: str, text: str, windows: int) -> Reference:
+    return reference(model, text=text, windows=windows)
 
 
 def run(command: list[str]) -> dict[str, float]:

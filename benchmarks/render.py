@@ -10,6 +10,7 @@ from typing import Any
 import d2quant
 import weight_only
 from ladder import ROOT, ROWS
+from sordino.recipe import presets
 
 HEAD = """# Measured results
 
@@ -44,7 +45,7 @@ def main() -> None:
     body += "\n## D²Quant, and past it\n\n" + table(second, ["full precision", *d2quant.LADDER])
     body += solver_options() + analyses() + large_shape()
     (ROOT / "docs" / "results.md").write_text(body)
-    best = {k: v for k, v in second.items() if k[0].startswith(("w2", "w3", "w4", "d2quant-w"))}
+    best = {k: v for k, v in second.items() if k[0].partition(",")[0] in presets()}
     fill(ROOT / "README.md", table(first | best, ["full precision", *weight_only.LADDER, *d2quant.LADDER], 4))
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 7))
 

@@ -42,8 +42,8 @@ class Text:
     digest: str
 
 
-def load_text(spec: str) -> Text:
-    """Read a text.
+def load_text(spec: str | Text) -> Text:
+    """Read a text; one that has been read already comes back as it is.
 
     Args:
         spec: a text or ``.jsonl`` file (``.gz`` too), ``builtin:pydoc`` (CPython's help topics, to calibrate),
@@ -52,6 +52,8 @@ def load_text(spec: str) -> Text:
     Raises:
         InputError: if it is missing, not UTF-8 or empty.
     """
+    if isinstance(spec, Text):
+        return spec
     if spec.startswith("builtin:"):
         if spec not in _BUILTIN:
             raise InputError(f"no built-in text '{spec}'; there are {', '.join(_BUILTIN)}")

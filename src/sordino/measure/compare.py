@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sordino.corpus import EVAL_TEXT
+from sordino.corpus import EVAL_TEXT, load_text
 from sordino.measure.evaluate import Evaluation, evaluate, reference
 from sordino.walk.source import locate
 
@@ -74,7 +74,7 @@ def compare(
     """Measure several checkpoints; see :func:`sordino.evaluate` for the arguments and errors."""
     for name in (*checkpoints, *([] if against is None else [against])):
         locate(name)  # a mistyped name is found now, not after minutes of measuring the others
-    options: dict[str, Any] = {"text": text, "seqlen": seqlen, "windows": windows, "progress": progress}
+    options: dict[str, Any] = {"text": load_text(text), "seqlen": seqlen, "windows": windows, "progress": progress}
     exact = None if against is None else reference(against, **options)
     rows = []
     for checkpoint in checkpoints:

@@ -21,6 +21,7 @@ from sordino.api import load
 from sordino.corpus import EVAL_TEXT, Text, eval_windows, load_text, tokenize
 from sordino.errors import InputError
 from sordino.measure.size import Size, size_of
+from sordino.numerics.divergence import token_kl
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
 from sordino.walk.source import locate
 
@@ -41,7 +42,7 @@ class Evaluation:
         bytes: of the checkpoint's safetensors.
         windows: how many windows were scored.
         seqlen: tokens of a window.
-        seconds: wall time of the forward passes.
+        seconds: wall time of the model's own forward passes, without the reference's.
     """
 
     ppl: float
@@ -82,22 +83,20 @@ class Reference:
 def reference(
     model: str | Path,
     *,
-    text: str = EVAL_TEXT,
+    text: str | Text = EVAL_TEXT,
     seqlen: int = 2048,
     windows: int | None = None,
     dtype: torch.dtype | str = "auto",
     progress: Progress | None = None,
 ) -> Reference:
     """Run a reference model once; see :func:`evaluate` for the arguments and errors."""
-    exact, ids = _open(model, load_text(text), seqlen, windows, dtype)
-    hidden = [_hidden(exact, w) for w in _watched(ids, progress, "reference")]
-    return Reference(model, ids, torch.stack(hidden), exact.lm_head)
+    return _read(model, *_open(model, load_text(text), seqlen, windows, dtype), progress)
 
 
 def evaluate(
     model: str | Path,
     *,
-    text: str = EVAL_TEXT,
+    text: str | Text = EVAL_TEXT,
     seqlen: int = 2048,
     windows: int | None = None,
     against: str | Path | Reference | None = None,
@@ -119,11 +118,15 @@ def evaluate(
     Raises:
         InputError: if something cannot be loaded or the text is shorter than one window.
     """
-    subject, ids = _open(model, load_text(text), seqlen, windows, dtype)
-    if isinstance(against, str | Path):
-        against = reference(against, text=text, seqlen=seqlen, windows=windows, dtype=dtype, progress=progress)
-    if against is not None and not torch.equal(against.ids, ids):
-        raise InputError(f"{model} and {against.name} tokenize the text differently: their distributions cannot be compared")
+    content = load_text(text)
+    subject, ids = _open(model, content, seqlen, windows, dtype)
+    if isinstance(against, Reference):
+        _check_same(model, ids, against.name, against.ids)
+    elif against is not None:
+        exact, theirs = _open(against, content, seqlen, windows, dtype)
+        _check_same(model, ids, against, theirs)
+        against = _read(against, exact, theirs, progress)
+        del exact  # its head is all that is still wanted
     started = time.time()
     scores = [_score(subject, against, i, w) for i, w in enumerate(_watched(ids, progress, "eval"))]
     seconds = time.time() - started
@@ -155,6 +158,18 @@ def _open(name: str | Path, content: Text, seqlen: int, windows: int | None, dty
     return model, ids
 
 
+def _read(name: str | Path, model: Any, ids: Tensor, progress: Progress | None) -> Reference:
+    """Let an open model read its windows [N, L]."""
+    hidden = [_hidden(model, w) for w in _watched(ids, progress, "reference")]
+    return Reference(name, ids, torch.stack(hidden), model.lm_head)
+
+
+def _check_same(name: str | Path, ids: Tensor, other: str | Path, theirs: Tensor) -> None:
+    """Refuse to compare models that do not read the same tokens."""
+    if not torch.equal(ids, theirs):
+        raise InputError(f"{name} and {other} tokenize the text differently: their distributions cannot be compared")
+
+
 def _check_fits(ids: Tensor, model: Any, name: str | Path) -> None:
     """Refuse token ids and windows that the model has no embeddings or positions for."""
     vocabulary, limit = model.config.vocab_size, getattr(model.config, "max_position_embeddings", None)
@@ -179,12 +194,13 @@ def _score(model: Any, exact: Reference | None, index: int, window: Tensor) -> t
     hidden = _hidden(model, window)
     nll, kl, agree = torch.zeros(3, dtype=torch.float64)
     for rows in torch.arange(len(window) - 1).split(_ROWS):
-        log_q = torch.log_softmax(model.lm_head(hidden[rows]).float(), -1)
+        logits = model.lm_head(hidden[rows])
+        log_q = torch.log_softmax(logits.float(), -1)
         nll -= log_q.gather(-1, window[rows + 1, None]).sum()
         if exact is not None:
-            log_p = torch.log_softmax(exact.head(exact.hidden[index, rows]).float(), -1)
-            agree += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-            kl += torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q)).sum()
+            target = exact.head(exact.hidden[index, rows])
+            agree += (target.argmax(-1) == logits.argmax(-1)).sum()
+            kl += token_kl(torch.log_softmax(target.float(), -1), log_q).sum()
     return nll / (len(window) - 1), kl / (len(window) - 1), agree / (len(window) - 1)
 
 

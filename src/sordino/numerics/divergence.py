@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 
-def token_kl(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(reference || other) per token, in nats, and whether both have the same most likely token.
+def token_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) per token, in nats.
 
     Args:
-        reference: logits [T, V], any float dtype.
-        other: logits [T, V].
+        log_p: logarithms of the reference's probabilities, fp32 [T, V].
+        log_q: of the other's, fp32 [T, V].
 
     Returns:
-        KL fp32 [T] and agreement bool [T].
+        fp32 [T].
     """
-    p, q = torch.log_softmax(reference.float(), -1), torch.log_softmax(other.float(), -1)
-    kl = (p.exp() * (p - q)).sum(-1)
-    return kl, reference.argmax(-1) == other.argmax(-1)
+    kl: Tensor = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
+    return kl
 
 
 def token_weights(target: Tensor) -> Tensor:

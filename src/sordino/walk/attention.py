@@ -1,4 +1,4 @@
-"""Causal attention for calibration windows, forward and backward: torch's fused CPU kernels take 2.5 times as long.
+"""Causal attention for whole windows of text, forward and backward: torch's fused CPU kernels take 2.5 times as long.
 
 Scores of a tile of queries are formed only against the keys they may see, in fp32 (products of bf16 numbers are exact
 there), so nothing is lost against the fused kernel. What it cannot carry (masks, other dtypes) goes to transformers'

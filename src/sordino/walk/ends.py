@@ -72,7 +72,8 @@ class Ends:
         total, count = 0.0, 0
         q_head, head = self.heads()
         for a, b in zip(fp.flatten(0, 1).split(_ROWS), q.flatten(0, 1).split(_ROWS), strict=True):
-            kl, _ = token_kl(F.linear(norm(a), head), F.linear(q_norm(b), q_head))
+            log_p, log_q = (torch.log_softmax(F.linear(*x).float(), -1) for x in ((norm(a), head), (q_norm(b), q_head)))
+            kl = token_kl(log_p, log_q)
             total, count = total + float(kl.sum()), count + kl.shape[0]
         return total / count
 
