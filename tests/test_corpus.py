@@ -54,6 +54,13 @@ def test_the_whole_text_may_be_drawn() -> None:
     assert len(calibration_windows(IDS[:999], 100, 9, 0, 3)) == 9
 
 
+def test_extra_windows_come_last_as_many_as_the_text_has() -> None:
+    first = calibration_windows(IDS, 100, 4, 2, 3)
+    for extra, found in ((0, 6), (3, 9), (99, 10)):
+        windows = calibration_windows(IDS, 100, 4, 2, 3, extra)
+        assert torch.equal(windows[:6], first) and len(windows.unique(dim=0)) == len(windows) == found
+
+
 def test_a_short_calibration_text_is_refused_with_the_numbers() -> None:
     with pytest.raises(InputError) as caught:
         calibration_windows(IDS, 100, 32, 4, 0)

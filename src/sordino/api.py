@@ -146,7 +146,7 @@ def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
 
 
 def _windows(source: Source, plan: Plan, text: Text | None, seed: int) -> Tensor | None:
-    """Calibration and held-out windows, int64 [N, L]; None if the plan needs no text."""
+    """Calibration, held-out and extra windows, int64 [N, L]; None if the plan needs no text."""
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"--seed {seed} does not fit 64 bits")
     if text is None:
@@ -156,7 +156,7 @@ def _windows(source: Source, plan: Plan, text: Text | None, seed: int) -> Tensor
     if len(ids) and int(ids.max()) >= vocabulary:
         raise InputError(f"{source.path}: the tokenizer has token {int(ids.max())}, the model only {vocabulary} embeddings")
     c = plan.recipe.calibration
-    return calibration_windows(ids, c.seqlen, c.windows, plan.heldout, seed)
+    return calibration_windows(ids, c.seqlen, c.windows, plan.heldout, seed, plan.extra)
 
 
 def _run(

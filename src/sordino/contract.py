@@ -247,8 +247,10 @@ class FinishContext(Protocol):
     blocks: list[nn.Module]  # decoder layers holding the rounded values
     solved: list[dict[str, Rounded]]  # per block, the rounded linears by name inside it
     norm: nn.Module  # the final norm
-    windows: Tensor  # token ids [N, L], calibration windows first
-    calib: int  # how many of them are for calibration; the rest is held out
+    windows: Tensor  # token ids [N, L]
+    calib: int  # how many windows the walk calibrated on; they come first
+    train: Tensor  # numbers of the windows to train on: the walk's, then those that moves asked for beyond them
+    heldout: Tensor  # numbers of the windows to judge by
     targets: Tensor  # final hidden states of the full-precision model, [N, L, D]
     notes: dict[str, Any]
 
@@ -293,6 +295,7 @@ class Move:
         """Memory that finish takes for every block weight of the whole model, in bytes; 0 if it does not load it."""
         return 0
 
+    finish_windows = 0  # calibration windows that finish wants, where the text has so many; 0 is content with the walk's
     needs_survey = False  # ask for one full-precision pass before the walk
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:

@@ -91,11 +91,11 @@ def eval_windows(ids: Tensor, seqlen: int, windows: int | None) -> Tensor:
     return ids[: n * seqlen].view(n, seqlen)
 
 
-def calibration_windows(ids: Tensor, seqlen: int, windows: int, heldout: int, seed: int) -> Tensor:
+def calibration_windows(ids: Tensor, seqlen: int, windows: int, heldout: int, seed: int, extra: int = 0) -> Tensor:
     """Draw calibration and held-out windows, without overlap, by a seeded permutation of the text's windows.
 
     Returns:
-        int64 [windows + heldout, L]; the held-out ones come last.
+        int64 [windows + heldout + extra, L] in this order; fewer extra ones if the text ends before.
 
     Raises:
         InputError: if the text is too short, with the numbers.
@@ -108,7 +108,7 @@ def calibration_windows(ids: Tensor, seqlen: int, windows: int, heldout: int, se
             f"the calibration text has {len(ids)} tokens = {have} windows of {seqlen}, but {want} are needed "
             f"({windows} to calibrate, {heldout} held out); give more text or {hint}"
         )
-    order = torch.randperm(have, generator=torch.Generator().manual_seed(seed))[:want]
+    order = torch.randperm(have, generator=torch.Generator().manual_seed(seed))[: want + extra]
     return ids[: have * seqlen].view(have, seqlen)[order]
 
 

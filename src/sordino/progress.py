@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _NAMES = {
     "block": "quantizing blocks",
     "survey": "surveying",
+    "targets": "full precision",
     "distill": "distilling",
     "eval": "evaluating windows",
     "write": "writing",

@@ -27,6 +27,7 @@ PRESET_DIR = Path(__file__).parent / "recipes"
 
 Bits = Literal[2, 3, 4, 8, 16]
 Rate = Annotated[float, Field(ge=0, le=1)]  # a learning rate; 0 leaves what it belongs to as it is
+Natural = Annotated[int, Field(ge=0, strict=True)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: `true` is no 1
 Group = Literal["channel", "token", "tensor", "head", "auto"] | PositiveInt
 

@@ -76,6 +76,22 @@ def test_distillation_lowers_the_divergence_that_the_checkpoint_has(weights: flo
     assert torch.equal(*codes) == (weights == 0.0)
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+def test_distillation_trains_on_more_windows_than_the_walk(rotated: bool, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    moves = [{"move": "rotate"}] * rotated
+    notes = {}
+    for windows in (0, 4, 80):
+        out = tmp_path / str(windows)
+        result = sordino.quantize(str(model), recipe(*moves, DISTILL | {"windows": windows}), out, **SMALL)
+        notes[windows] = result.manifest["finish"]["distill"]
+    drawn = SMALL["windows"]
+    assert [notes[n]["windows"] for n in (0, 4, 80)] == [drawn, 4, 80]
+    # The targets of the further windows are the full-precision model's: the loss starts where it starts on the others.
+    assert abs(notes[80]["loss"][0] / notes[0]["loss"][0] - 1) < 0.2
+    assert len({n["kl_before"] for n in notes.values()}) == 1
+
+
 def test_a_kill_during_the_finish_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny(tmp_path / "model", layers=2)
     sordino.quantize(str(model), recipe(TUNE, DISTILL), tmp_path / "a", **SMALL)

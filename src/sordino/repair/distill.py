@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sordino.contract import FinishContext, Move
-from sordino.recipe import PositiveInt, Rate
+from sordino.recipe import Natural, PositiveInt, Rate
 from sordino.repair.descent import descend, first_and_last, shuffled
 from sordino.repair.spaces import GainSpace, WeightSpace
 
@@ -33,6 +33,8 @@ class Distill(Move):
         weights: learning rate of latent weights in steps of the grid; 0 leaves the codes.
         scales: learning rate of the scales' logarithms.
         gains: learning rate of norm gains, as a share of their size.
+        windows: calibration windows to train on, as many as the text has; 0 takes those of the walk. The walk's sums
+            need few, but scales trained end to end fit themselves to a small text.
     """
 
     name = "distill"
@@ -45,10 +47,12 @@ class Distill(Move):
         weights: Rate = 0.0,
         scales: Rate = 0.002,
         gains: Rate = 0.002,
+        windows: Natural = 0,
     ) -> None:
         self.epochs, self.batch, self.weights, self.scales, self.gains = epochs, batch, weights, scales, gains
 
         self.needs_latent = weights > 0
+        self.finish_windows = windows
 
     @property
     def bytes_per_weight(self) -> int:
@@ -69,8 +73,9 @@ class Distill(Move):
             loss.backward()
             return loss.item()
 
-        steps = self.epochs * -(-ctx.calib // self.batch)
-        order = shuffled(ctx.calib, self.batch, ctx.rng(self.name))
+        train = ctx.train[: self.finish_windows or ctx.calib]
+        steps = self.epochs * -(-len(train) // self.batch)
+        order = (train[i] for i in shuffled(len(train), self.batch, ctx.rng(self.name)))
         losses = descend([*spaces, gains], order, steps, backward, lambda i, n: ctx.progress(self.name, i, n))
         self._fold(ctx, spaces)
         gains.fold()
@@ -84,7 +89,7 @@ class Distill(Move):
             for w, old in zip(gains.weights, first_gains, strict=True):
                 w.copy_(old)
         divergences = {} if unguarded else {"kl_before": before, "kl_after": after}
-        ctx.notes[self.name] = {**divergences, "kept": kept, "loss": first_and_last(losses)}
+        ctx.notes[self.name] = {**divergences, "kept": kept, "windows": len(train), "loss": first_and_last(losses)}
 
     def _fold(self, ctx: FinishContext, spaces: list[Any]) -> None:
         for i, space in enumerate(spaces):
@@ -106,10 +111,9 @@ def divergence(ctx: FinishContext, exact_norm: Any, windows: Tensor) -> Tensor:
 @torch.no_grad()
 def held_out(ctx: FinishContext, exact_norm: Any) -> float:
     """Mean divergence from full precision on the held-out windows, in nats per token; NaN if there are none."""
-    windows = torch.arange(ctx.calib, ctx.windows.shape[0])
-    if not len(windows):
+    if not len(ctx.heldout):
         return math.nan
-    return sum(float(divergence(ctx, exact_norm, w)) for w in windows.split(1)) / len(windows)
+    return sum(float(divergence(ctx, exact_norm, w)) for w in ctx.heldout.split(1)) / len(ctx.heldout)
 
 
 class HeadDivergence(torch.autograd.Function):

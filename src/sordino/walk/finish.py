@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy
-from sordino.contract import Move, Rounded
+from sordino.contract import Rounded
 from sordino.runtime.modules import QuantLinear
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.ends import Ends
@@ -37,6 +37,8 @@ class Finish:
     norm: nn.Module
     windows: Tensor
     calib: int
+    train: Tensor
+    heldout: Tensor
     targets: Tensor
     tell: Callable[[str, int, int], None]
     notes: dict[str, Any] = field(default_factory=dict)
@@ -96,13 +98,8 @@ def rounded_block(
     return factory.assemble(index, tensors), solved
 
 
-def finishing(plan: Plan) -> list[Move]:
-    """The moves that have something to do at the end."""
-    return [m for m in plan.moves if type(m).finish is not Move.finish]
-
-
 def open_finish(
-    factory: BlockFactory, plan: Plan, work: Work, ends: Ends, streams: Any, windows: Tensor, **rest: Any
+    factory: BlockFactory, plan: Plan, work: Work, ends: Ends, windows: Tensor, targets: Tensor, **rest: Any
 ) -> Finish:
     """Load the whole rounded model from the work folder (blocks that were left alone from the source)."""
     blocks, solved = [], []
@@ -114,9 +111,11 @@ def open_finish(
         blocks.append(block)
         solved.append(own)
     norm = factory.norm(plan.basis)
+    calib, numbers = plan.recipe.calibration.windows, torch.arange(len(windows))
+    first, heldout, extra = numbers.tensor_split([calib, calib + plan.heldout])
     return Finish(
         anatomy=plan.anatomy, blocks=blocks, solved=solved, around=ends, norm=norm, windows=windows,
-        calib=plan.recipe.calibration.windows, targets=streams["fp"].x, **rest,
+        calib=calib, train=torch.cat([first, extra]), heldout=heldout, targets=targets, **rest,
     )  # fmt: skip
 
 

@@ -75,6 +75,7 @@ class Plan:
         batch: windows of a forward.
         budget: bytes that a runner may keep of inputs.
         heldout: number of held-out windows (0: no guard).
+        extra: calibration windows beyond the recipe's that the finish stage asks for.
         q_calib, fp_calib: whether that stream is computed on the calibration windows.
         basis: of the residual stream inside the blocks, None for the model's own.
         targets: whether moves train towards the full-precision stream, up to its end.
@@ -92,6 +93,7 @@ class Plan:
     batch: int
     budget: int
     heldout: int
+    extra: int
     q_calib: bool
     fp_calib: bool
     targets: bool
@@ -103,6 +105,11 @@ class Plan:
     def needs_text(self) -> bool:
         """Whether calibration text is looked at at all."""
         return self.q_calib or self.fp_calib or self.heldout > 0
+
+    @property
+    def finishing(self) -> list[Move]:
+        """The moves that have something to do at the end."""
+        return [m for m in self.moves if type(m).finish is not Move.finish]
 
     @property
     def rtn_windows(self) -> int:
@@ -203,6 +210,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
         batch=max(1, min(c.windows, max(_BATCH_TOKENS, _hidden(source)) // c.seqlen)),
         budget=min(1 << 29, psutil.virtual_memory().total // 16),
         heldout=max(4, c.windows // 8) if guarded else 0,
+        extra=max(0, *(m.finish_windows - c.windows for m in moves), 0),
         q_calib=bool(needs) or bool(moves),
         fp_calib="D" in needs or fp_moves,
         targets=fp_moves,
@@ -311,7 +319,7 @@ def _hidden(source: Source) -> int:
 
 def _stream_windows(plan: Plan) -> int:
     n = plan.recipe.calibration.windows
-    return (n * (plan.q_calib + plan.fp_calib)) + 2 * plan.heldout + plan.rtn_windows
+    return (n * (plan.q_calib + plan.fp_calib)) + 2 * plan.heldout + plan.rtn_windows + plan.extra
 
 
 def _memory(plan: Plan, source: Source) -> int:

@@ -25,7 +25,7 @@ from sordino.round.rtn import RtnSolver
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.context import Context, Stream, relative_error
 from sordino.walk.ends import Ends
-from sordino.walk.finish import finishing, open_finish, rounded_block, store_finish
+from sordino.walk.finish import open_finish, rounded_block, store_finish
 from sordino.walk.plan import LinearPlan, Plan, baseline_grid, make_grid, make_solver
 from sordino.walk.source import Source
 from sordino.walk.store import Work, pack_block
@@ -85,7 +85,7 @@ class Walk:
         self.progress("block", last, last)
         ends = Ends(self.source, self.plan)  # not before: its tables would sit in memory through the whole walk
         whole = last == self.plan.anatomy.n_blocks
-        if finishing(self.plan) and whole:
+        if self.plan.finishing and whole:
             self._finish(ends)
         elif self.plan.heldout and whole:
             hidden = self.streams["q"].x[-self.plan.heldout :]
@@ -99,22 +99,50 @@ class Walk:
         assert self.windows is not None
         rest = {"calls": self.calls, "artifacts": self.artifacts, "seed": self.seed, "tell": self.progress}
         if self.work.finished is None:
-            finish = open_finish(self.factory, self.plan, self.work, ends, self.streams, self.windows, **rest)
-            for move in finishing(self.plan):
+            targets = torch.cat([self.streams["fp"].x, *self._extra_targets(ends)])
+            finish = open_finish(self.factory, self.plan, self.work, ends, self.windows, targets, **rest)
+            for move in self.plan.finishing:
                 move.finish(finish)
             store_finish(finish, self.plan, self.work, self.source.dtype)
             del finish
         ends.tensors |= self.work.load_ends()
         if self.plan.heldout:
-            finish = open_finish(self.factory, self.plan, self.work, ends, self.streams, self.windows, **rest)
+            exact = self.streams["fp"].x
+            finish = open_finish(self.factory, self.plan, self.work, ends, self.windows, exact, **rest)
             path = f"{self.plan.anatomy.final_norm}."
             own = {k.removeprefix(path): v.to(self.plan.dtype) for k, v in ends.tensors.items() if k.startswith(path)}
             finish.norm.load_state_dict(own)
-            numbers = torch.arange(self.plan.recipe.calibration.windows, len(self.windows))
+            numbers = finish.heldout[: self.plan.rtn_windows]
             with torch.no_grad():
-                hidden = torch.cat([finish.hidden(n) for n in numbers[: self.plan.rtn_windows].split(self.plan.batch)])
-            exact = self.streams["fp"].x[-self.plan.heldout :]
-            ends.final_guard(exact, hidden, self.streams["rtn"].x, self.factory.norm(self.plan.basis), finish.norm)
+                hidden = torch.cat([finish.hidden(n) for n in numbers.split(self.plan.batch)])
+            ends.final_guard(exact[numbers], hidden, self.streams["rtn"].x, self.factory.norm(self.plan.basis), finish.norm)
+
+    def _extra_targets(self, ends: Ends) -> list[Tensor]:
+        """Final full-precision hidden states of the windows that only the finish stage looks at, or nothing."""
+        assert self.windows is not None
+        windows = self.windows[self.plan.recipe.calibration.windows + self.plan.heldout :]
+        if not len(windows):
+            return []
+        shape = (*windows.shape, self._shape("fp")[2])
+        x = self.work.create("extra", self.plan.anatomy.n_blocks, shape, self.plan.dtype)
+        spans = [slice(i, i + self.plan.batch) for i in range(0, len(windows), self.plan.batch)]
+        for span in spans:
+            x[span] = ends.embed(windows[span], exact=True)
+        for index in range(self.plan.anatomy.n_blocks):
+            self.progress("targets", index, self.plan.anatomy.n_blocks)
+            layer = self._full(index)
+            with torch.no_grad():
+                for span in spans:
+                    x[span] = _plain(layer(x[span], **self.calls[index]))
+            self.source.close()
+        return [x]
+
+    def _full(self, index: int) -> nn.Module:
+        """A block in full precision, reshaped as the moves want it."""
+        layer = self.factory.load(index)
+        for move in self.plan.moves:
+            move.reshape(layer, index, self.plan.anatomy, self.artifacts)
+        return layer
 
     # Streams
 
@@ -144,7 +172,7 @@ class Walk:
                 x = self.work.open(name, index, self._shape(name), self.plan.dtype)
             else:
                 x = self.work.create(name, 0, self._shape(name), self.plan.dtype)
-                heldout = self.windows[self.plan.recipe.calibration.windows :]
+                heldout = self.windows[self.plan.recipe.calibration.windows :]  # total counts the first ones of them
                 ids = torch.cat([self.windows[:calib], heldout[: total - calib]])
                 for i in range(0, total, self.plan.batch):
                     x[i : i + self.plan.batch] = ends.embed(ids[i : i + self.plan.batch], exact=name == "fp")
@@ -200,12 +228,9 @@ class Walk:
 
     def _block(self, index: int) -> dict[str, Any]:
         """Round one block, guard it, store it, and send the streams through it."""
-        q = self.factory.load(index)
+        q = self._full(index)
         # Twin and block share their tensors (nothing edits them in place) unless a move might.
-        fp = self.factory.load(index) if self.plan.moves else self.factory.assemble(index, dict(q.state_dict()))
-        for move in self.plan.moves:
-            move.reshape(fp, index, self.plan.anatomy, self.artifacts)
-            move.reshape(q, index, self.plan.anatomy, self.artifacts)
+        fp = self._full(index) if self.plan.moves else self.factory.assemble(index, dict(q.state_dict()))
         ctx = self._context(index, fp, q)
         report: dict[str, Any] = {"block": index, "linears": {}}
         for move in self.plan.moves:
@@ -324,7 +349,7 @@ class Walk:
     def _store(self, ctx: Context) -> None:
         """Write the block, read it back, and make sure that the stored bytes are the block that calibration saw."""
         self.work.save_block(ctx.index, pack_block(ctx.q, ctx.solved, self.source.dtype))
-        if any(m.needs_latent for m in finishing(self.plan)):
+        if any(m.needs_latent for m in self.plan.finishing):
             self.work.save_latents(ctx.index, ctx.solved)
         back, _ = rounded_block(self.factory, self.plan, ctx.index, self.work.load_block(ctx.index))
         for name, parameter in ctx.q.named_parameters():
