@@ -140,6 +140,7 @@ class Solver(Protocol):
     """
 
     needs: frozenset[str]  # of "H", "D"
+    cap: float | None  # a token's energy counts in the sums for at most about so many times the median one's
     keep_latent: bool  # whether solve should give what it rounded, which costs a copy of the weight
 
     def prepare(self, stats: Stats | None, group: int) -> Any:
@@ -198,8 +199,8 @@ class BlockContext(Protocol):
         """Inputs of a site of a block as it is now, on its own stream or a given one; [B, L, C] batch by batch."""
         ...
 
-    def stats(self, site: Site, kinds: frozenset[str]) -> Stats:
-        """Sums over the calibration tokens, of the block as it is now."""
+    def stats(self, site: Site, kinds: frozenset[str], cap: float | None = None) -> Stats:
+        """Sums over the calibration tokens, of the block as it is now; see :attr:`Solver.cap`."""
         ...
 
     def stream(self, name: StreamName, split: Split = "calib") -> Tensor:

@@ -54,6 +54,7 @@ class Gptq(_Table):
     static_groups: bool = False
     weighted: bool = False
     refit: bool = False
+    cap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class Gptaq(Gptq):

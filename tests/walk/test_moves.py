@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +17,7 @@ from sordino.anatomy import SITES, Anatomy, Site
 from sordino.contract import BlockContext, FinishContext, Move
 from sordino.errors import InputError
 from sordino.moves import MOVES
+from sordino.numerics.divergence import token_factors
 from sordino.recipe import Format, MoveSpec, load_recipe
 from tiny import make_tiny
 
@@ -106,6 +108,34 @@ class Spoiler(Move):
                 ctx.q.get_submodule(linear.name).weight.data.mul_(-5)
 
 
+class Accountant(Move):
+    """Compares sums with and without a cap to their definition, on inputs with a massive token."""
+
+    name = "accountant"
+    needs_fp_stream = True
+    factors: list[float]
+
+    def __init__(self) -> None:
+        Accountant.factors = []
+
+    def before(self, ctx: BlockContext, site: Site) -> None:
+        for cap in (None, 4.0):
+            n = ctx.anatomy.at(site)[0].in_features
+            h, d, least = torch.zeros(n, n).double(), torch.zeros(n, n).double(), 1.0
+            for (_, x), (_, exact) in zip(ctx.inputs("q", site), ctx.inputs("fp", site), strict=True):
+                f = torch.ones(x.shape[:2]) if cap is None else token_factors(x, cap)
+                least = min(least, float(f.min()))
+                a, b = ((y * f[..., None]).flatten(0, 1).double() for y in (x, exact))
+                h += a.T @ a
+                d += (b - a).T @ a
+            stats = ctx.stats(site, frozenset({"H", "D"}), cap)
+            assert stats.d is not None
+            torch.testing.assert_close(stats.h.double(), h, rtol=1e-4, atol=1e-5 * float(h.diagonal().mean()))
+            torch.testing.assert_close(stats.d.double(), d, rtol=1e-4, atol=1e-5 * float(h.diagonal().mean()))
+            if cap is not None:
+                self.factors.append(least)
+
+
 @pytest.fixture(autouse=True)
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, move in {
@@ -114,6 +144,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
         "mirror": Mirror,
         "louder": LouderNorm,
         "spoiler": Spoiler,
+        "accountant": Accountant,
     }.items():
         monkeypatch.setitem(MOVES, name, move)
 
@@ -134,6 +165,15 @@ def test_hooks_run_in_order(tmp_path: Path) -> None:
     expected += [("finish", 2)]
     got = [e[:2] if e[0] == "close" else e for e in Diary.entries]
     assert got == expected
+
+
+def test_a_massive_token_is_capped_in_the_sums(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"][::7] *= 50
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    sordino.quantize(str(model), with_moves("gptaq-w3", "accountant"), tmp_path / "out", **SMALL)
+    assert min(Accountant.factors) < 1.0 and len(Accountant.factors) == 2 * len(SITES)
 
 
 def test_reshape_changes_storage_but_not_the_function(tmp_path: Path) -> None:

@@ -23,14 +23,30 @@ def token_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return kl
 
 
-def token_weights(target: Tensor) -> Tensor:
+def token_weights(target: Tensor, cap: float = 1.0) -> Tensor:
     """Weights of tokens in a squared error, so that a massive token counts for no more than a median one.
 
     Args:
         target: hidden states [B, L, D].
+        cap: how many median tokens a massive one counts for.
 
     Returns:
-        fp32 [B, L]: ``min(1, median_l |t_l|^2 / |t_l|^2)``.
+        fp32 [B, L]: ``min(1, cap * median_l |t_l|^2 / |t_l|^2)``.
     """
     energy = target.float().square().sum(-1)
-    return (energy.median(-1, keepdim=True).values / energy.clamp(min=1e-30)).clamp(max=1.0)
+    return (cap * energy.median(-1, keepdim=True).values / energy.clamp(min=1e-30)).clamp(max=1.0)
+
+
+def token_factors(x: Tensor, cap: float) -> Tensor:
+    """What to multiply tokens with so that a massive one counts for about ``cap`` median ones in a sum of squares.
+
+    Powers of two, the nearest ones from above: products with them are exact in bf16 too.
+
+    Args:
+        x: hidden states [B, L, D].
+        cap: see :func:`token_weights`, whose square roots these are.
+
+    Returns:
+        [B, L] in the dtype of ``x``, at most 1.
+    """
+    return torch.exp2(token_weights(x, cap).log2().div_(2).ceil_()).to(x.dtype)

@@ -61,6 +61,7 @@ class GptqSolver:
         alpha: strength of the asymmetric term.
         weighted: weigh the columns of a group by diag H when its grid is fitted.
         refit: fit the scales again after the last column, codes frozen, under the full Hessian.
+        cap: a massive token counts in the sums for at most about so many times the median one's energy.
         whole: instead of GPTAQ's column-wise term, move the whole weight to the least-squares target first.
     """
 
@@ -75,7 +76,9 @@ class GptqSolver:
         weighted: bool = False,
         whole: bool = False,
         refit: bool = False,
+        cap: float | None = None,
     ):
+        self.cap = cap
         self.damp, self.order, self.static_groups = damp, order, static_groups
         self.alpha, self.weighted, self.whole, self.refit = alpha, weighted, whole, refit
         self.needs = frozenset({"H", "D"} if alpha > 0 else {"H"})

@@ -11,6 +11,7 @@ class RtnSolver:
     """Each group gets its best grid by squared weight error, each weight its nearest code."""
 
     needs: frozenset[str] = frozenset()
+    cap: float | None = None
     keep_latent = False
 
     def prepare(self, stats: Stats | None, group: int) -> None:

@@ -16,7 +16,7 @@ from sordino.anatomy import Anatomy, Site
 from sordino.contract import Rounded, Split, Stats, StreamName
 from sordino.errors import SordinoError
 from sordino.numerics.affine import round_scale
-from sordino.numerics.divergence import token_weights
+from sordino.numerics.divergence import token_factors, token_weights
 from sordino.numerics.gram import add_cross, add_gram, mirror
 from sordino.runtime.modules import drop_bias, give_bias
 from sordino.walk.runner import Runner
@@ -117,7 +117,7 @@ class Context:
         fed = [site for site, norm in self.anatomy.norms.items() if norm == module]
         self.touch(fed[0] if fed else next(x.site for x in self.anatomy.linears if x.name == module))
 
-    def stats(self, site: Site, kinds: frozenset[str]) -> Stats:
+    def stats(self, site: Site, kinds: frozenset[str], cap: float | None = None) -> Stats:
         """Sums over the calibration tokens: "H" always, "D" where asked for."""
         n = self.anatomy.at(site)[0].in_features
         stats = Stats(0, torch.zeros(n, n), torch.zeros(n, n) if "D" in kinds else None)
@@ -125,11 +125,12 @@ class Context:
         twin = self.inputs("fp", site) if stats.d is not None else repeat(None)
         # Both are run to their ends: only then does a runner keep what it saw.
         for (_, batch), target in zip(own, twin, strict=stats.d is not None):
-            x = batch.flatten(0, 1)
+            factors = None if cap is None else token_factors(batch, cap)
+            x = _scaled(batch, factors)
             add_gram(stats.h, x)
             stats.tokens += x.shape[0]
             if target is not None and stats.d is not None:
-                add_cross(stats.d, target[1].flatten(0, 1), x)
+                add_cross(stats.d, _scaled(target[1], factors), x)
         mirror(stats.h)
         if stats.d is not None:  # sum (x_fp - x) x^T; a difference of two bf16 numbers would not be one
             stats.d -= stats.h
@@ -191,6 +192,11 @@ class Context:
         self.solved = dict(solved)
         for key in [k for k in self._runners if k[0] == "q"]:
             del self._runners[key]
+
+
+def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:
+    """[B, L, C] times [B, L] -> [T, C]."""
+    return (x if factors is None else x * factors[..., None]).flatten(0, 1)
 
 
 def relative_error(y: Tensor, target: Tensor) -> Tensor:

@@ -158,7 +158,9 @@ def make_solver(fmt: WeightFormat) -> Solver:
     if isinstance(options, Gptq):
         alpha = options.alpha if isinstance(options, Gptaq) else 0.0
         whole = isinstance(options, Gptaq) and options.target == "whole"
-        return GptqSolver(options.damp, options.order, options.static_groups, alpha, options.weighted, whole, options.refit)
+        return GptqSolver(
+            options.damp, options.order, options.static_groups, alpha, options.weighted, whole, options.refit, options.cap
+        )
     return RtnSolver()
 
 

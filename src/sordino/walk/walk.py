@@ -271,7 +271,7 @@ class Walk:
             solver.keep_latent = any(m.needs_latent for m in self.plan.moves)
             if solver.needs:
                 # A solver uses its statistics up; only a further format at this site needs them again.
-                stats = ctx.stats(site, solver.needs) if stats is None or number else stats
+                stats = ctx.stats(site, solver.needs, solver.cap) if stats is None or number else stats
             self._solve(ctx, members, solver, stats, report)
 
     def _solve(self, ctx: Context, members: list[LinearPlan], solver: Any, stats: Stats | None, report: Any) -> None:
