@@ -43,11 +43,13 @@ def main() -> None:
     first |= {k: v for k, v in second.items() if k[0] in weight_only.LADDER}  # the same recipe, measured later
     body = HEAD + "\n## Rounding alone\n\n" + table(first, ["full precision", *weight_only.LADDER])
     body += "\n## D²Quant, and past it\n\n" + table(second, ["full precision", *d2quant.LADDER])
+    body += prefix("## The prefix on full precision (`benchmarks/prefix.py`)")
     body += solver_options() + analyses() + large_shape()
     (ROOT / "docs" / "results.md").write_text(body)
     best = {k: v for k, v in second.items() if k[0].partition(",")[0] in presets()}
     fill(ROOT / "README.md", table(first | best, ["full precision", *weight_only.LADDER, *d2quant.LADDER], 4))
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 7))
+    fill(ROOT / "docs" / "methods" / "prefixquant.md", prefix())
 
 
 def latest(file: str) -> dict[tuple[str, int], Row]:
@@ -103,6 +105,30 @@ def fill(path: Path, content: str) -> None:
     before, rest = path.read_text().split("<!-- results -->\n", 1)
     after = rest.split("<!-- /results -->", 1)[1]
     path.write_text(before + "<!-- results -->\n" + content + "<!-- /results -->" + after)
+
+
+def prefix(title: str = "") -> str:
+    """The search and its effect, from the last row; the table alone without a title."""
+    path = ROWS / "prefix.jsonl"
+    if not path.is_file():
+        return ""
+    row = json.loads(path.read_text().splitlines()[-1])
+    tokens = ", ".join(f"{i} `{t}`" for i, t in zip(row["ids"], row["tokens"], strict=True))
+    lines = ["", title, ""] if title else []
+    cost = f"{row['search_seconds']:.0f} s ({row['threads']} threads, {row['cores']} cores)"
+    lines += [f"Found in {row['model']}: {tokens}, in {cost}; the whole run with its loading and"]
+    lines += [f"writing took {row['whole_run_cpu_seconds']:.0f} CPU s. Ratios: mean over windows, in the worst block.", ""]
+    lines += [
+        "| | without | with the prefix |",
+        "|---|---|---|",
+    ]
+    shown = [("perplexity of full precision", "ppl", float), ("the same on C4", "c4_ppl", float)]
+    shown += [("down_proj input, largest over median token", "down", max)]
+    shown += [(f"{k}, median over smallest token", k, max) for k in ("query", "key")]
+    for label, key, pick in shown:
+        if key in row["before"]:
+            lines.append(f"| {label} | " + " | ".join(f"{pick(row[w][key]):.2f}" for w in ("before", "after")) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def solver_options() -> str:

@@ -160,7 +160,7 @@ BAD_ARGUMENTS = [
     (_set("format.weights.group=48"), ["q_proj", "48", "64", "--set format.weights.group="]),
     (_set("format.weights.group=0"), ["format.weights.group"]),
     (_set("format.weights.bitz=3"), ["unknown key 'format.weights.bitz'", "did you mean 'bits'"]),
-    (_set("format.weights.bits=5"), ["format.weights.bits", "5"]),
+    (_set("format.weights.bits=7"), ["format.weights.bits", "7"]),
     (_set("format.weights"), ["key=value"]),
     (_set("format.weights.solver=gtpq"), ["gtpq", "gptq"]),
     (_set("moves=[{move='low-rank'}]"), ["'low-rank'", "planned but not built"]),

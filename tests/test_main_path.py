@@ -41,7 +41,7 @@ def test_every_family_goes_in_and_comes_out(tmp_path: Path, family: str, tied: b
     assert (ours - full).norm() < 0.5 * full.norm()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("symmetric", ["true", "false"])
 def test_checkpoint_equals_what_calibration_saw(tmp_path: Path, bits: int, symmetric: str) -> None:
     """A8: fp32 logits of the loaded checkpoint equal the calibration-time model's, which is rebuilt from the codes."""

@@ -69,7 +69,7 @@ def test_unknown_keys_near_nothing() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("format.weights.bits=5", "format.weights.bits: input should be 2, 3, 4, 8 or 16 (got 5)"),
+        ("format.weights.bits=7", "format.weights.bits: input should be 2, 3, 4, 5, 6, 8 or 16 (got 7)"),
         ("format.weights.bits=many", "format.weights.bits"),
         ("format.weights.group=0", "format.weights.group: "),
         ("format.weights.group=true", "format.weights.group: "),

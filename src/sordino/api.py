@@ -163,7 +163,8 @@ def _run(
     source: Source, plan: Plan, work: Work, windows: Tensor | None, seed: int, out: Path, progress: Progress
 ) -> dict[str, Any]:
     """Walk, check the final guard, assemble; returns the manifest."""
-    ends = Walk(source, plan, work, windows, seed, progress).run()
+    walk = Walk(source, plan, work, windows, seed, progress)
+    ends = walk.run()
     progress("write", 0, 1)
     guard: dict[str, Any] = dict(ends.guard)
     if not guard and plan.heldout:
@@ -178,16 +179,25 @@ def _run(
         "run": work.fingerprint,
         "seed": seed,
         "coverage": plan.coverage(),
-        "bits_per_weight": plan.bits_per_weight(),
+        "bits_per_weight": plan.bits_per_weight(len(walk.prefix.ids) if walk.prefix else 0),
         "batch": plan.batch,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "guard": guard,
         "blocks": work.state["reports"],
         **({"finish": work.finished} if work.finished else {}),
+        **({"prefix": _prefix_facts(walk, source)} if walk.prefix else {}),
     }
     stored = assemble(source, plan, work, ends, out, manifest)
     progress("write", 1, 1)
     return stored
+
+
+def _prefix_facts(walk: Walk, source: Source) -> dict[str, Any]:
+    """The prefix and, where it was searched, how far the outliers stood out without it."""
+    assert walk.prefix is not None
+    ids, found = list(walk.prefix.ids), walk.artifacts.get("prefix")
+    ratios = [round(r, 2) for r in found.ratios] if found else []
+    return {"ids": ids, "tokens": source.tokenizer().convert_ids_to_tokens(ids), "outlier_ratios": ratios}
 
 
 def _calibration(windows: int | None, seqlen: int | None) -> list[str]:

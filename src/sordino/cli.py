@@ -89,6 +89,9 @@ def evaluate(
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     windows: WindowsOption = None,
     against: Annotated[str | None, typer.Option(help="Reference model for KL and agreement.")] = None,
+    prefix_from: Annotated[
+        str | None, typer.Option(help="Checkpoint whose prefix stands before every window of MODEL too.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float32.")] = "auto",
     json_: JsonFile = None,
 ) -> None:
@@ -100,7 +103,8 @@ def evaluate(
 
     _check_writable(json_)
     with Bars() as bars:
-        result = run(model, text=text, seqlen=seqlen, windows=windows, against=against, dtype=_dtype(dtype), progress=bars)
+        options = {"against": against, "prefix_from": prefix_from, "dtype": _dtype(dtype)}
+        result = run(model, text=text, seqlen=seqlen, windows=windows, progress=bars, **options)
     rows = result.to_json()
     if json_:
         _write_json(json_, rows)

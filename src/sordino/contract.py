@@ -7,7 +7,7 @@ Shapes: R = out_features, C = in_features, G = groups, T = tokens, L = window le
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -302,8 +302,24 @@ class Move:
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         """Preflight: raise InputError where the format or the export target cannot carry this move."""
 
-    def survey(self, index: int, block: nn.Module, windows: Iterator[Tensor], artifacts: dict[str, Any]) -> None:
-        """See one full-precision block and its inputs [B, L, D] before the walk; leave findings in ``artifacts``."""
+    def survey(
+        self,
+        index: int,
+        block: nn.Module,
+        inputs: Callable[[Site], Iterator[tuple[slice, Tensor]]],
+        artifacts: dict[str, Any],
+    ) -> None:
+        """See one full-precision block before the walk; leave findings in ``artifacts``, whose "ids" are the windows [N, L].
+
+        ``inputs(site)`` gives what its linears see, as :meth:`BlockContext.inputs` does.
+        """
+
+    def prefix(self, artifacts: dict[str, Any], first: int | None) -> tuple[int, ...]:
+        """Tokens whose keys and values stand before every text in full precision; after the survey.
+
+        ``first`` is the token that begins a text, if the model has one.
+        """
+        return ()
 
     def basis(self, hidden: int) -> Basis | None:
         """Orthogonal basis of the residual stream that :meth:`reshape` moves the blocks to, or None to leave it."""

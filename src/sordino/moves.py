@@ -11,6 +11,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from sordino.contract import Move
 from sordino.errors import InputError
+from sordino.protect.prefix import Prefix
 from sordino.recipe import MoveSpec
 from sordino.repair.distill import Distill
 from sordino.repair.mean_shift import MeanShift
@@ -18,10 +19,10 @@ from sordino.repair.tune import Tune
 from sordino.reshape.rotate import Rotate
 
 MoveFactory = Callable[..., Move]
-MOVES: dict[str, MoveFactory] = {m.name: m for m in (Distill, MeanShift, Rotate, Tune)}
+MOVES: dict[str, MoveFactory] = {m.name: m for m in (Distill, MeanShift, Prefix, Rotate, Tune)}
 
 # Moves of the plan that no code stands behind yet; a recipe that names one is refused by name.
-PLANNED = frozenset({"prefix", "system-prompt", "channels", "smooth", "permute"} | {"low-rank", "clip", "scale-search"})
+PLANNED = frozenset({"system-prompt", "channels", "smooth", "permute"} | {"low-rank", "clip", "scale-search"})
 
 
 def build_moves(specs: tuple[MoveSpec, ...]) -> list[Move]:

@@ -25,7 +25,7 @@ from sordino.errors import InputError
 
 PRESET_DIR = Path(__file__).parent / "recipes"
 
-Bits = Literal[2, 3, 4, 8, 16]
+Bits = Literal[2, 3, 4, 5, 6, 8, 16]
 Rate = Annotated[float, Field(ge=0, le=1)]  # a learning rate; 0 leaves what it belongs to as it is
 Natural = Annotated[int, Field(ge=0, strict=True)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: `true` is no 1

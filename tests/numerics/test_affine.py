@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sordino.numerics.affine import SCALE_CEILING, SCALE_FLOOR, AffineGrid, GridParams, fake_quantize, round_scale
 
-BITS = [2, 3, 4, 8]
+BITS = [2, 3, 4, 5, 6, 8]
 both = pytest.mark.parametrize("symmetric", [False, True])
 every_width = pytest.mark.parametrize("bits", BITS)
 weights = st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=1, max_size=24)

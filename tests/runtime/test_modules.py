@@ -13,7 +13,7 @@ from sordino.runtime import modules
 from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, pack_linear
 
 both = pytest.mark.parametrize("symmetric", [False, True])
-every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+every_width = pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 shapes = pytest.mark.parametrize(("cols", "group"), [(172, 172), (172, 43), (64, 16), (40, 8), (7, 7)])
 ROWS = 45
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import sordino
 from sordino.anatomy import SITES, Anatomy, Site
 from sordino.contract import BlockContext, FinishContext, Move
-from sordino.errors import InputError
+from sordino.errors import InputError, SordinoError
 from sordino.moves import MOVES
 from sordino.numerics.divergence import token_factors
 from sordino.recipe import Format, MoveSpec, load_recipe
@@ -38,8 +37,8 @@ class Diary(Move):
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         self.entries.append(("check", fmt.weights.bits, anatomy.n_blocks))
 
-    def survey(self, index: int, block: nn.Module, windows: Iterator[Tensor], artifacts: dict[str, Any]) -> None:
-        artifacts.setdefault("seen", []).append(sum(len(w) for w in windows))
+    def survey(self, index: int, block: nn.Module, inputs: Any, artifacts: dict[str, Any]) -> None:
+        artifacts.setdefault("seen", []).append(sum(len(w) for _, w in inputs("qkv")))
         self.entries.append(("survey", index))
 
     def reshape(self, block: nn.Module, index: int, anatomy: Anatomy, artifacts: dict[str, Any]) -> None:
@@ -197,9 +196,16 @@ def test_context_snapshot_restore_and_random_numbers(tmp_path: Path) -> None:
 
 def test_finish_edits_what_surrounds_the_blocks(tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", layers=2)
-    sordino.quantize(str(model), with_moves("rtn-w4", "louder"), tmp_path / "out", **SMALL)
+    recipe = load_recipe(with_moves("rtn-w4", "louder"), ["guard=off"])
+    sordino.quantize(str(model), recipe, tmp_path / "out", **SMALL)
     before = AutoModelForCausalLM.from_pretrained(model).model.norm.weight
     assert torch.equal(sordino.load(tmp_path / "out")[0].model.norm.weight, before * 2)
+
+
+def test_the_final_guard_sees_what_finish_spoilt(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    with pytest.raises(SordinoError, match="worse than RTN"):
+        sordino.quantize(str(model), with_moves("rtn-w4", "louder"), tmp_path / "out", **SMALL)
 
 
 def test_unbuilt_and_unknown_moves_are_refused_by_name(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from sordino.corpus import EVAL_TEXT, Text, eval_windows, load_text, tokenize
 from sordino.errors import InputError
 from sordino.measure.size import Size, size_of
 from sordino.numerics.divergence import token_kl
+from sordino.runtime.prefix import attach, read_prefix
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
 from sordino.walk.source import locate
 
@@ -100,6 +101,7 @@ def evaluate(
     seqlen: int = 2048,
     windows: int | None = None,
     against: str | Path | Reference | None = None,
+    prefix_from: str | Path | None = None,
     dtype: torch.dtype | str = "auto",
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -112,6 +114,7 @@ def evaluate(
         windows: how many windows from the start; None for all.
         against: reference for KL and agreement, usually the full-precision model; of several models that are held
             against the same one, run it once with :func:`reference`.
+        prefix_from: checkpoint whose prefix is put before every window: what the prefix alone does to a model.
         dtype: compute dtype; "auto" is the model's own.
         progress: called with (what, done, total).
 
@@ -120,6 +123,9 @@ def evaluate(
     """
     content = load_text(text)
     subject, ids = _open(model, content, seqlen, windows, dtype)
+    if prefix_from is not None:
+        attach(subject, read_prefix(locate(prefix_from)))
+        subject.set_attn_implementation(WINDOW_ATTENTION)
     if isinstance(against, Reference):
         _check_same(model, ids, against.name, against.ids)
     elif against is not None:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from sordino.runtime.modules import QuantEmbedding, QuantLinear
+from sordino.runtime.prefix import KEY, VALUE
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Size:
     """Sizes of a loaded model.
 
     Attributes:
-        bits_per_weight: codes, scales and zeros of the quantized block linears over their weights;
+        bits_per_weight: codes, scales and zeros of the quantized block linears, and a prefix, over their weights;
             of a model without any, the width of its block linears.
         bits_per_parameter: the whole checkpoint over all parameters of the original model.
         bytes: of the safetensors files.
@@ -55,6 +56,8 @@ def size_of(model: Any, folder: Path) -> Size:
                 bits += 8 * stored.get(f"{name}.bias", 0) * added
         elif isinstance(module, QuantEmbedding):
             parameters += module.num_embeddings * module.embedding_dim
+        elif hasattr(module, KEY):
+            bits += 8 * sum(stored.get(f"{name}.{b}", 0) for b in (KEY, VALUE))
         elif _added(model, name):  # a norm
             bits += 8 * stored.get(f"{name}.bias", 0)
     parameters += sum(p.numel() for n, p in model.named_parameters() if not _counted(model, n))

@@ -60,7 +60,7 @@ class AffineGrid:
     """An affine grid of ``bits`` bits.
 
     Attributes:
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         symmetric: fix the zero point at ``2^(bits-1)``.
         search: candidates of the scale search; 0 takes the min-max range as it is.
         smallest: smallest share of the min-max range that the search tries.

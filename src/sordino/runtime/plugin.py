@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sordino.errors import InputError
 from sordino.numerics.basis import Basis
 from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, give_bias, in_basis, out_of_basis
+from sordino.runtime.prefix import give_prefix, install
 
 FORMAT_VERSION = 1
 
@@ -32,6 +33,7 @@ class SordinoConfig(QuantizationConfigMixin):
         embeddings: 16 (plain) or 8.
         head: 16 (plain), 8 or 4.
         biases: name patterns of norms and linears that have a bias which their family does not.
+        prefix: ids of the tokens whose keys and values stand before every text.
         basis: of the residual stream inside the blocks, ``{"size", "signs"}``; None for the model's own.
         format_version: version of this layout.
     """
@@ -43,6 +45,7 @@ class SordinoConfig(QuantizationConfigMixin):
         head: int = 16,
         biases: list[str] | None = None,
         basis: dict[str, Any] | None = None,
+        prefix: list[int] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ):
@@ -51,7 +54,7 @@ class SordinoConfig(QuantizationConfigMixin):
             raise InputError(f"checkpoint format {format_version} is newer than this Sordino reads ({FORMAT_VERSION})")
         self.quant_method = "sordino"  # type: ignore[assignment]
         self.groups, self.embeddings, self.head = groups or [], embeddings, head
-        self.biases, self.basis = biases or [], basis
+        self.biases, self.basis, self.prefix = biases or [], basis, prefix or []
         self.format_version = format_version
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +67,7 @@ class SordinoConfig(QuantizationConfigMixin):
             "groups": self.groups,
             "biases": self.biases,
             "basis": self.basis,
+            "prefix": self.prefix,
         }
 
 
@@ -109,6 +113,8 @@ def quantize_skeleton(model: nn.Module, config: SordinoConfig) -> None:
             give_bias(model.get_submodule(name))
     if config.embeddings == 8:
         _swap_embedding(model, tied=bool(model.config.tie_word_embeddings))  # type: ignore[union-attr]
+    if config.prefix:
+        _make_room(model, len(config.prefix))
     if config.basis is not None:
         _rotate(model, Basis(**config.basis))
 
@@ -128,6 +134,16 @@ def _swap_linear(model: nn.Module, name: str, old: nn.Linear, group: dict[str, A
         if new.bias is not None:
             new.bias = nn.Parameter(new.bias.to(old.weight.dtype), requires_grad=False)
     model.set_submodule(name, new)
+
+
+def _make_room(model: Any, tokens: int) -> None:
+    """Give every attention module empty buffers for a prefix."""
+    heads = model.config.num_key_value_heads
+    for module in [m for m in model.modules() if hasattr(m, "k_proj")]:
+        shape = (1, heads, tokens, module.k_proj.out_features // heads)
+        empty = [torch.empty(shape, dtype=model.dtype, device="meta") for _ in range(2)]
+        give_prefix(module, *empty)
+    install(model)
 
 
 def _rotate(model: Any, basis: Basis) -> None:

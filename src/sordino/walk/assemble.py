@@ -21,6 +21,7 @@ from sordino.recipe import Recipe
 from sordino.runtime.plugin import SordinoConfig, compress_names
 from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
+from sordino.walk.prefix import ATTENTION
 from sordino.walk.source import Source, copy_files, copy_tokenizer
 from sordino.walk.store import Work
 
@@ -44,7 +45,7 @@ def assemble(source: Source, plan: Plan, work: Work, ends: Ends, out: Path, mani
     (final / "README.md").write_text(model_card(plan.recipe, manifest), encoding="utf-8")
     config = json.loads(source.config.to_json_string(use_diff=True))
     config.pop("_name_or_path", None)
-    config["quantization_config"] = storage_config(plan).to_dict()
+    config["quantization_config"] = storage_config(plan, manifest.get("prefix", {}).get("ids", [])).to_dict()
     names = sorted([p.name for p in final.iterdir()] + ["sordino.json", "config.json"])
     manifest = manifest | {"bytes": stored, "files": names}
     (final / "sordino.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -61,8 +62,8 @@ def publish(work: Work, out: Path) -> None:
     (work.path / "final" / "config.json").replace(out / "config.json")
 
 
-def storage_config(plan: Plan) -> SordinoConfig:
-    """The ``quantization_config`` of a plan's checkpoint."""
+def storage_config(plan: Plan, prefix: list[int]) -> SordinoConfig:
+    """The ``quantization_config`` of a plan's checkpoint with some prefix tokens."""
     kinds: dict[tuple[int, int | str, bool, str], list[str]] = {}
     for p in plan.quantized():
         group: int | str = "channel" if p.group == p.linear.in_features else int(p.group or 0)
@@ -80,7 +81,12 @@ def storage_config(plan: Plan) -> SordinoConfig:
     biases = [anatomy.full_name(i, name) for name in added for i in range(first, last)]
     basis = None if plan.basis is None else {"size": plan.basis.size, "signs": plan.basis.signs}
     return SordinoConfig(
-        groups, fmt.embeddings, fmt.head, biases=compress_names(biases, anatomy.blocks, anatomy.n_blocks), basis=basis
+        groups,
+        fmt.embeddings,
+        fmt.head,
+        biases=compress_names(biases, anatomy.blocks, anatomy.n_blocks),
+        basis=basis,
+        prefix=prefix,
     )
 
 
@@ -102,10 +108,15 @@ def _tensors(source: Source, plan: Plan, work: Work, ends: Ends) -> Iterator[tup
     first, last = plan.blocks
     for index in range(plan.anatomy.n_blocks):
         path = f"{plan.anatomy.blocks}.{index}"
-        block = work.load_block(index) if first <= index < last else source.under(path)
+        block = work.load_block(index) if first <= index < last else source.under(path) | _prefix(work, index)
         yield from ((f"{path}.{name}", tensor) for name, tensor in sorted(block.items()))
         source.close()  # unmap what was read
     yield from sorted(ends.tensors.items())
+
+
+def _prefix(work: Work, index: int) -> dict[str, Tensor]:
+    """The prefix tensors of a block that was left alone, by name inside it."""
+    return {f"{ATTENTION}.{k}": v for k, v in work.load_prefix(index).items() if k != "hidden"}
 
 
 def _write_shards(source: Source, plan: Plan, work: Work, ends: Ends, folder: Path) -> int:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sordino.numerics.gram import exact_bf16_products
+from sordino.runtime.prefix import join, knows_prefix, prefixed_sdpa
 
 NAME = "sordino_windows"
 _TILE = 128  # queries at once: the scores of one batch element stay in the second-level cache
@@ -24,21 +24,26 @@ _TILE = 128  # queries at once: the scores of one batch element stay in the seco
 def window_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Any]:
-    """Attention in transformers' signature: query [B, H, L, d], key and value [B, K, L, d] -> [B, L, H, d]."""
+    """Attention in transformers' signature: query [B, H, L, d], key and value [B, K, L, d] -> [B, L, H, d]; joins a prefix."""
     plain = attention_mask is None and query.dtype == torch.bfloat16 and query.shape[2] == key.shape[2]
     if not plain or not getattr(module, "is_causal", True) or options.get("is_causal") is False:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return prefixed_sdpa(module, query, key, value, attention_mask, **options)
+    key, value, _ = join(module, key, value, None)
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     return CausalAttention.apply(query, key, value, scaling), None  # type: ignore[no-untyped-call]
 
 
 class CausalAttention(torch.autograd.Function):
-    """``softmax(scaling * q k^T) v`` under a causal mask, bf16 in and out; see :func:`window_attention` for shapes."""
+    """``softmax(scaling * q k^T) v`` under a causal mask, bf16 in and out; see :func:`window_attention` for shapes.
+
+    Of more keys than queries, the first ones are a prefix that every query sees.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """[B, H, L, d] and twice [B, K, L, d] -> [B, L, H, d]."""
+        """[B, H, L, d] and twice [B, K, P + L, d] -> [B, L, H, d]."""
         batch, heads, length, _ = query.shape
+        before = key.shape[2] - length
         repeats = heads // key.shape[1]
         out = torch.empty(batch, length, heads, value.shape[-1], dtype=value.dtype)
         later = torch.full((_TILE, _TILE), float("-inf")).triu(1)
@@ -51,10 +56,10 @@ class CausalAttention(torch.autograd.Function):
                 v = value[b].repeat_interleave(repeats, 0)
                 for i in range(0, length, _TILE):
                     j = min(i + _TILE, length)
-                    scores = torch.bmm(q[:, i:j], k[:, :, :j]).mul_(scaling)
-                    scores[:, :, i:] += later[: j - i, : j - i]
+                    scores = torch.bmm(q[:, i:j], k[:, :, : before + j]).mul_(scaling)
+                    scores[:, :, before + i :] += later[: j - i, : j - i]
                     weights = torch.softmax(scores, -1).to(v.dtype)
-                    out[b, i:j] = torch.bmm(weights, v[:, :j]).transpose(0, 1)
+                    out[b, i:j] = torch.bmm(weights, v[:, : before + j]).transpose(0, 1)
                     if keep:
                         tiles.append(weights)
         if keep:
@@ -68,6 +73,7 @@ class CausalAttention(torch.autograd.Function):
         query, key, value, out, *tiles = ctx.saved_tensors
         grad = grads[0]
         batch, heads, length, _ = query.shape
+        before = key.shape[2] - length
         repeats = heads // key.shape[1]
         dq = torch.empty_like(query)
         dk, dv = torch.empty_like(key), torch.empty_like(value)
@@ -79,11 +85,12 @@ class CausalAttention(torch.autograd.Function):
             dk_all, dv_all = torch.zeros(k.shape), torch.zeros(v.shape)
             for i in range(0, length, _TILE):
                 j, weights = min(i + _TILE, length), next(tile)
-                dp = torch.bmm(g[:, i:j], v[:, :j].transpose(1, 2)).float()
+                seen = before + j
+                dp = torch.bmm(g[:, i:j], v[:, :seen].transpose(1, 2)).float()
                 ds = dp.sub_(inner[b, :, i:j]).mul_(weights).mul_(ctx.scaling).to(k.dtype)
-                dq[b, :, i:j] = torch.bmm(ds, k[:, :j])
-                dk_all[:, :j] += torch.bmm(ds.transpose(1, 2), query[b, :, i:j])
-                dv_all[:, :j] += torch.bmm(weights.transpose(1, 2), g[:, i:j])
+                dq[b, :, i:j] = torch.bmm(ds, k[:, :seen])
+                dk_all[:, :seen] += torch.bmm(ds.transpose(1, 2), query[b, :, i:j])
+                dv_all[:, :seen] += torch.bmm(weights.transpose(1, 2), g[:, i:j])
             # Query heads that share a key head come one after another.
             dk[b] = dk_all.view(-1, repeats, *dk_all.shape[1:]).sum(1)
             dv[b] = dv_all.view(-1, repeats, *dv_all.shape[1:]).sum(1)
@@ -93,3 +100,4 @@ class CausalAttention(torch.autograd.Function):
 ALL_ATTENTION_FUNCTIONS.register(NAME, window_attention)
 # Without an entry here transformers would make no masks at all for this name.
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+knows_prefix(NAME)

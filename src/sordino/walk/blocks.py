@@ -12,6 +12,7 @@ from sordino.anatomy import Anatomy, skeleton
 from sordino.errors import InputError
 from sordino.numerics.basis import Basis
 from sordino.runtime.modules import give_bias, out_of_basis
+from sordino.runtime.prefix import KEY, VALUE
 from sordino.walk import attention
 from sordino.walk.source import Source
 
@@ -37,8 +38,10 @@ class BlockFactory:
         """Block ``index`` around given tensors; they are used, not copied."""
         layer: nn.Module = copy.deepcopy(self.model.get_submodule(self.anatomy.blocks)[index])  # type: ignore[index]
         own = set(layer.state_dict())
-        for name in tensors:  # biases that moves have added
+        for name, tensor in tensors.items():  # what moves have added
             parent, _, leaf = name.rpartition(".")
+            if leaf in (KEY, VALUE):
+                layer.get_submodule(parent).register_buffer(leaf, tensor)
             if leaf == "bias" and name not in own and f"{parent}.weight" in own:
                 give_bias(layer.get_submodule(parent))
         try:
@@ -47,8 +50,8 @@ class BlockFactory:
             raise InputError(f"block {index}: {str(error).splitlines()[-1].strip()}") from None
         return layer.eval().requires_grad_(False)
 
-    def calls(self, seqlen: int) -> list[dict[str, Any]]:
-        """Keyword arguments that the model passes to each block for unpadded windows of ``seqlen`` tokens.
+    def calls(self, seqlen: int, first: int = 0) -> list[dict[str, Any]]:
+        """What the model passes to each block by keyword for unpadded windows of ``seqlen`` tokens from position ``first`` on.
 
         The decoder itself is run once, on zeros, with recorders in place of its blocks; masks and rotary angles come
         out with batch size one and broadcast.
@@ -62,13 +65,15 @@ class BlockFactory:
             backbone.rotary_emb = type(backbone.rotary_emb)(config=self.source.config)
         hidden = torch.zeros(1, seqlen, self.source.config.hidden_size, dtype=self.dtype)
         with torch.no_grad():
-            backbone(inputs_embeds=hidden, use_cache=False)
+            backbone(inputs_embeds=hidden, position_ids=torch.arange(first, first + seqlen)[None], use_cache=False)
         return [r.call for r in recorders]
 
     def norm(self, basis: Basis | None = None) -> nn.Module:
         """The final norm, real, in the compute dtype; it takes hidden states in ``basis``."""
         norm = copy.deepcopy(self.model.get_submodule(self.anatomy.final_norm))
-        norm.load_state_dict(self.source.under(self.anatomy.final_norm, self.dtype), assign=True)
+        # Copies: moves train the norm in place, and the source's own tensors must stay as they are.
+        own = {k: v.clone() for k, v in self.source.under(self.anatomy.final_norm, self.dtype).items()}
+        norm.load_state_dict(own, assign=True)
         if basis is not None:
             out_of_basis(norm, basis)
         return norm.eval().requires_grad_(False)

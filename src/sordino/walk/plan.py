@@ -132,12 +132,13 @@ class Plan:
             line += f"; left in full precision: {', '.join(rest[:4])}" + (f" and {len(rest) - 4} more" if rest[4:] else "")
         return line
 
-    def bits_per_weight(self) -> float:
-        """Stored bits of the quantized linears over their parameters."""
+    def bits_per_weight(self, prefix: int = 0) -> float:
+        """Stored bits of the quantized linears, and of the keys and values of a prefix, over the linears' parameters."""
         chosen = list(self.quantized())
         if not chosen:
             return 16.0
-        side = 8 * self.stored.itemsize * sum(self.added_biases(i) for i in range(*self.blocks))
+        caches = 2 * next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj")) * self.anatomy.n_blocks
+        side = 8 * self.stored.itemsize * (sum(self.added_biases(i) for i in range(*self.blocks)) + prefix * caches)
         return (sum(x.bits_stored for x in chosen) + side) / sum(x.linear.in_features * x.linear.out_features for x in chosen)
 
     def added_biases(self, index: int) -> int:

@@ -95,6 +95,15 @@ class Work:
         file = self.path / "latents" / f"{index:05d}.safetensors"
         return load_file(file) if file.is_file() else {}
 
+    def save_prefix(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Store what a block makes of the prefix."""
+        write_tensors(self.path / "prefix" / f"{index:05d}.safetensors", tensors)
+
+    def load_prefix(self, index: int) -> dict[str, Tensor]:
+        """Read :meth:`save_prefix` back, if there is something."""
+        file = self.path / "prefix" / f"{index:05d}.safetensors"
+        return load_file(file) if file.is_file() else {}
+
     def save_ends(self, tensors: dict[str, Tensor]) -> None:
         """Store what the finish stage left around the blocks."""
         write_tensors(self.path / "finished" / "ends.safetensors", tensors)

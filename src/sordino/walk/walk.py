@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,11 +23,14 @@ from sordino.contract import Rounded, Stats, StreamName
 from sordino.errors import SordinoError
 from sordino.numerics.threads import one_thread
 from sordino.round.rtn import RtnSolver
+from sordino.runtime.prefix import give_prefix
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.context import Context, Stream, relative_error
 from sordino.walk.ends import Ends
 from sordino.walk.finish import open_finish, rounded_block, store_finish
 from sordino.walk.plan import LinearPlan, Plan, baseline_grid, make_grid, make_solver
+from sordino.walk.prefix import ATTENTION, PrefixStream, first_token
+from sordino.walk.runner import Runner
 from sordino.walk.source import Source
 from sordino.walk.store import Work, pack_block
 
@@ -64,6 +68,7 @@ class Walk:
         self.calls: list[dict[str, Any]] = []
         self.artifacts: dict[str, Any] = {}
         self.streams: dict[str, Stream] = {}
+        self.prefix: PrefixStream | None = None
 
     def run(self) -> Ends:
         """Do (or continue) the walk; returns what surrounds the blocks, with the final guard's figures.
@@ -83,6 +88,9 @@ class Walk:
             self.work.drop_streams(index + 1)
             self.source.close()  # pages of a mapped file count as this process's memory until it is unmapped
         self.progress("block", last, last)
+        if self.prefix is not None:
+            for index in range(last, self.plan.anatomy.n_blocks):  # blocks that no stream went through
+                self._prefixed(index, self.factory.load(index))
         ends = Ends(self.source, self.plan)  # not before: its tables would sit in memory through the whole walk
         whole = last == self.plan.anatomy.n_blocks
         if self.plan.finishing and whole:
@@ -142,6 +150,12 @@ class Walk:
         layer = self.factory.load(index)
         for move in self.plan.moves:
             move.reshape(layer, index, self.plan.anatomy, self.artifacts)
+        return self._prefixed(index, layer)
+
+    def _prefixed(self, index: int, layer: nn.Module) -> nn.Module:
+        """Let a full-precision block see the prefix, if there is one."""
+        if self.prefix is not None:
+            give_prefix(layer.get_submodule(ATTENTION), *self.prefix.at(index, layer))
         return layer
 
     # Streams
@@ -188,22 +202,25 @@ class Walk:
         curious = [m for m in self.plan.moves if m.needs_survey]
         if not curious or self.windows is None:
             return
-        ends, c = Ends(self.source, self.plan), self.plan.recipe.calibration
-        x = torch.cat([ends.embed(w[None], exact=True) for w in self.windows[: c.windows]])
-        for index in range(self.plan.anatomy.n_blocks):
-            self.progress("survey", index, self.plan.anatomy.n_blocks)
-            layer = self.factory.load(index)
-            batches = x.split(self.plan.batch)
+        plan, ends, n = self.plan, Ends(self.source, self.plan), self.plan.recipe.calibration.windows
+        ids = self.artifacts["ids"] = self.windows[:n]
+        x = torch.cat([ends.embed(w[None], exact=True) for w in ids])
+        for index in range(plan.anatomy.n_blocks):
+            self.progress("survey", index, plan.anatomy.n_blocks)
+            runner = Runner(self.factory.load(index), x, self.calls[index], plan.anatomy, plan.batch, plan.budget)
             for move in curious:
-                move.survey(index, layer, iter(batches), self.artifacts)
-            with torch.no_grad():
-                x = torch.cat([_plain(layer(b, **self.calls[index])) for b in batches])
+                move.survey(index, runner.layer, partial(runner.inputs, start=0, stop=n), self.artifacts)
+            x = torch.cat([y for _, y in runner.outputs(0, n)])
+            self.source.close()
+        tokens = tuple(t for m in plan.moves for t in m.prefix(self.artifacts, first_token(self.source.config)))
+        if tokens:
+            self.prefix = PrefixStream(tokens, self.factory, self.work, ends)
 
     # One block
 
     def _pass_through(self, index: int) -> dict[str, Any]:
         """A block before the chosen range: streams go through it in full precision."""
-        layer = self.factory.load(index)
+        layer = self._prefixed(index, self.factory.load(index))
         context = self._context(index, layer, layer)
         for name in list(self.streams):
             self._advance(context, name, layer)

@@ -1,0 +1,103 @@
+"""What the prefix search costs and what the prefix does to outlier tokens, on a real model in full precision.
+
+python benchmarks/prefix.py --calibrate wiki.valid.raw --evaluate wiki.test.raw --also c4.txt
+
+One row in benchmarks/rows/prefix.jsonl: the tokens, seconds of the search (64 windows of 512, the paper's setting), and with
+and without the prefix: perplexity of full precision; by block, the largest over the median token at the input of down_proj,
+and the median over the smallest token of queries and keys (before rotary embedding), means over windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sordino
+from ladder import ROWS, code_version
+from sordino.corpus import eval_windows, load_text, tokenize
+from sordino.recipe import MoveSpec, load_recipe
+from sordino.runtime.prefix import attach, read_prefix
+
+SEARCH = {"windows": 64, "seqlen": 512}
+LOOK = {"windows": 16, "seqlen": 512}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibrate", required=True, help="calibration text (never the test text)")
+    parser.add_argument("--evaluate", required=True, help="evaluation text")
+    parser.add_argument("--also", help="second evaluation text, of another domain; its first 16 windows are scored")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--windows", type=int, default=32, help="evaluation windows of 2048")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        row = search(args.model, args.calibrate, out)
+        row["before"], row["after"] = (magnitudes(args.model, args.calibrate, p) for p in (None, out))
+        texts = [("ppl", args.evaluate, args.windows)] + ([("c4_ppl", args.also, 16)] if args.also else [])
+        for name, text, windows in texts:
+            for key, prefix in (("before", None), ("after", out)):
+                row[key][name] = sordino.evaluate(args.model, text=text, windows=windows, prefix_from=prefix).ppl
+    row |= {"name": "prefix", "model": args.model, "seed": 0, "windows": args.windows, "version": code_version()}
+    ROWS.mkdir(parents=True, exist_ok=True)
+    with open(ROWS / "prefix.jsonl", "a") as f:
+        f.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+def search(model: str, text: str, out: Path) -> dict[str, Any]:
+    """Find the prefix and make its keys and values; nothing is rounded."""
+    recipe = load_recipe("rtn-w4", ["format.weights.bits=16", "guard=off"])
+    recipe = recipe.model_copy(update={"moves": (MoveSpec(move="prefix"),)})
+    began: dict[str, float] = {}
+
+    def progress(what: str, *_: int) -> None:
+        began.setdefault(what, time.time())
+
+    cpu = time.process_time()
+    found = sordino.quantize(model, recipe, out, text=text, progress=progress, **SEARCH).manifest["prefix"]
+    return {
+        "ids": found["ids"],
+        "tokens": found["tokens"],
+        "search_seconds": round(began["block"] - began["survey"], 1),
+        "whole_run_cpu_seconds": round(time.process_time() - cpu, 1),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@torch.no_grad()
+def magnitudes(name: str, text: str, prefix: Path | None) -> dict[str, list[float]]:
+    """Ratios by block, means over windows."""
+    model, tokenizer = sordino.load(name)
+    if prefix is not None:
+        attach(model, read_prefix(prefix))
+    found: dict[str, list[list[float]]] = {}
+
+    def record(key: str, index: int, x: Tensor) -> None:
+        peak = x.abs().amax(-1).float()
+        median = peak.median()
+        found.setdefault(key, [[] for _ in layers])[index].append(
+            float(peak.max() / median if key == "down" else median / peak.min())
+        )
+
+    layers = model.get_decoder().layers
+    for i, layer in enumerate(layers):
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=i: record("down", i, args[0][0]))
+        for key, linear in (("query", layer.self_attn.q_proj), ("key", layer.self_attn.k_proj)):
+            linear.register_forward_hook(lambda _, __, y, i=i, key=key: record(key, i, y[0]))
+    for window in eval_windows(tokenize(load_text(text), tokenizer), LOOK["seqlen"], LOOK["windows"]):
+        model.get_decoder()(input_ids=window[None], use_cache=False)
+    return {key: [round(sum(r) / len(r), 2) for r in blocks] for key, blocks in found.items()}
+
+
+if __name__ == "__main__":
+    main()

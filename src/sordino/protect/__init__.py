@@ -1,0 +1,1 @@
+"""Protect: what is kept from rounding."""
