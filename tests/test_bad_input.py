@@ -171,7 +171,7 @@ BAD_ARGUMENTS = [
     (_set("moves=[{move='mean-shift', form='bias'}]"), ["'mean-shift'", "form", "bias"]),
     (_set("moves=[{move='rotate'}, {move='rotate', seed=1}]"), ["more than one move"]),
     (_set("moves=[{move='rotaet'}]"), ["'rotaet'", "unknown"]),
-    (_set("format.activations.bits=4"), ["format.activations.bits=4", "not built"]),
+    (_set("format.activations.bits=5"), ["format.activations.bits", "5"]),
     (_set("format.kv.bits=4"), ["format.kv.bits=4", "not built"]),
     (_set("format.head=4"), ["format.head=4", "one table"]),
     (["-r", "gptq-w5"], ["'gptq-w5'", "did you mean 'gptq-w4'"]),

@@ -114,12 +114,14 @@ class WeightFormat(_Table):
 
 
 class ActivationFormat(_Table):
-    """How the inputs of the block linears are rounded at run time; 16 bits means not at all."""
+    """How the inputs of the rounded block linears are rounded at run time; 16 bits means not at all.
 
-    bits: Bits = 16
-    group: Group = "token"
-    symmetric: bool = True
+    Symmetric; dynamic ones with a scale for each token (``clip`` of its largest entry), static ones with one number a site.
+    """
+
+    bits: Literal[3, 4, 8, 16] = 16
     mode: Literal["static", "dynamic"] = "dynamic"
+    clip: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class KvFormat(_Table):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sordino.contract import Rounded
 from sordino.numerics.affine import round_scale
+from sordino.runtime.inputs import carry_inputs
 
 _EDGE = 0.499  # how far beyond the outermost code a latent position may lie, in steps
 
@@ -137,6 +138,7 @@ class WeightSpace:
         for name, rounded in trainable.items():
             bias: Any = self.plain[name].bias
             self.trained[name] = TrainedLinear(rounded, bias, weights > 0, scales > 0)
+            carry_inputs(self.plain[name], self.trained[name])
             block.set_submodule(name, self.trained[name])
 
     def groups(self) -> list[dict[str, Any]]:

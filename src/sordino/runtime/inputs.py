@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sordino.numerics.inputs import fake_encode, token_scale
-
-SCALE = "input_scale"  # buffer of a linear whose input has a static scale, fp32 [1]
+from sordino.runtime.modules import SCALE
 
 
 class RoundInput:
@@ -27,6 +26,7 @@ class RoundInput:
         self.bits, self.clip = bits, clip
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        """The input [..., C] on its grid."""
         x: Tensor = args[0]
         scale: Tensor | None = getattr(module, SCALE, None)
         return (fake_encode(x, token_scale(x, self.bits, self.clip) if scale is None else scale, self.bits),)

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from sordino.numerics.additive import additive_values
 from sordino.numerics.basis import Basis
+from sordino.numerics.inputs import encode, token_scale
 from sordino.numerics.packing import pack, packed_words, unpack
 
 # Weights of one tile: big enough to keep the matmul busy, small enough that the tile stays out of the memory's way.
 _TILE = 1 << 22
+SCALE = "input_scale"
 
 
 class QuantLinear(nn.Module):
@@ -28,6 +30,7 @@ class QuantLinear(nn.Module):
         weight_packed: int32 [O, ceil(I*b/32)], bit stream along the input.
         weight_scale: bf16 [O, G]; [O, G, b] if the grid is additive.
         weight_zero_point: int32 [ceil(O*b/32), G], bit stream along the output; None if symmetric.
+        input_scale: fp32 [1] of a static input; only there if inputs are rounded so.
         bias: [O] parameter or None.
     """
 
@@ -44,8 +47,12 @@ class QuantLinear(nn.Module):
         group: int,
         symmetric: bool,
         grid: str = "affine",
+        inputs: dict[str, Any] | None = None,
     ):
         super().__init__()
+        self.inputs = inputs
+        if inputs is not None and inputs["mode"] == "static":
+            self.register_buffer(SCALE, torch.zeros(1))
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group, self.symmetric, self.additive = bits, group, symmetric or grid == "additive", grid == "additive"
         groups = in_features // group
@@ -83,7 +90,15 @@ class QuantLinear(nn.Module):
         return w.sub_(zeros.to(dtype)[..., None]).mul_(scale[..., None]).view(scale.shape[0], -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x W^T + bias`` for x [..., I] in x's dtype."""
+        """``x W^T + bias`` for x [..., I] in x's dtype; with rounded inputs, of the codes where one scale a row allows."""
+        if self.inputs is not None:
+            bits = self.inputs["bits"]
+            scale = getattr(self, SCALE, None)
+            scale = token_scale(x, bits, self.inputs["clip"]) if scale is None else scale
+            codes = encode(x, scale, bits)
+            if self.group == self.in_features and self.symmetric and not self.additive:
+                return self._multiply(codes, scale, x.dtype)
+            x = (codes * scale).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         zeros, step = self.zeros(), max(1, _TILE // self.in_features)
         if step >= self.out_features:
@@ -91,6 +106,17 @@ class QuantLinear(nn.Module):
         spans = [slice(i, min(i + step, self.out_features)) for i in range(0, self.out_features, step)]
         out = torch.cat([F.linear(x, self.dequantize(x.dtype, s, zeros)) for s in spans], dim=-1)
         return out if bias is None else out + bias
+
+    def _multiply(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Integer product of input codes int8 [..., I] and weight codes, scaled once: [..., O]."""
+        flat = codes.view(-1, self.in_features)
+        parts = []
+        for rows in torch.arange(self.out_features).split(max(1, _TILE // self.in_features)):
+            span = slice(int(rows[0]), int(rows[-1]) + 1)
+            weight = (self.codes(span).to(torch.int16) - (1 << (self.bits - 1))).to(torch.int8)
+            parts.append(torch._int_mm(flat, weight.T))
+        out = torch.cat(parts, -1).view(*codes.shape[:-1], -1).float() * (scale * self.weight_scale.float().view(-1))
+        return (out if self.bias is None else out + self.bias.float()).to(dtype)
 
     def extra_repr(self) -> str:
         """What print shows."""

@@ -29,7 +29,8 @@ class SordinoConfig(QuantizationConfigMixin):
     """How a checkpoint is stored.
 
     Attributes:
-        groups: formats of linears: ``{"bits", "group", "symmetric", "modules": [name patterns]}``.
+        groups: formats of linears: ``{"bits", "group", "symmetric", "modules": [name patterns]}``, and where they differ
+            from a plain affine grid and plain inputs ``"grid"`` and ``"inputs": {"bits", "mode", "clip"}``.
         embeddings: 16 (plain) or 8.
         head: 16 (plain), 8 or 4.
         biases: name patterns of norms and linears that have a bias which their family does not.
@@ -130,6 +131,7 @@ def _swap_linear(model: nn.Module, name: str, old: nn.Linear, group: dict[str, A
             size,
             bool(group["symmetric"]),
             group.get("grid", "affine"),
+            group.get("inputs"),
         )
         if new.bias is not None:
             new.bias = nn.Parameter(new.bias.to(old.weight.dtype), requires_grad=False)

@@ -72,6 +72,7 @@ def storage_config(plan: Plan, prefix: list[int]) -> SordinoConfig:
     groups = [
         {"bits": b, "group": g, "symmetric": s, "modules": compress_names(names, anatomy.blocks, anatomy.n_blocks)}
         | ({} if grid == "affine" else {"grid": grid})
+        | ({} if fmt.activations.bits == 16 else {"inputs": fmt.activations.model_dump()})
         for (b, g, s, grid), names in kinds.items()
     ]
     if fmt.head != 16 and not anatomy.tied:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sordino.anatomy import Anatomy, skeleton
 from sordino.errors import InputError
 from sordino.numerics.basis import Basis
-from sordino.runtime.modules import give_bias, out_of_basis
+from sordino.runtime.modules import SCALE, give_bias, out_of_basis
 from sordino.runtime.prefix import KEY, VALUE
 from sordino.walk import attention
 from sordino.walk.source import Source
@@ -40,7 +40,7 @@ class BlockFactory:
         own = set(layer.state_dict())
         for name, tensor in tensors.items():  # what moves have added
             parent, _, leaf = name.rpartition(".")
-            if leaf in (KEY, VALUE):
+            if leaf in (KEY, VALUE, SCALE):
                 layer.get_submodule(parent).register_buffer(leaf, tensor)
             if leaf == "bias" and name not in own and f"{parent}.weight" in own:
                 give_bias(layer.get_submodule(parent))

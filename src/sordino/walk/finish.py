@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy
 from sordino.contract import Rounded
-from sordino.runtime.modules import QuantLinear
+from sordino.runtime.inputs import round_inputs
+from sordino.runtime.modules import SCALE, QuantLinear
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
@@ -80,8 +81,9 @@ def rounded_block(
     factory: BlockFactory, plan: Plan, index: int, stored: dict[str, Tensor]
 ) -> tuple[nn.Module, dict[str, Rounded]]:
     """A block as its stored bytes say: plain linears that hold the rounded values, and the rounded form of each."""
-    tensors = {k: v.to(plan.dtype) for k, v in stored.items() if v.is_floating_point() and ".weight_" not in k}
-    solved = {}
+    plain = {k: v for k, v in stored.items() if v.is_floating_point() and ".weight_" not in k}
+    tensors = {k: v if k.endswith(f".{SCALE}") else v.to(plan.dtype) for k, v in plain.items()}
+    solved, inputs = {}, plan.recipe.format.activations
     for p in plan.linears[index]:
         if p.group is None:
             continue
@@ -95,7 +97,11 @@ def rounded_block(
             module.codes(), scale, zero, p.format.bits, p.group, module.symmetric, grid=p.format.grid
         )
         tensors[f"{p.linear.name}.weight"] = module.dequantize(plan.dtype)
-    return factory.assemble(index, tensors), solved
+    block = factory.assemble(index, tensors)
+    if inputs.bits != 16:
+        for name in solved:
+            round_inputs(block.get_submodule(name), inputs.bits, inputs.clip)
+    return block, solved
 
 
 def open_finish(

@@ -137,8 +137,10 @@ class Plan:
         chosen = list(self.quantized())
         if not chosen:
             return 16.0
+        inputs, item = self.recipe.format.activations, 8 * self.stored.itemsize
         caches = 2 * next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj")) * self.anatomy.n_blocks
-        side = 8 * self.stored.itemsize * (sum(self.added_biases(i) for i in range(*self.blocks)) + prefix * caches)
+        side = item * (sum(self.added_biases(i) for i in range(*self.blocks)) + prefix * caches)
+        side += 32 * len(chosen) * (inputs.bits != 16 and inputs.mode == "static")
         return (sum(x.bits_stored for x in chosen) + side) / sum(x.linear.in_features * x.linear.out_features for x in chosen)
 
     def added_biases(self, index: int) -> int:
@@ -200,7 +202,9 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
     linears = tuple(_plan_block(i, anatomy, recipe, span) for i in range(anatomy.n_blocks))
     needs = {n for block in linears for x in block if x.group is not None for n in make_solver(x.format).needs}
     fp_moves = any(m.needs_fp_stream for m in moves)
-    guarded = recipe.guard == "on" and (bool(needs) or bool(moves))
+    inputs = recipe.format.activations
+    static = inputs.bits != 16 and inputs.mode == "static"
+    guarded = recipe.guard == "on" and (bool(needs) or bool(moves) or static)
     c = recipe.calibration
     plan = Plan(
         recipe=recipe,
@@ -214,7 +218,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
         budget=min(1 << 29, psutil.virtual_memory().total // 16),
         heldout=max(4, c.windows // 8) if guarded else 0,
         extra=max(0, *(m.finish_windows - c.windows for m in moves), 0),
-        q_calib=bool(needs) or bool(moves),
+        q_calib=bool(needs) or bool(moves) or static,
         fp_calib="D" in needs or fp_moves,
         targets=fp_moves,
         basis=_basis(moves, _hidden(source)),
@@ -258,9 +262,15 @@ def _check_tensors(source: Source, model: nn.Module, anatomy: Anatomy) -> None:
 
 def _check_format(recipe: Recipe, anatomy: Anatomy, source: Source) -> None:
     fmt = recipe.format
-    for word, bits in (("activations", fmt.activations.bits), ("kv", fmt.kv.bits)):
-        if bits != 16:
-            raise InputError(f"format.{word}.bits={bits}: rounding of {word} is not built yet; use 16")
+    if fmt.kv.bits != 16:
+        raise InputError(f"format.kv.bits={fmt.kv.bits}: rounding of the KV cache is not built yet; use 16")
+    if fmt.activations.bits != 16 and fmt.weights.bits == 16:
+        raise InputError(
+            f"format.activations.bits={fmt.activations.bits} without rounded weights: nothing would be rounded; "
+            "set format.weights.bits"
+        )
+    if fmt.activations.mode == "static" and fmt.activations.clip != 1.0:
+        raise InputError("format.activations.clip belongs to mode=dynamic; a static scale is searched")
     if anatomy.tied and fmt.head not in (16, fmt.embeddings):
         raise InputError(
             f"format.head={fmt.head}: embedding and head of this model are one table, stored once; "

@@ -92,7 +92,7 @@ class Runner:
         def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
             raise _Reached(args[0])
 
-        hook = module.register_forward_pre_hook(stop)
+        hook = module.register_forward_pre_hook(stop, prepend=True)  # before the input is rounded
         try:
             self._forward(span, SITES.index(site))
         except _Reached as reached:

@@ -23,11 +23,13 @@ from sordino.contract import Rounded, Stats, StreamName
 from sordino.errors import SordinoError
 from sordino.numerics.threads import one_thread
 from sordino.round.rtn import RtnSolver
+from sordino.runtime.inputs import carry_inputs
 from sordino.runtime.prefix import give_prefix
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.context import Context, Stream, relative_error
 from sordino.walk.ends import Ends
 from sordino.walk.finish import open_finish, rounded_block, store_finish
+from sordino.walk.inputs import round_site
 from sordino.walk.plan import LinearPlan, Plan, baseline_grid, make_grid, make_solver
 from sordino.walk.prefix import ATTENTION, PrefixStream, first_token
 from sordino.walk.runner import Runner
@@ -253,6 +255,7 @@ class Walk:
         for move in self.plan.moves:
             move.open(ctx)
         for site in SITES:
+            self._round_inputs(ctx, site, report)
             for move in self.plan.moves:
                 move.before(ctx, site)
             self._round_site(ctx, site, report)
@@ -274,6 +277,14 @@ class Walk:
                     following[span] = y
             self._step("q", following, index)
         return report
+
+    def _round_inputs(self, ctx: Context, site: Site, report: dict[str, Any]) -> None:
+        """Let the rounded linears of a site round their input, if the format says so."""
+        fmt = self.plan.recipe.format.activations
+        names = [p.linear.name for p in self.plan.linears[ctx.index] if p.linear.site == site and p.group is not None]
+        if fmt.bits != 16 and names:
+            note = round_site(ctx, site, names, fmt)
+            report.setdefault("inputs", {}).update({site: note} if note else {})
 
     def _round_site(self, ctx: Context, site: Site, report: dict[str, Any]) -> None:
         """Run the one solver on each linear of a site; linears of one format are solved together."""
@@ -361,6 +372,7 @@ class Walk:
             rounded[p.linear.name] = RtnSolver().solve(module.weight.float(), None, baseline_grid(p.format), p.group)
             values = rounded[p.linear.name].values().to(module.weight.dtype)
             module.weight = nn.Parameter(values, requires_grad=False)
+            carry_inputs(ctx.q.get_submodule(p.linear.name), module)
         return rounded, layer
 
     def _store(self, ctx: Context) -> None:

@@ -1,0 +1,36 @@
+"""Rounding of activations against its definition, and its gradient against finite differences' meaning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sordino.numerics.inputs import encode, fake_encode, token_scale
+
+
+@given(st.integers(0, 10_000), st.sampled_from([3, 4, 8]), st.floats(0.3, 1.0), st.booleans())
+def test_codes_are_nearest_and_simulation_equals_them(seed: int, bits: int, clip: float, static: bool) -> None:
+    x = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(seed)) * 10
+    scale = torch.tensor([0.37]) if static else token_scale(x, bits, clip)
+    codes, top = encode(x, scale, bits), (1 << (bits - 1)) - 1
+    if not static:
+        torch.testing.assert_close(scale[..., 0], clip * x.abs().amax(-1) / top)
+    grid = torch.arange(-top - 1, top + 1) * scale.expand(2, 5, 1)[..., None]
+    nearest = (x[..., None] - grid).abs().amin(-1)
+    assert codes.dtype == torch.int8 and bool((codes >= -top - 1).all()) and bool((codes <= top).all())
+    torch.testing.assert_close((x - codes * scale).abs(), nearest, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fake_encode(x, scale, bits), codes * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_of_zeros_stays_zero(dtype: torch.dtype) -> None:
+    x = torch.zeros(1, 3, 4, dtype=dtype)
+    assert torch.equal(fake_encode(x, token_scale(x, 4), 4), x)
+
+
+def test_gradients_pass_inside_and_stop_where_clipped() -> None:
+    x = torch.tensor([[0.2, -0.6, 1.49, 9.0, -9.0, -1.9]], requires_grad=True)
+    fake_encode(x, torch.tensor([0.5]), 3).sum().backward()  # codes -4 … 3, values -2 … 1.5
+    assert x.grad is not None and torch.equal(x.grad, torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 1.0]]))
