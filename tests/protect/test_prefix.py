@@ -128,6 +128,15 @@ def test_a_prefix_equals_a_text_that_begins_with_it(family: str, moves: tuple[st
     assert evaluated.kl is not None and abs(evaluated.kl) < 1e-6
 
 
+def test_the_survey_sees_the_same_model_rotated_or_not(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model")
+    ratios = [
+        sordino.quantize(str(model), exact(*moves), tmp_path / str(len(moves)), **SMALL).manifest["prefix"]["outlier_ratios"]
+        for moves in (("prefix",), ("rotate", "prefix"))
+    ]
+    assert ratios[0] == ratios[1]
+
+
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_generation_equals_that_of_a_text_with_the_prefix(family: str, cached: bool, tmp_path: Path) -> None:

@@ -44,10 +44,13 @@ class Ends:
             self._q_head = self._store(self.anatomy.head, self._head, plan.recipe.format.head)
         self.guard: dict[str, float] = {}
 
-    def embed(self, ids: Tensor, exact: bool) -> Tensor:
-        """Embeddings of token ids [N, L] in the compute dtype, [N, L, D]; ``exact`` takes the full-precision table."""
+    def embed(self, ids: Tensor, exact: bool, rotated: bool = True) -> Tensor:
+        """Embeddings of token ids [N, L] in the compute dtype, [N, L, D]; ``exact`` takes the full-precision table.
+
+        ``rotated`` puts them into the basis of the reshaped blocks, if there is one.
+        """
         x = F.embedding(ids, self._table if exact else self._q_table).to(self.plan.dtype)
-        return x if self.plan.basis is None else self.plan.basis.apply(x)
+        return x if self.plan.basis is None or not rotated else self.plan.basis.apply(x)
 
     def final_guard(self, fp: Tensor, q: Tensor, rtn: Tensor, norm: nn.Module, q_norm: nn.Module | None = None) -> None:
         """Compare KL to full precision of the quantized and the RTN model on the held-out windows they share.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,10 +30,10 @@ from sordino.walk.ends import Ends
 from sordino.walk.finish import open_finish, rounded_block, store_finish
 from sordino.walk.inputs import round_site
 from sordino.walk.plan import LinearPlan, Plan, baseline_grid, make_grid, make_solver
-from sordino.walk.prefix import ATTENTION, PrefixStream, first_token
-from sordino.walk.runner import Runner
+from sordino.walk.prefix import ATTENTION, PrefixStream
 from sordino.walk.source import Source
 from sordino.walk.store import Work, pack_block
+from sordino.walk.survey import survey
 
 # A block may be this much worse than RTN before RTN takes its place (guard a).
 _GUARD = 1.01
@@ -81,7 +80,7 @@ class Walk:
         first, last = self.plan.blocks
         if self.plan.needs_text and self.windows is not None:
             self.calls = self.factory.calls(self.windows.shape[1])
-            self._survey()
+            self._find_prefix()
             self._open_streams(self.work.done)
         for index in range(self.work.done, last):
             self.progress("block", index, last)
@@ -126,6 +125,16 @@ class Walk:
             with torch.no_grad():
                 hidden = torch.cat([finish.hidden(n) for n in numbers.split(self.plan.batch)])
             ends.final_guard(exact[numbers], hidden, self.streams["rtn"].x, self.factory.norm(self.plan.basis), finish.norm)
+
+    def _find_prefix(self) -> None:
+        """Let moves survey the full-precision model, and open the prefix that they ask for."""
+        assert self.windows is not None
+        if not any(m.needs_survey for m in self.plan.moves):
+            return
+        ends, windows = Ends(self.source, self.plan), self.windows[: self.plan.recipe.calibration.windows]
+        parts = (self.source, self.plan, self.factory, ends, windows, self.calls, self.artifacts, self.progress)
+        if tokens := survey(*parts):
+            self.prefix = PrefixStream(tokens, self.factory, self.work, ends)
 
     def _extra_targets(self, ends: Ends) -> list[Tensor]:
         """Final full-precision hidden states of the windows that only the finish stage looks at, or nothing."""
@@ -196,27 +205,6 @@ class Walk:
 
     def _next(self, name: str, index: int) -> Tensor:
         return self.work.create(name, index + 1, self._shape(name), self.plan.dtype)
-
-    # Moves that look at the whole full-precision model first
-
-    def _survey(self) -> None:
-        """One full-precision pass for the moves that ask for it."""
-        curious = [m for m in self.plan.moves if m.needs_survey]
-        if not curious or self.windows is None:
-            return
-        plan, ends, n = self.plan, Ends(self.source, self.plan), self.plan.recipe.calibration.windows
-        ids = self.artifacts["ids"] = self.windows[:n]
-        x = torch.cat([ends.embed(w[None], exact=True) for w in ids])
-        for index in range(plan.anatomy.n_blocks):
-            self.progress("survey", index, plan.anatomy.n_blocks)
-            runner = Runner(self.factory.load(index), x, self.calls[index], plan.anatomy, plan.batch, plan.budget)
-            for move in curious:
-                move.survey(index, runner.layer, partial(runner.inputs, start=0, stop=n), self.artifacts)
-            x = torch.cat([y for _, y in runner.outputs(0, n)])
-            self.source.close()
-        tokens = tuple(t for m in plan.moves for t in m.prefix(self.artifacts, first_token(self.source.config)))
-        if tokens:
-            self.prefix = PrefixStream(tokens, self.factory, self.work, ends)
 
     # One block
 

@@ -1,0 +1,59 @@
+"""One pass of the full-precision model over the calibration windows, for moves that must know it before the walk.
+
+It runs the model as it is stored, before any reshape. Shapes: N windows, L tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sordino.walk.blocks import BlockFactory
+from sordino.walk.ends import Ends
+from sordino.walk.plan import Plan
+from sordino.walk.prefix import first_token
+from sordino.walk.runner import Runner
+from sordino.walk.source import Source
+
+
+def survey(
+    source: Source,
+    plan: Plan,
+    factory: BlockFactory,
+    ends: Ends,
+    windows: Tensor,
+    calls: list[dict[str, Any]],
+    artifacts: dict[str, Any],
+    progress: Callable[[str, int, int], None],
+) -> tuple[int, ...]:
+    """Let the moves see every block.
+
+    Args:
+        source: the full-precision model.
+        plan: of the run.
+        factory: makes its blocks.
+        ends: has its embeddings.
+        windows: token ids of the calibration windows, int64 [N, L].
+        calls: keyword arguments of each block.
+        artifacts: where the moves leave what they find.
+        progress: told (what, done, total).
+
+    Returns:
+        The tokens that moves want before every text.
+    """
+    curious = [m for m in plan.moves if m.needs_survey]
+    artifacts["ids"] = windows
+    if curious:
+        x = torch.cat([ends.embed(w[None], exact=True, rotated=False) for w in windows])
+        for index in range(plan.anatomy.n_blocks):
+            progress("survey", index, plan.anatomy.n_blocks)
+            runner = Runner(factory.load(index), x, calls[index], plan.anatomy, plan.batch, plan.budget)
+            for move in curious:
+                move.survey(index, runner.layer, partial(runner.inputs, start=0, stop=len(x)), artifacts)
+            x = torch.cat([y for _, y in runner.outputs(0, len(x))])
+            source.close()
+    return tuple(t for m in plan.moves for t in m.prefix(artifacts, first_token(source.config)))
