@@ -185,7 +185,7 @@ def _run(
         "guard": guard,
         "blocks": work.state["reports"],
         **({"finish": work.finished} if work.finished else {}),
-        **({"prefix": _prefix_facts(walk, source)} if walk.prefix else {}),
+        **({"prefix": _prefix_facts(walk, source)} if walk.prefix or "prefix" in walk.artifacts else {}),
     }
     stored = assemble(source, plan, work, ends, out, manifest)
     progress("write", 1, 1)
@@ -194,8 +194,7 @@ def _run(
 
 def _prefix_facts(walk: Walk, source: Source) -> dict[str, Any]:
     """The prefix and, where it was searched, how far the outliers stood out without it."""
-    assert walk.prefix is not None
-    ids, found = list(walk.prefix.ids), walk.artifacts.get("prefix")
+    ids, found = list(walk.prefix.ids if walk.prefix else ()), walk.artifacts.get("prefix")
     ratios = [round(r, 2) for r in found.ratios] if found else []
     return {"ids": ids, "tokens": source.tokenizer().convert_ids_to_tokens(ids), "outlier_ratios": ratios}
 

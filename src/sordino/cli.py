@@ -285,6 +285,8 @@ def _print_result(result: Any) -> None:
         table.add_row("final guard", f"not run: {guard['not_run']}")
     elif guard:
         table.add_row("KL to full precision, held out", f"{guard['kl']:.4f} (RTN of the same format: {guard['rtn_kl']:.4f})")
+    if "prefix" in manifest:
+        table.add_row("prefix", _prefix_line(manifest["prefix"]))
     fallbacks = [str(b["block"]) for b in manifest["blocks"] if b.get("fallback")]
     if fallbacks:
         table.add_row("blocks where RTN was better and taken", ", ".join(fallbacks))
@@ -298,3 +300,11 @@ def _print_result(result: Any) -> None:
     table.add_row("time", f"{run['seconds']:.0f} s wall, {run['cpu_seconds']:.0f} s CPU")
     table.add_row("peak memory", f"{run['peak_memory_bytes'] / 2**30:.2f} GiB")
     _out.print(table)
+
+
+def _prefix_line(found: dict[str, Any]) -> str:
+    tokens = " ".join(f"{token!r}" for token in found["tokens"]) or "none: no token stands out far enough"
+    ratios = found["outlier_ratios"]
+    return (
+        f"{tokens} (largest over median token: {max(ratios):.0f}, in block {ratios.index(max(ratios))})" if ratios else tokens
+    )

@@ -18,7 +18,7 @@ from sordino.errors import InputError
 from sordino.moves import MOVES
 from sordino.protect.prefix import Outliers, Prefix, choose, token_ratios
 from sordino.recipe import MoveSpec, Recipe, load_recipe
-from tiny import make_tiny
+from tiny import Sordino, make_tiny
 
 SMALL: dict[str, Any] = {"windows": 8, "seqlen": 48}
 IDS = (70, 12, 0)
@@ -228,6 +228,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Stop, "on", False)
     sordino.quantize(str(model), made, tmp_path / "b", **SMALL)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_a_model_without_outliers_gets_no_prefix_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MOVES, "prefix", Prefix)
+    model = make_tiny(tmp_path / "model", layers=2)
+    args = ("quantize", model, "-r", "gptq-w4", "--set", 'moves=[{move="prefix"}]', "--windows", 8, "--seqlen", 48)
+    done = Sordino(*args, "-o", tmp_path / "out", log=tmp_path / "log").wait()
+    assert done.code == 0 and "no token stands out" in done.out
+    ours, _ = sordino.load(tmp_path / "out")
+    assert ours.config.quantization_config.prefix == [] and not [n for n, _ in ours.named_buffers() if "prefix" in n]
 
 
 def test_a_new_process_generates_the_same(tmp_path: Path) -> None:
