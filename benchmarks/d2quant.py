@@ -10,6 +10,8 @@ from ladder import Ladder, climb
 SEEDS = [0, 1, 2]
 DOWN = "format.weights.override"
 LONGER = ["moves.0.epochs=2", "moves.1.epochs=6"]
+# No tuning of blocks; the distillation sees 416 windows, most of the validation text, where the walk sees 128.
+MORE = 'moves=[{{move="distill", epochs={}, windows=416, scales=0.003, gains=0.003}}]'
 
 
 def rungs(bits: int) -> Ladder:
@@ -43,6 +45,8 @@ def own(bits: int) -> Ladder:
         f"w{bits}, tuned only": (best, ['moves=[{move="tune", epochs=1}]'], [0]),
         f"w{bits}": (best, [], SEEDS),
         f"w{bits}, longer": (best, LONGER, SEEDS),
+        f"w{bits}, more text": (best, [MORE.format(1)], SEEDS),
+        f"w{bits}, more text, twice": (best, [MORE.format(2)], SEEDS),
     }
 
 
