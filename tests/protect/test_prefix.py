@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sordino
+import sordino.runtime.generate
 from sordino.contract import Move
 from sordino.errors import InputError
 from sordino.moves import MOVES
@@ -184,7 +185,7 @@ def test_attention_that_knows_no_prefix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no prefix"):
         sordino.evaluate(model, prefix_from=model, windows=1, seqlen=16)
     other = make_tiny(tmp_path / "other", layers=1)
-    with pytest.raises(InputError, match="does not have"):
+    with pytest.raises(InputError, match="belongs to 2 attention"):
         sordino.evaluate(other, prefix_from=tmp_path / "out", windows=1, seqlen=16)
 
 
@@ -210,13 +211,74 @@ def test_calibration_sees_what_the_checkpoint_does(base: str, dtype: torch.dtype
     assert kl == pytest.approx(manifest["guard"]["kl"], rel=1e-3 if dtype == torch.float32 else 5e-2)
 
 
-def test_some_blocks_alone_carry_the_prefix_too(tmp_path: Path) -> None:
-    model = make_tiny(tmp_path / "model")
-    sordino.quantize(str(model), exact("prefix"), tmp_path / "whole", **SMALL)
-    sordino.quantize(str(model), exact("prefix"), tmp_path / "part", blocks=(1, 3), **SMALL)
+@pytest.mark.parametrize("moves", [("prefix",), ("rotate", "prefix"), ("rotate",)])
+def test_blocks_that_are_left_alone_are_of_the_same_model(moves: tuple[str, ...], tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", tied=False)
+    sordino.quantize(str(model), exact(*moves), tmp_path / "whole", **SMALL)
+    sordino.quantize(str(model), exact(*moves), tmp_path / "part", blocks=(1, 3), **SMALL)
     ids = torch.randint(2, 300, (1, 20))
     a, b = (logits(AutoModelForCausalLM.from_pretrained(tmp_path / n), ids) for n in ("whole", "part"))
-    assert torch.equal(a, b)
+    assert same(a, b)
+    if moves == ("rotate",):
+        assert same(b, logits(AutoModelForCausalLM.from_pretrained(model), ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_finish_stage_sees_the_prefix_in_every_block(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", dtype=dtype, layers=3)
+    made = load_recipe(recipe("prefix", "distill", base="gptaq-w3"))
+    manifest = sordino.quantize(str(model), made, tmp_path / "out", blocks=(1, 3), **SMALL).manifest
+    assert manifest["guard"]["kl"] < manifest["guard"]["rtn_kl"] * 1.05
+    ours, _ = sordino.load(tmp_path / "out")
+    assert all(b.self_attn.prefix_key.dtype == dtype for b in ours.model.layers)
+    size = sordino.evaluate(tmp_path / "out", windows=1, seqlen=16).bits_per_weight
+    assert size == pytest.approx(manifest["bits_per_weight"])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "smollm3"])
+def test_a_static_cache_gives_the_same_tokens(family: str, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", family)
+    sordino.quantize(str(model), exact("prefix"), tmp_path / "out", **SMALL)
+    ours, tokenizer = sordino.load(tmp_path / "out")
+    batch = tokenizer(["short", "a longer one"], return_tensors="pt", padding=True, padding_side="left")
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    plain, static = (ours.generate(**batch, **options, cache_implementation=c) for c in (None, "static"))
+    assert torch.equal(plain, static)
+
+
+def test_positions_are_counted_however_the_arguments_come(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    sordino.quantize(str(model), exact("prefix"), tmp_path / "out", **SMALL)
+    ours, tokenizer = sordino.load(tmp_path / "out")
+    batch = tokenizer(["short", "a longer one"], return_tensors="pt", padding=True, padding_side="left")
+    ids, mask = batch.input_ids, batch.attention_mask
+    with torch.no_grad():
+        calls = [ours.model(ids, mask), ours.model(ids, attention_mask=mask), ours.model(input_ids=ids, attention_mask=mask)]
+        alone = ours.model(ids[:1, -int(mask[0].sum()) :]).last_hidden_state
+    for out in calls:
+        assert same(out.last_hidden_state[:1, -alone.shape[1] :], alone)
+
+
+def test_what_cannot_carry_a_prefix_is_refused(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    with pytest.raises(InputError, match="twice"):
+        sordino.quantize(str(model), exact("prefix", "prefix"), tmp_path / "out", **SMALL)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    longer = make_tiny(tmp_path / "dynamic", layers=2, rope_parameters=rope)
+    with pytest.raises(InputError, match="'dynamic'"):
+        sordino.quantize(str(longer), exact("prefix"), tmp_path / "out", **SMALL)
+    sordino.quantize(str(model), exact("prefix"), tmp_path / "out", **SMALL)
+    for options in ({"layers": 4}, {"num_key_value_heads": 4}):
+        other = make_tiny(tmp_path / str(options), **{"layers": 2, **options})
+        with pytest.raises(InputError, match="the prefix"):
+            sordino.evaluate(other, prefix_from=tmp_path / "out", windows=1, seqlen=16)
+
+
+def test_a_begin_token_of_the_tokenizer_is_not_added_again(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    sordino.quantize(str(model), exact("prefix"), tmp_path / "out", **SMALL)
+    plain = sordino.runtime.generate.generate(tmp_path / "out", "once upon", 8)
+    assert sordino.runtime.generate.generate(tmp_path / "out", "<s>once upon", 8) == plain
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,17 @@ def test_static_and_dynamic_round_to_the_widths_they_say(tmp_path: Path) -> None
         assert all(m.inputs["bits"] == 3 and m.inputs["mode"] == mode for m in ours.modules() if isinstance(m, QuantLinear))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_static_scales_survive_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", dtype=dtype, layers=2)
+    manifest = sordino.quantize(str(model), recipe("static", 8), tmp_path / "out", **SMALL).manifest
+    ours, _ = sordino.load(tmp_path / "out")
+    ours.save_pretrained(tmp_path / "again")
+    for loaded in (ours, AutoModelForCausalLM.from_pretrained(tmp_path / "again")):
+        for layer, report in zip(loaded.model.layers, manifest["blocks"], strict=True):
+            assert float(layer.mlp.down_proj.input_scale) == report["inputs"]["down"]["scale"]
+
+
 def test_w8a8_is_close_to_full_precision_and_needs_no_text(tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model")
     result = sordino.quantize(str(model), "w8a8", tmp_path / "out")

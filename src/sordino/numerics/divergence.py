@@ -34,7 +34,9 @@ def token_weights(target: Tensor, cap: float = 1.0) -> Tensor:
         fp32 [B, L]: ``min(1, cap * median_l |t_l|^2 / |t_l|^2)``.
     """
     energy = target.float().square().sum(-1)
-    return (cap * energy.median(-1, keepdim=True).values / energy.clamp(min=1e-30)).clamp(max=1.0)
+    middle = energy.median(-1, keepdim=True).values
+    weights = (cap * middle / energy.clamp(min=1e-30)).clamp(max=1.0)
+    return torch.where(middle > 0, weights, 1.0)  # more than half of the tokens are zero: nothing to compare with
 
 
 def token_factors(x: Tensor, cap: float) -> Tensor:

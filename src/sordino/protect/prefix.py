@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -83,7 +82,7 @@ class Prefix(Move):
 def token_ratios(x: Tensor) -> Tensor:
     """Largest entry of each token over that of the window's median token, [B, L, C] -> fp32 [B, L]."""
     peak = x.abs().amax(-1).float()
-    return peak / peak.median(-1, keepdim=True).values.clamp(min=torch.finfo(torch.float32).tiny)
+    return (peak / peak.median(-1, keepdim=True).values.clamp(min=1e-30)).clamp(max=1e9)  # finite, for the report
 
 
 def choose(found: Outliers, first: int | None) -> tuple[int, ...]:

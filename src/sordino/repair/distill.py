@@ -64,7 +64,8 @@ class Distill(Move):
         exact_norm = copy.deepcopy(ctx.norm).requires_grad_(False)
         before, solved = held_out(ctx, exact_norm), list(ctx.solved)
         spaces = [WeightSpace(b, own, self.weights, self.scales) for b, own in zip(ctx.blocks, solved, strict=True)]
-        norms = [b.get_submodule(n) for b in ctx.blocks for n in ctx.anatomy.norms.values()]
+        trained = [b for b, own in zip(ctx.blocks, solved, strict=True) if own]
+        norms = [b.get_submodule(n) for b in trained for n in ctx.anatomy.norms.values()]
         gains = GainSpace([ctx.norm, *norms], self.gains)
         first_gains = [w.detach().clone() for w in gains.weights]
 

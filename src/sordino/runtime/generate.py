@@ -30,17 +30,26 @@ def generate(checkpoint: str | Path, prompt: str, max_new_tokens: int = 64, chat
         raise InputError("the prompt is empty")
     model, tokenizer = load(checkpoint)
     if not chat:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = _begin_once(model, tokenizer(prompt, return_tensors="pt"))
         return str(tokenizer.decode(_run(model, inputs, max_new_tokens), skip_special_tokens=True))
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{checkpoint} has no chat template; leave out --chat")
     messages = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    chatted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = _begin_once(model, chatted)
     ids = _run(model, inputs, max_new_tokens)[inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _run(model: Any, inputs: Any, max_new_tokens: int) -> torch.Tensor:
-    wanted = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-    out: torch.Tensor = model.generate(**wanted, max_new_tokens=max_new_tokens, do_sample=False)[0]
+    out: torch.Tensor = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
     return out
+
+
+def _begin_once(model: Any, inputs: Any) -> dict[str, torch.Tensor]:
+    """Leave out the token that begins a text where the model's prefix has begun it already."""
+    kept = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    prefix = getattr(getattr(model.config, "quantization_config", None), "prefix", [])
+    ids = kept["input_ids"][0]
+    begun = bool(prefix) and len(ids) > 1 and int(ids[0]) == prefix[-1] == model.config.bos_token_id
+    return {k: v[:, 1:] for k, v in kept.items()} if begun else kept

@@ -52,7 +52,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.inputs = inputs
         if inputs is not None and inputs["mode"] == "static":
-            self.register_buffer(SCALE, torch.zeros(1))
+            self.register_buffer(SCALE, torch.zeros(1, dtype=torch.float32))
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group, self.symmetric, self.additive = bits, group, symmetric or grid == "additive", grid == "additive"
         groups = in_features // group
@@ -94,9 +94,10 @@ class QuantLinear(nn.Module):
         if self.inputs is not None:
             bits = self.inputs["bits"]
             scale = getattr(self, SCALE, None)
-            scale = token_scale(x, bits, self.inputs["clip"]) if scale is None else scale
+            scale = token_scale(x, bits, self.inputs["clip"]) if scale is None else scale.float()
             codes = encode(x, scale, bits)
-            if self.group == self.in_features and self.symmetric and not self.additive:
+            whole = self.group == self.in_features and self.symmetric and not self.additive
+            if whole and x.device.type == "cpu":  # elsewhere torch's integer product takes few shapes
                 return self._multiply(codes, scale, x.dtype)
             x = (codes * scale).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)

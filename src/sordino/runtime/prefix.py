@@ -7,6 +7,7 @@ begins with the prefix. Shapes: B batch, K key heads, P prefix tokens, L queries
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -57,28 +58,37 @@ def prefixed_sdpa(
     return sdpa_attention_forward(module, query, key, value, mask, **options)
 
 
-def install(model: Any, allowed: tuple[str, ...] = (NAME,)) -> None:
+def install(model: Any) -> None:
     """Make a transformers model, whose attention modules have prefixes, use them whatever way it is called.
 
     Raises:
-        InputError: (in a forward) if the attention function was changed to one that knows no prefix.
+        InputError: if its rotary angles depend on the length of the text; in a forward, if the attention function was
+            changed to one that knows no prefix.
     """
+    check_rotary(model.config)
     model.config._attn_implementation = NAME
-
-    def check(module: Any, *_: Any) -> None:
-        if module.config._attn_implementation not in (NAME, *_KNOWING):
-            raise InputError(
-                f"attention '{module.config._attn_implementation}' would leave out this checkpoint's prefix; "
-                f"keep attn_implementation='{NAME}'"
-            )
-
-    for module in model.modules():
-        if hasattr(module, KEY):
-            module.register_forward_pre_hook(check)
-    model.get_decoder().register_forward_pre_hook(_positions, with_kwargs=True)
+    for module in [m for m in model.modules() if hasattr(m, KEY)]:
+        if _check not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_check)
+    decoder = model.get_decoder()
+    if _positions not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_positions, with_kwargs=True)
 
 
-_KNOWING: set[str] = set()  # names of further attention functions that join prefixes
+def check_rotary(config: Any) -> None:
+    """Refuse rotary angles that depend on the length of the text: keys made beforehand would not fit them.
+
+    Raises:
+        InputError: naming the kind.
+    """
+    options = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for found in [options, *[o for o in options.values() if isinstance(o, dict)]]:
+        kind = found.get("rope_type", found.get("type"))
+        if kind in ("dynamic", "longrope"):
+            raise InputError(f"a prefix cannot stand before a text whose rotary angles depend on its length ('{kind}')")
+
+
+_KNOWING = {NAME}  # attention functions that join prefixes
 
 
 def knows_prefix(name: str) -> None:
@@ -86,13 +96,22 @@ def knows_prefix(name: str) -> None:
     _KNOWING.add(name)
 
 
-def _positions(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _check(module: Any, *_: Any) -> None:
+    if module.config._attn_implementation not in _KNOWING:
+        raise InputError(
+            f"attention '{module.config._attn_implementation}' would leave out this checkpoint's prefix; "
+            f"keep attn_implementation='{NAME}'"
+        )
+
+
+def _positions(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Count the positions of a padded batch from its first real token: the prefix stands right before that one."""
-    mask = kwargs.get("attention_mask")
-    if mask is None or mask.ndim != 2 or kwargs.get("position_ids") is not None or bool(mask.all()):
+    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    mask = given.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or given.get("position_ids") is not None or bool(mask.all()):
         return None
-    ids = kwargs.get("input_ids")
-    new = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
+    ids = given.get("input_ids")
+    new = (given["inputs_embeds"] if ids is None else ids).shape[1]
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
     return args, kwargs | {"position_ids": positions}
 
@@ -119,17 +138,16 @@ def attach(model: Any, tensors: dict[str, Tensor]) -> None:
     Raises:
         InputError: if it does not fit.
     """
-    for name in [n for n in tensors if n.endswith(f".{KEY}")]:
-        path = name.rpartition(".")[0]
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            raise InputError(f"the prefix has keys for '{path}', which this model does not have") from None
-        key, value = tensors[name], tensors[f"{path}.{VALUE}"]
-        config = model.config
-        heads, size = config.num_key_value_heads, key.shape[-1]
-        if key.shape[1] != heads or size != getattr(module, "head_dim", size):
-            raise InputError(f"the prefix has {key.shape[1]} heads of {size} at '{path}', this model {heads} of another size")
+    paths = {n for n, m in model.named_modules() if hasattr(m, "k_proj")}
+    found = {n.rpartition(".")[0] for n in tensors}
+    if found != paths:
+        raise InputError(f"the prefix belongs to {len(found)} attention modules, this model has {len(paths)} or other ones")
+    heads = model.config.num_key_value_heads
+    for path in sorted(paths):
+        module, key, value = model.get_submodule(path), tensors[f"{path}.{KEY}"], tensors[f"{path}.{VALUE}"]
+        size = module.k_proj.out_features // heads
+        if key.shape[1] != heads or key.shape[3] != size:
+            raise InputError(f"the prefix has {key.shape[1]} key heads of {key.shape[3]}, this model {heads} of {size}")
         give_prefix(module, key, value)
     install(model)
 

@@ -21,7 +21,7 @@ from sordino.recipe import Recipe
 from sordino.runtime.plugin import SordinoConfig, compress_names
 from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
-from sordino.walk.prefix import ATTENTION
+from sordino.walk.prefix import first_token
 from sordino.walk.source import Source, copy_files, copy_tokenizer
 from sordino.walk.store import Work
 
@@ -40,12 +40,15 @@ def assemble(source: Source, plan: Plan, work: Work, ends: Ends, out: Path, mani
         stale.unlink()
     stored = _write_shards(source, plan, work, ends, final)
     copy_tokenizer(source.path, final)
+    prefix = manifest.get("prefix", {}).get("ids", [])
+    if prefix and prefix[-1] == first_token(source.config):
+        _begin_once(final / "tokenizer_config.json")
     copy_files(source.path, final, ["generation_config.json"])
     (final / "recipe.toml").write_text(plan.recipe.to_toml(), encoding="utf-8")
     (final / "README.md").write_text(model_card(plan.recipe, manifest), encoding="utf-8")
     config = json.loads(source.config.to_json_string(use_diff=True))
     config.pop("_name_or_path", None)
-    config["quantization_config"] = storage_config(plan, manifest.get("prefix", {}).get("ids", [])).to_dict()
+    config["quantization_config"] = storage_config(plan, prefix).to_dict()
     names = sorted([p.name for p in final.iterdir()] + ["sordino.json", "config.json"])
     manifest = manifest | {"bytes": stored, "files": names}
     (final / "sordino.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -109,15 +112,17 @@ def _tensors(source: Source, plan: Plan, work: Work, ends: Ends) -> Iterator[tup
     first, last = plan.blocks
     for index in range(plan.anatomy.n_blocks):
         path = f"{plan.anatomy.blocks}.{index}"
-        block = work.load_block(index) if first <= index < last else source.under(path) | _prefix(work, index)
+        left_alone = not first <= index < last and not work.block_file(index).is_file()
+        block = source.under(path) if left_alone else work.load_block(index)
         yield from ((f"{path}.{name}", tensor) for name, tensor in sorted(block.items()))
         source.close()  # unmap what was read
     yield from sorted(ends.tensors.items())
 
 
-def _prefix(work: Work, index: int) -> dict[str, Tensor]:
-    """The prefix tensors of a block that was left alone, by name inside it."""
-    return {f"{ATTENTION}.{k}": v for k, v in work.load_prefix(index).items() if k != "hidden"}
+def _begin_once(file: Path) -> None:
+    """Keep a tokenizer from putting the token that begins a text behind a prefix that ends in it."""
+    if file.is_file() and (config := json.loads(file.read_text(encoding="utf-8"))).get("add_bos_token"):
+        file.write_text(json.dumps(config | {"add_bos_token": False}, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shards(source: Source, plan: Plan, work: Work, ends: Ends, folder: Path) -> int:

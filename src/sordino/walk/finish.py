@@ -110,8 +110,8 @@ def open_finish(
     """Load the whole rounded model from the work folder (blocks that were left alone from the source)."""
     blocks, solved = [], []
     for i in range(plan.anatomy.n_blocks):
-        inside = plan.blocks[0] <= i < plan.blocks[1]
-        block, own = rounded_block(factory, plan, i, work.load_block(i)) if inside else (factory.load(i), {})
+        written = work.block_file(i).is_file()
+        block, own = rounded_block(factory, plan, i, work.load_block(i)) if written else (factory.load(i), {})
         for name, latent in work.load_latents(i).items():
             own[name].latent = latent.float()
         blocks.append(block)

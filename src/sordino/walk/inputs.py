@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sordino.anatomy import Site
+from sordino.numerics.affine import round_scale
 from sordino.recipe import ActivationFormat
 from sordino.runtime.inputs import round_inputs
 from sordino.walk.context import Context
@@ -29,7 +31,7 @@ def round_site(ctx: Context, site: Site, names: list[str], fmt: ActivationFormat
         ctx.touch(site)
         return {}
     peak = max(float(x.abs().max()) for _, x in ctx.inputs("q", site))
-    step = max(peak, 1e-6) / ((1 << (fmt.bits - 1)) - 1)
+    step = peak / ((1 << (fmt.bits - 1)) - 1)
     windows = max(1, min(ctx.streams["q"].calib, _TOKENS // ctx.stream("q").shape[1]))
     exact = _outputs(ctx, windows)
     errors: dict[float, float] = {}
@@ -37,7 +39,7 @@ def round_site(ctx: Context, site: Site, names: list[str], fmt: ActivationFormat
     def error(share: float) -> float:
         if share not in errors:
             for linear in linears:
-                round_inputs(linear, fmt.bits, 1.0, share * step)
+                round_inputs(linear, fmt.bits, 1.0, _stored(share * step))
             ctx.touch(site)
             pairs = zip(_outputs(ctx, windows), exact, strict=True)
             errors[share] = sum(float((y.float() - t.float()).square().sum()) for y, t in pairs)
@@ -46,9 +48,14 @@ def round_site(ctx: Context, site: Site, names: list[str], fmt: ActivationFormat
     best = min(_COARSE, key=error)
     best = min((round(best + d, 2) for d in _FINE if best + d <= 1.0), key=error)
     for linear in linears:
-        round_inputs(linear, fmt.bits, 1.0, best * step)
+        round_inputs(linear, fmt.bits, 1.0, _stored(best * step))
     ctx.touch(site)
-    return {"scale": best * step, "share": best, "peak": peak}
+    return {"scale": _stored(best * step), "share": best, "peak": peak}
+
+
+def _stored(scale: float) -> float:
+    """The nearest number that survives every dtype a checkpoint may be loaded in."""
+    return float(round_scale(torch.tensor(scale)))
 
 
 def _outputs(ctx: Context, windows: int) -> list[Tensor]:

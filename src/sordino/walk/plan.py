@@ -29,6 +29,7 @@ from sordino.numerics.packing import packed_words
 from sordino.recipe import Gptaq, Gptq, Recipe, WeightFormat
 from sordino.round.gptq import GptqSolver
 from sordino.round.rtn import RtnSolver
+from sordino.runtime.prefix import check_rotary
 from sordino.walk.source import Source
 
 # Tokens of one forward: enough to keep the matmuls busy, few enough for activations to stay near the caches. Wide models
@@ -198,6 +199,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
     moves = tuple(build_moves(recipe.moves))
     for move in moves:
         move.check(recipe.format, anatomy, None)
+    _check_prefix(moves, source)
     span = _check_blocks(blocks, anatomy)
     linears = tuple(_plan_block(i, anatomy, recipe, span) for i in range(anatomy.n_blocks))
     needs = {n for block in linears for x in block if x.group is not None for n in make_solver(x.format).needs}
@@ -301,6 +303,14 @@ def _plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, i
             )
         plans.append(LinearPlan(linear, name, fmt, group_size(fmt.group, linear, name) if chosen else None))
     return tuple(plans)
+
+
+def _check_prefix(moves: tuple[Move, ...], source: Source) -> None:
+    makers = [m for m in moves if type(m).prefix is not Move.prefix]
+    if len({m.name for m in makers}) < len(makers):
+        raise InputError(f"the move '{makers[0].name}' stands there twice; keep one of them")
+    if makers:
+        check_rotary(source.config)
 
 
 def _basis(moves: tuple[Move, ...], hidden: int) -> Basis | None:

@@ -25,10 +25,11 @@ class PrefixStream:
 
     Attributes:
         ids: the tokens.
+        stored: dtype in which the checkpoint holds them; what calibration sees has been through it.
     """
 
-    def __init__(self, ids: tuple[int, ...], factory: BlockFactory, work: Work, ends: Ends):
-        self.ids, self.work = ids, work
+    def __init__(self, ids: tuple[int, ...], factory: BlockFactory, work: Work, ends: Ends, stored: torch.dtype):
+        self.ids, self.work, self.stored = ids, work, stored
         self.first = ends.embed(torch.tensor([ids]), exact=True)
         self.calls = factory.calls(len(ids), first=-len(ids))
 
@@ -41,14 +42,17 @@ class PrefixStream:
             cache: Any = DynamicCache()
             out = layer(x, **self.calls[index] | {"past_key_values": cache, "use_cache": True})
             made = cache.layers[index]
-            known = {"hidden": out[0] if isinstance(out, tuple) else out, KEY: made.keys, VALUE: made.values}
+            hidden = out[0] if isinstance(out, tuple) else out
+            known = {"hidden": hidden, KEY: made.keys.to(self.stored), VALUE: made.values.to(self.stored)}
             self.work.save_prefix(index, known)
-        return known[KEY], known[VALUE]
+        dtype = self.first.dtype
+        return known[KEY].to(dtype), known[VALUE].to(dtype)
 
 
 def first_token(config: Any) -> int | None:
     """The token that begins a text, or the one that ends it where a model has only that (Qwen)."""
     for found in (getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None)):
-        if found is not None:
-            return int(found[0] if isinstance(found, list) else found)
+        token = found[0] if isinstance(found, list) and found else found
+        if isinstance(token, int) and 0 <= token < config.vocab_size:
+            return token
     return None

@@ -131,7 +131,9 @@ class Work:
 
     def block_file(self, index: int) -> Path:
         """Where the latest generation of a block is stored."""
-        return self.path / ("blocks" if self.finished is None else "finished") / f"{index:05d}.safetensors"
+        name = f"{index:05d}.safetensors"
+        latest = self.path / "finished" / name
+        return latest if self.finished is not None and latest.is_file() else self.path / "blocks" / name
 
     def remove(self) -> None:
         """Remove the folder, the state first: without it the rest does not count."""

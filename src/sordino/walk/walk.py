@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import SITES, Site
-from sordino.contract import Rounded, Stats, StreamName
+from sordino.contract import Move, Rounded, Stats, StreamName
 from sordino.errors import SordinoError
 from sordino.numerics.threads import one_thread
 from sordino.round.rtn import RtnSolver
@@ -89,9 +89,8 @@ class Walk:
             self.work.drop_streams(index + 1)
             self.source.close()  # pages of a mapped file count as this process's memory until it is unmapped
         self.progress("block", last, last)
-        if self.prefix is not None:
-            for index in range(last, self.plan.anatomy.n_blocks):  # blocks that no stream went through
-                self._prefixed(index, self.factory.load(index))
+        for index in range(last, self.plan.anatomy.n_blocks if self._changed else last):
+            self._keep(index, self._full(index))  # no stream goes through these
         ends = Ends(self.source, self.plan)  # not before: its tables would sit in memory through the whole walk
         whole = last == self.plan.anatomy.n_blocks
         if self.plan.finishing and whole:
@@ -134,7 +133,17 @@ class Walk:
         ends, windows = Ends(self.source, self.plan), self.windows[: self.plan.recipe.calibration.windows]
         parts = (self.source, self.plan, self.factory, ends, windows, self.calls, self.artifacts, self.progress)
         if tokens := survey(*parts):
-            self.prefix = PrefixStream(tokens, self.factory, self.work, ends)
+            self.prefix = PrefixStream(tokens, self.factory, self.work, ends, self.source.dtype)
+
+    @property
+    def _changed(self) -> bool:
+        """Whether blocks that are not rounded differ from the source's all the same."""
+        return self.prefix is not None or any(type(m).reshape is not Move.reshape for m in self.plan.moves)
+
+    def _keep(self, index: int, layer: nn.Module) -> None:
+        """Store a block that is not rounded, where it is not the source's own."""
+        if self._changed:
+            self.work.save_block(index, pack_block(layer, {}, self.source.dtype))
 
     def _extra_targets(self, ends: Ends) -> list[Tensor]:
         """Final full-precision hidden states of the windows that only the finish stage looks at, or nothing."""
@@ -161,10 +170,6 @@ class Walk:
         layer = self.factory.load(index)
         for move in self.plan.moves:
             move.reshape(layer, index, self.plan.anatomy, self.artifacts)
-        return self._prefixed(index, layer)
-
-    def _prefixed(self, index: int, layer: nn.Module) -> nn.Module:
-        """Let a full-precision block see the prefix, if there is one."""
         if self.prefix is not None:
             give_prefix(layer.get_submodule(ATTENTION), *self.prefix.at(index, layer))
         return layer
@@ -210,7 +215,8 @@ class Walk:
 
     def _pass_through(self, index: int) -> dict[str, Any]:
         """A block before the chosen range: streams go through it in full precision."""
-        layer = self._prefixed(index, self.factory.load(index))
+        layer = self._full(index)
+        self._keep(index, layer)
         context = self._context(index, layer, layer)
         for name in list(self.streams):
             self._advance(context, name, layer)
