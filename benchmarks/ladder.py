@@ -16,8 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import sordino
 from sordino.measure.evaluate import Reference, reference
@@ -59,6 +62,7 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
         return
     work = Path(tempfile.mkdtemp(prefix="sordino-bench-"))
     result: dict[str, Any] = {"name": name, **key, "recipe": recipe, "overrides": overrides, "cores": os.cpu_count()}
+    result["gflops"] = speed()
     try:
         subject = args.model
         if recipe:
@@ -89,6 +93,16 @@ def figures(subject: str, text: str, windows: int, against: str | None) -> dict[
 @functools.cache
 def _reference(model: str, text: str, windows: int) -> Reference:
     return reference(model, text=text, windows=windows)
+
+
+def speed() -> int:
+    """GFLOP/s of a bf16 matmul on one thread, so that CPU seconds of different machines can be told apart."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    a = torch.ones(2048, 2048, dtype=torch.bfloat16)
+    best = min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
+    torch.set_num_threads(threads)
+    return round(2 * 2048**3 / best / 1e9)
 
 
 def run(command: list[str]) -> dict[str, float]:
