@@ -1,6 +1,7 @@
 """Checks that recipes load, are refused with the remedy, and survive being written out."""
 
 import math
+import re
 import string
 import tomllib
 from pathlib import Path
@@ -37,10 +38,13 @@ def test_presets_load_and_round_trip(name: str, tmp_path: Path) -> None:
     again = written(recipe, tmp_path)
     assert again == recipe
     assert again.digest == recipe.digest
-    system, bits = name.removeprefix("d2quant-").rpartition("w")[::2]
-    assert recipe.format.weights.bits == int(bits)
-    # Systems and Sordino's own best are built on GPTAQ; the others are named after their solver.
-    assert recipe.format.weights.solver.name == (system.rstrip("-") if system in ("rtn-", "gptq-", "gptaq-") else "gptaq")
+    named = re.fullmatch(r"(.*?)-?w(\d)(?:a(\d))?", name)
+    assert named is not None
+    system, bits, inputs = named.groups()
+    assert recipe.format.weights.bits == int(bits) and recipe.format.activations.bits == int(inputs or 16)
+    # Systems and Sordino's own best are built on GPTAQ; the others are named after their solver, 8 bits need none.
+    known = {"rtn": "rtn", "gptq": "gptq", "gptaq": "gptaq"} | ({"": "rtn"} if inputs else {})
+    assert recipe.format.weights.solver.name == known.get(system, "gptaq")
 
 
 def test_presets_differ() -> None:
