@@ -35,12 +35,7 @@ Ladder = dict[str, tuple[str, list[str], list[int]]]
 
 def climb(doc: str | None, ladder: Ladder, file: str) -> None:
     """Command line of a ladder: measure its rows, or some of them, into ``benchmarks/rows/FILE``."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibrate", required=True, help="calibration text (never the test text)")
-    parser.add_argument("--evaluate", required=True, help="evaluation text")
-    parser.add_argument("--also", help="second evaluation text, of another domain; its first 16 windows are scored")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--windows", type=int, default=32, help="evaluation windows of 2048")
+    parser = texts_parser(doc)
     parser.add_argument("--only", nargs="*", help="names of rows")
     parser.add_argument("--seeds", type=int, nargs="*", help="of these seeds only")
     args = parser.parse_args()
@@ -51,6 +46,17 @@ def climb(doc: str | None, ladder: Ladder, file: str) -> None:
             for seed in seeds:
                 if args.seeds is None or seed in args.seeds:
                     row(name, recipe, overrides, seed, args, ROWS / file)
+
+
+def texts_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Arguments that every benchmark has which calibrates on one text and evaluates on others."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibrate", required=True, help="calibration text (never the test text)")
+    parser.add_argument("--evaluate", required=True, help="evaluation text")
+    parser.add_argument("--also", help="second evaluation text, of another domain; its first 16 windows are scored")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--windows", type=int, default=32, help="evaluation windows of 2048")
+    return parser
 
 
 def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: argparse.Namespace, rows: Path) -> None:

@@ -9,7 +9,6 @@ and the median over the smallest token of queries and keys (before rotary embedd
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor
 
 import sordino
-from ladder import ROWS, code_version
+from ladder import ROWS, code_version, texts_parser
 from sordino.corpus import eval_windows, load_text, tokenize
+from sordino.protect.prefix import token_ratios
 from sordino.recipe import MoveSpec, load_recipe
 from sordino.runtime.prefix import attach, read_prefix
 
@@ -31,13 +31,7 @@ LOOK = {"windows": 16, "seqlen": 512}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibrate", required=True, help="calibration text (never the test text)")
-    parser.add_argument("--evaluate", required=True, help="evaluation text")
-    parser.add_argument("--also", help="second evaluation text, of another domain; its first 16 windows are scored")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--windows", type=int, default=32, help="evaluation windows of 2048")
-    args = parser.parse_args()
+    args = texts_parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         row = search(args.model, args.calibrate, out)
@@ -83,17 +77,14 @@ def magnitudes(name: str, text: str, prefix: Path | None) -> dict[str, list[floa
     found: dict[str, list[list[float]]] = {}
 
     def record(key: str, index: int, x: Tensor) -> None:
-        peak = x.abs().amax(-1).float()
-        median = peak.median()
-        found.setdefault(key, [[] for _ in layers])[index].append(
-            float(peak.max() / median if key == "down" else median / peak.min())
-        )
+        ratios = token_ratios(x)
+        found.setdefault(key, [[] for _ in layers])[index].append(float(ratios.max() if key == "down" else 1 / ratios.min()))
 
     layers = model.get_decoder().layers
     for i, layer in enumerate(layers):
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=i: record("down", i, args[0][0]))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=i: record("down", i, args[0]))
         for key, linear in (("query", layer.self_attn.q_proj), ("key", layer.self_attn.k_proj)):
-            linear.register_forward_hook(lambda _, __, y, i=i, key=key: record(key, i, y[0]))
+            linear.register_forward_hook(lambda _, __, y, i=i, key=key: record(key, i, y))
     for window in eval_windows(tokenize(load_text(text), tokenizer), LOOK["seqlen"], LOOK["windows"]):
         model.get_decoder()(input_ids=window[None], use_cache=False)
     return {key: [round(sum(r) / len(r), 2) for r in blocks] for key, blocks in found.items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sordino.errors import InputError
@@ -149,6 +149,12 @@ def _linear(name: str, module: nn.Linear) -> Linear:
     if site is None:
         raise InputError(f"block linear '{name}' fits no known site; known: {', '.join(_SITE_OF)}")
     return Linear(name, site, module.in_features, module.out_features, module.bias is not None)  # type: ignore[arg-type]
+
+
+def hidden_states(out: Any) -> Tensor:
+    """What a decoder layer hands on, [B, L, D]: some families return it alone, some first in a tuple."""
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
 
 
 def group_size(group: str | int, linear: Linear, name: str) -> int:

@@ -7,7 +7,7 @@ Shapes: R = out_features, C = in_features, G = groups, T = tokens, L = window le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -21,6 +21,7 @@ from sordino.numerics.basis import Basis
 from sordino.recipe import Format
 
 StreamName = Literal["fp", "q"]
+SiteInputs = Callable[[Site], Iterator[tuple[slice, Tensor]]]  # as BlockContext.inputs gives them
 Split = Literal["calib", "heldout"]
 
 
@@ -302,17 +303,8 @@ class Move:
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         """Preflight: raise InputError where the format or the export target cannot carry this move."""
 
-    def survey(
-        self,
-        index: int,
-        block: nn.Module,
-        inputs: Callable[[Site], Iterator[tuple[slice, Tensor]]],
-        artifacts: dict[str, Any],
-    ) -> None:
-        """See one full-precision block before the walk; leave findings in ``artifacts``, whose "ids" are the windows [N, L].
-
-        ``inputs(site)`` gives what its linears see, as :meth:`BlockContext.inputs` does.
-        """
+    def survey(self, index: int, block: nn.Module, inputs: SiteInputs, artifacts: dict[str, Any]) -> None:
+        """See one full-precision block before the walk; leave findings in ``artifacts``, whose "ids" are the windows [N, L]."""
 
     def prefix(self, artifacts: dict[str, Any], first: int | None) -> tuple[int, ...]:
         """Tokens whose keys and values stand before every text in full precision; after the survey.
@@ -346,3 +338,8 @@ class Move:
 
     def finish(self, ctx: FinishContext) -> None:
         """After the walk: may train the whole rounded model, or edit what surrounds the blocks."""
+
+
+def having(moves: Iterable[Move], hook: str) -> list[Move]:
+    """The moves that have something to do at a hook: those that do not leave it as :class:`Move` has it."""
+    return [m for m in moves if getattr(type(m), hook) is not getattr(Move, hook)]

@@ -123,6 +123,16 @@ class ActivationFormat(_Table):
     mode: Literal["static", "dynamic"] = "dynamic"
     clip: Annotated[float, Field(gt=0, le=1)] = 1.0
 
+    @property
+    def rounded(self) -> bool:
+        """Whether inputs are rounded at all."""
+        return self.bits != 16
+
+    @property
+    def static(self) -> bool:
+        """Whether they are, with scales that calibration finds."""
+        return self.rounded and self.mode == "static"
+
 
 class KvFormat(_Table):
     """How keys and values are stored in the cache; 16 bits means not rounded."""

@@ -20,16 +20,20 @@ def token_scale(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
 
 def encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes, int8 [..., C], of x [..., C] at a scale that broadcasts to it (round half to even)."""
-    half = 1 << (bits - 1)
-    return (x.float() / scale).round_().clamp_(-half, half - 1).to(torch.int8)
+    return _nearest(x.float() / scale, bits).to(torch.int8)
 
 
 def fake_encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """``code * scale`` in the dtype of x [..., C]; gradients go straight through where nothing is clipped."""
-    half = 1 << (bits - 1)
     steps = x.detach().float() / scale
-    values = (steps.round().clamp_(-half, half - 1) * scale).to(x.dtype)
+    values = (_nearest(steps, bits) * scale).to(x.dtype)
     if not x.requires_grad:
         return values
+    half = 1 << (bits - 1)
     inside = (steps >= -half - 0.5) & (steps <= half - 0.5)
     return values + (x - x.detach()) * inside
+
+
+def _nearest(steps: Tensor, bits: int) -> Tensor:
+    half = 1 << (bits - 1)
+    return steps.round().clamp_(-half, half - 1)

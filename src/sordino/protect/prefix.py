@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from sordino.anatomy import Site
-from sordino.contract import Move
+from sordino.contract import Move, SiteInputs
 
 Threshold = Annotated[float, Field(gt=1)]
 
@@ -54,13 +52,7 @@ class Prefix(Move):
     def __init__(self, threshold: Threshold = 64.0) -> None:
         self.threshold = threshold
 
-    def survey(
-        self,
-        index: int,
-        block: nn.Module,
-        inputs: Callable[[Site], Iterator[tuple[slice, Tensor]]],
-        artifacts: dict[str, Any],
-    ) -> None:
+    def survey(self, index: int, block: nn.Module, inputs: SiteInputs, artifacts: dict[str, Any]) -> None:
         """Count the outliers of one block."""
         found: Outliers = artifacts.setdefault(self.name, Outliers())
         ids: Tensor = artifacts["ids"]

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from sordino.anatomy import Anatomy
+from sordino.anatomy import Anatomy, hidden_states
 from sordino.contract import BlockContext, Move, ParameterSpace
 from sordino.numerics.divergence import token_weights
 from sordino.recipe import PositiveInt, Rate
@@ -68,8 +68,7 @@ class Tune(Move):
         def backward(windows: Tensor) -> float:
             t = target[windows].float()
             weight = token_weights(t)
-            out = ctx.q(x[windows], **ctx.call)
-            y = (out[0] if isinstance(out, tuple) else out).float()
+            y = hidden_states(ctx.q(x[windows], **ctx.call)).float()
             loss: Tensor = ((y - t).square().sum(-1) * weight).sum() / (t.square().sum(-1) * weight).sum()
             loss.backward()
             return loss.item()

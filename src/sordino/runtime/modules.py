@@ -101,20 +101,23 @@ class QuantLinear(nn.Module):
                 return self._multiply(codes, scale, x.dtype)
             x = (codes * scale).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        zeros, step = self.zeros(), max(1, _TILE // self.in_features)
-        if step >= self.out_features:
+        zeros, tiles = self.zeros(), self._tiles()
+        if len(tiles) == 1:
             return F.linear(x, self.dequantize(x.dtype, zeros=zeros), bias)
-        spans = [slice(i, min(i + step, self.out_features)) for i in range(0, self.out_features, step)]
-        out = torch.cat([F.linear(x, self.dequantize(x.dtype, s, zeros)) for s in spans], dim=-1)
+        out = torch.cat([F.linear(x, self.dequantize(x.dtype, rows, zeros)) for rows in tiles], dim=-1)
         return out if bias is None else out + bias
+
+    def _tiles(self) -> list[slice]:
+        """Rows that are unpacked at once."""
+        step = max(1, _TILE // self.in_features)
+        return [slice(i, min(i + step, self.out_features)) for i in range(0, self.out_features, step)]
 
     def _multiply(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Integer product of input codes int8 [..., I] and weight codes, scaled once: [..., O]."""
         flat = codes.view(-1, self.in_features)
         parts = []
-        for rows in torch.arange(self.out_features).split(max(1, _TILE // self.in_features)):
-            span = slice(int(rows[0]), int(rows[-1]) + 1)
-            weight = (self.codes(span).to(torch.int16) - (1 << (self.bits - 1))).to(torch.int8)
+        for rows in self._tiles():
+            weight = (self.codes(rows).to(torch.int16) - (1 << (self.bits - 1))).to(torch.int8)
             parts.append(torch._int_mm(flat, weight.T))
         out = torch.cat(parts, -1).view(*codes.shape[:-1], -1).float() * (scale * self.weight_scale.float().view(-1))
         return (out if self.bias is None else out + self.bias.float()).to(dtype)

@@ -75,7 +75,7 @@ def storage_config(plan: Plan, prefix: list[int]) -> SordinoConfig:
     groups = [
         {"bits": b, "group": g, "symmetric": s, "modules": compress_names(names, anatomy.blocks, anatomy.n_blocks)}
         | ({} if grid == "affine" else {"grid": grid})
-        | ({} if fmt.activations.bits == 16 else {"inputs": fmt.activations.model_dump()})
+        | ({"inputs": fmt.activations.model_dump()} if fmt.activations.rounded else {})
         for (b, g, s, grid), names in kinds.items()
     ]
     if fmt.head != 16 and not anatomy.tied:
@@ -109,11 +109,9 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
 
 def _tensors(source: Source, plan: Plan, work: Work, ends: Ends) -> Iterator[tuple[str, Tensor]]:
     """Every stored tensor, one at a time: blocks, then what surrounds them."""
-    first, last = plan.blocks
     for index in range(plan.anatomy.n_blocks):
         path = f"{plan.anatomy.blocks}.{index}"
-        left_alone = not first <= index < last and not work.block_file(index).is_file()
-        block = source.under(path) if left_alone else work.load_block(index)
+        block = source.under(path) if work.left_alone(index, plan.blocks) else work.load_block(index)
         yield from ((f"{path}.{name}", tensor) for name, tensor in sorted(block.items()))
         source.close()  # unmap what was read
     yield from sorted(ends.tensors.items())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from sordino.contract import Move
+from sordino.contract import having
 from sordino.errors import InputError
 from sordino.recipe import load_recipe
 from sordino.walk.plan import Plan, gib, make_plan
@@ -56,9 +56,9 @@ def _for_vllm(plan: Plan) -> None:
 
 
 def _affine(plan: Plan, engine: str) -> None:
-    if plan.recipe.format.activations.bits != 16:
+    if plan.recipe.format.activations.rounded:
         raise InputError(f"{engine}: rounded inputs run in Sordino only so far; set format.activations.bits=16")
-    if any(type(m).prefix is not Move.prefix for m in plan.moves):
+    if having(plan.moves, "prefix"):
         raise InputError(f"{engine}: keys and values of a prefix run in Sordino only; leave out the move")
     for p in plan.quantized():
         if p.format.grid != "affine":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sordino.anatomy import Anatomy
+from sordino.anatomy import Anatomy, hidden_states
 from sordino.contract import Rounded
 from sordino.runtime.inputs import round_inputs
 from sordino.runtime.modules import SCALE, QuantLinear
@@ -62,8 +62,7 @@ class Finish:
         """What the rounded model hands to its final norm, for window numbers [B] -> [B, L, D]."""
         x = self.around.embed(self.windows[windows], exact=False)
         for block, call in zip(self.blocks, self.calls, strict=True):
-            out = block(x, **call)
-            x = out[0] if isinstance(out, tuple) else out
+            x = hidden_states(block(x, **call))
         return x
 
     def heads(self) -> tuple[Tensor, Tensor]:
@@ -98,7 +97,7 @@ def rounded_block(
         )
         tensors[f"{p.linear.name}.weight"] = module.dequantize(plan.dtype)
     block = factory.assemble(index, tensors)
-    if inputs.bits != 16:
+    if inputs.rounded:
         for name in solved:
             round_inputs(block.get_submodule(name), inputs.bits, inputs.clip)
     return block, solved
@@ -110,8 +109,8 @@ def open_finish(
     """Load the whole rounded model from the work folder (blocks that were left alone from the source)."""
     blocks, solved = [], []
     for i in range(plan.anatomy.n_blocks):
-        written = work.block_file(i).is_file()
-        block, own = rounded_block(factory, plan, i, work.load_block(i)) if written else (factory.load(i), {})
+        alone = work.left_alone(i, plan.blocks)
+        block, own = (factory.load(i), {}) if alone else rounded_block(factory, plan, i, work.load_block(i))
         for name, latent in work.load_latents(i).items():
             own[name].latent = latent.float()
         blocks.append(block)

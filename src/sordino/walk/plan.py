@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sordino.anatomy import Anatomy, Linear, anatomy_of, group_size, skeleton
-from sordino.contract import Grid, Move, Solver
+from sordino.contract import Grid, Move, Solver, having
 from sordino.errors import InputError, SordinoError, reason
 from sordino.moves import build_moves
 from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
@@ -110,7 +110,7 @@ class Plan:
     @property
     def finishing(self) -> list[Move]:
         """The moves that have something to do at the end."""
-        return [m for m in self.moves if type(m).finish is not Move.finish]
+        return having(self.moves, "finish")
 
     @property
     def rtn_windows(self) -> int:
@@ -138,10 +138,10 @@ class Plan:
         chosen = list(self.quantized())
         if not chosen:
             return 16.0
-        inputs, item = self.recipe.format.activations, 8 * self.stored.itemsize
+        item = 8 * self.stored.itemsize
         caches = 2 * next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj")) * self.anatomy.n_blocks
         side = item * (sum(self.added_biases(i) for i in range(*self.blocks)) + prefix * caches)
-        side += 32 * len(chosen) * (inputs.bits != 16 and inputs.mode == "static")
+        side += 32 * len(chosen) * self.recipe.format.activations.static
         return (sum(x.bits_stored for x in chosen) + side) / sum(x.linear.in_features * x.linear.out_features for x in chosen)
 
     def added_biases(self, index: int) -> int:
@@ -204,9 +204,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
     linears = tuple(_plan_block(i, anatomy, recipe, span) for i in range(anatomy.n_blocks))
     needs = {n for block in linears for x in block if x.group is not None for n in make_solver(x.format).needs}
     fp_moves = any(m.needs_fp_stream for m in moves)
-    inputs = recipe.format.activations
-    static = inputs.bits != 16 and inputs.mode == "static"
-    guarded = recipe.guard == "on" and (bool(needs) or bool(moves) or static)
+    calibrated = bool(needs) or bool(moves) or recipe.format.activations.static
     c = recipe.calibration
     plan = Plan(
         recipe=recipe,
@@ -218,9 +216,9 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
         stored=source.dtype,
         batch=max(1, min(c.windows, max(_BATCH_TOKENS, _hidden(source)) // c.seqlen)),
         budget=min(1 << 29, psutil.virtual_memory().total // 16),
-        heldout=max(4, c.windows // 8) if guarded else 0,
-        extra=max(0, *(m.finish_windows - c.windows for m in moves), 0),
-        q_calib=bool(needs) or bool(moves) or static,
+        heldout=max(4, c.windows // 8) if calibrated and recipe.guard == "on" else 0,
+        extra=max([0, *(m.finish_windows - c.windows for m in moves)]),
+        q_calib=calibrated,
         fp_calib="D" in needs or fp_moves,
         targets=fp_moves,
         basis=_basis(moves, _hidden(source)),
@@ -266,7 +264,7 @@ def _check_format(recipe: Recipe, anatomy: Anatomy, source: Source) -> None:
     fmt = recipe.format
     if fmt.kv.bits != 16:
         raise InputError(f"format.kv.bits={fmt.kv.bits}: rounding of the KV cache is not built yet; use 16")
-    if fmt.activations.bits != 16 and fmt.weights.bits == 16:
+    if fmt.activations.rounded and fmt.weights.bits == 16:
         raise InputError(
             f"format.activations.bits={fmt.activations.bits} without rounded weights: nothing would be rounded; "
             "set format.weights.bits"
@@ -306,7 +304,7 @@ def _plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, i
 
 
 def _check_prefix(moves: tuple[Move, ...], source: Source) -> None:
-    makers = [m for m in moves if type(m).prefix is not Move.prefix]
+    makers = having(moves, "prefix")
     if len({m.name for m in makers}) < len(makers):
         raise InputError(f"the move '{makers[0].name}' stands there twice; keep one of them")
     if makers:

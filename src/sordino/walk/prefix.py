@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from sordino.anatomy import hidden_states
 from sordino.runtime.prefix import KEY, VALUE
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.ends import Ends
@@ -40,9 +41,8 @@ class PrefixStream:
         if not known:
             x = self.work.load_prefix(index - 1)["hidden"] if index else self.first
             cache: Any = DynamicCache()
-            out = layer(x, **self.calls[index] | {"past_key_values": cache, "use_cache": True})
+            hidden = hidden_states(layer(x, **self.calls[index] | {"past_key_values": cache, "use_cache": True}))
             made = cache.layers[index]
-            hidden = out[0] if isinstance(out, tuple) else out
             known = {"hidden": hidden, KEY: made.keys.to(self.stored), VALUE: made.values.to(self.stored)}
             self.work.save_prefix(index, known)
         dtype = self.first.dtype

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sordino.anatomy import SITES, Anatomy, Site
+from sordino.anatomy import SITES, Anatomy, Site, hidden_states
 
 
 class _Reached(Exception):
@@ -103,9 +103,7 @@ class Runner:
 
     def _forward(self, span: slice, until: int = len(SITES)) -> Tensor:
         with self._shortcuts(span, until):
-            out = self.layer(self.x[span], **self.call)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+            return hidden_states(self.layer(self.x[span], **self.call))
 
     @contextmanager
     def _shortcuts(self, span: slice, until: int) -> Iterator[None]:

@@ -135,6 +135,10 @@ class Work:
         latest = self.path / "finished" / name
         return latest if self.finished is not None and latest.is_file() else self.path / "blocks" / name
 
+    def left_alone(self, index: int, span: tuple[int, int]) -> bool:
+        """Whether a block is the source's own: outside the range that was rounded, and not changed by other means."""
+        return not span[0] <= index < span[1] and not self.block_file(index).is_file()
+
     def remove(self) -> None:
         """Remove the folder, the state first: without it the rest does not count."""
         (self.path / "state.json").unlink(missing_ok=True)

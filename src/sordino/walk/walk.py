@@ -12,15 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sordino.anatomy import SITES, Site
-from sordino.contract import Move, Rounded, Stats, StreamName
+from sordino.anatomy import SITES, Site, hidden_states
+from sordino.contract import Rounded, StreamName, having
 from sordino.errors import SordinoError
-from sordino.numerics.threads import one_thread
 from sordino.round.rtn import RtnSolver
 from sordino.runtime.inputs import carry_inputs
 from sordino.runtime.prefix import give_prefix
@@ -29,17 +28,15 @@ from sordino.walk.context import Context, Stream, relative_error
 from sordino.walk.ends import Ends
 from sordino.walk.finish import open_finish, rounded_block, store_finish
 from sordino.walk.inputs import round_site
-from sordino.walk.plan import LinearPlan, Plan, baseline_grid, make_grid, make_solver
+from sordino.walk.plan import Plan, baseline_grid
 from sordino.walk.prefix import ATTENTION, PrefixStream
+from sordino.walk.solve import commit, solve_site
 from sordino.walk.source import Source
 from sordino.walk.store import Work, pack_block
 from sordino.walk.survey import survey
 
 # A block may be this much worse than RTN before RTN takes its place (guard a).
 _GUARD = 1.01
-# Weights of one call to a solver: rows beyond that are solved in a further call.
-_STACK = 1 << 25
-_SMALL = 1 << 22  # below this a solver's steps are too short to share between threads
 
 Progress = Callable[[str, int, int], None]
 
@@ -131,14 +128,13 @@ class Walk:
         if not any(m.needs_survey for m in self.plan.moves):
             return
         ends, windows = Ends(self.source, self.plan), self.windows[: self.plan.recipe.calibration.windows]
-        parts = (self.source, self.plan, self.factory, ends, windows, self.calls, self.artifacts, self.progress)
-        if tokens := survey(*parts):
+        if tokens := survey(self.source, self.plan, self.factory, ends, windows, self.calls, self.artifacts, self.progress):
             self.prefix = PrefixStream(tokens, self.factory, self.work, ends, self.source.dtype)
 
     @property
     def _changed(self) -> bool:
         """Whether blocks that are not rounded differ from the source's all the same."""
-        return self.prefix is not None or any(type(m).reshape is not Move.reshape for m in self.plan.moves)
+        return self.prefix is not None or bool(having(self.plan.moves, "reshape"))
 
     def _keep(self, index: int, layer: nn.Module) -> None:
         """Store a block that is not rounded, where it is not the source's own."""
@@ -154,14 +150,13 @@ class Walk:
         shape = (*windows.shape, self._shape("fp")[2])
         x = self.work.create("extra", self.plan.anatomy.n_blocks, shape, self.plan.dtype)
         spans = [slice(i, i + self.plan.batch) for i in range(0, len(windows), self.plan.batch)]
-        for span in spans:
-            x[span] = ends.embed(windows[span], exact=True)
+        self._embed(x, windows, ends, exact=True)
         for index in range(self.plan.anatomy.n_blocks):
             self.progress("targets", index, self.plan.anatomy.n_blocks)
             layer = self._full(index)
             with torch.no_grad():
                 for span in spans:
-                    x[span] = _plain(layer(x[span], **self.calls[index]))
+                    x[span] = hidden_states(layer(x[span], **self.calls[index]))
             self.source.close()
         return [x]
 
@@ -204,9 +199,13 @@ class Walk:
                 x = self.work.create(name, 0, self._shape(name), self.plan.dtype)
                 heldout = self.windows[self.plan.recipe.calibration.windows :]  # total counts the first ones of them
                 ids = torch.cat([self.windows[:calib], heldout[: total - calib]])
-                for i in range(0, total, self.plan.batch):
-                    x[i : i + self.plan.batch] = ends.embed(ids[i : i + self.plan.batch], exact=name == "fp")
+                self._embed(x, ids, ends, exact=name == "fp")
             self.streams[name] = Stream(x, calib)
+
+    def _embed(self, x: Tensor, ids: Tensor, ends: Ends, exact: bool) -> None:
+        """Fill a stream [N, L, D] with the embeddings of token ids [N, L]."""
+        for i in range(0, len(ids), self.plan.batch):
+            x[i : i + self.plan.batch] = ends.embed(ids[i : i + self.plan.batch], exact)
 
     def _next(self, name: str, index: int) -> Tensor:
         return self.work.create(name, index + 1, self._shape(name), self.plan.dtype)
@@ -252,7 +251,7 @@ class Walk:
             self._round_inputs(ctx, site, report)
             for move in self.plan.moves:
                 move.before(ctx, site)
-            self._round_site(ctx, site, report)
+            solve_site(ctx, self.plan, site, report["linears"])
             for move in self.plan.moves:
                 move.after(ctx, site)
         if "fp" in self.streams:
@@ -276,55 +275,9 @@ class Walk:
         """Let the rounded linears of a site round their input, if the format says so."""
         fmt = self.plan.recipe.format.activations
         names = [p.linear.name for p in self.plan.linears[ctx.index] if p.linear.site == site and p.group is not None]
-        if fmt.bits != 16 and names:
+        if fmt.rounded and names:
             note = round_site(ctx, site, names, fmt)
             report.setdefault("inputs", {}).update({site: note} if note else {})
-
-    def _round_site(self, ctx: Context, site: Site, report: dict[str, Any]) -> None:
-        """Run the one solver on each linear of a site; linears of one format are solved together."""
-        plans = [p for p in self.plan.linears[ctx.index] if p.linear.site == site and p.group is not None]
-        stats: Stats | None = None
-        # Linears that differ in format cannot be stacked; the statistics are shared all the same.
-        batches: dict[tuple[Any, ...], list[LinearPlan]] = {}
-        for p in plans:
-            batches.setdefault((p.format.model_dump_json(), p.group), []).append(p)
-        for number, members in enumerate(batches.values()):
-            solver = make_solver(members[0].format)
-            solver.keep_latent = any(m.needs_latent for m in self.plan.moves)
-            if solver.needs:
-                # A solver uses its statistics up; only a further format at this site needs them again.
-                stats = ctx.stats(site, solver.needs, solver.cap) if stats is None or number else stats
-            self._solve(ctx, members, solver, stats, report)
-
-    def _solve(self, ctx: Context, members: list[LinearPlan], solver: Any, stats: Stats | None, report: Any) -> None:
-        group, grid = members[0].group, make_grid(members[0].format)
-        assert group is not None
-        try:
-            prepared = solver.prepare(stats, group)
-        except ValueError as error:
-            raise SordinoError(f"block {ctx.index}, {members[0].linear.site}: {error}") from None
-        modules: list[Any] = [ctx.q.get_submodule(p.linear.name) for p in members]
-        parts: list[list[Rounded]] = [[] for _ in members]
-        shapes = [tuple(m.weight.shape) for m in modules]
-        # All rows share a column scale, so they must be fitted together.
-        whole = [[(i, slice(0, rows))] for i, (rows, _) in enumerate(shapes)]
-        for stack in whole if members[0].format.column_scale else _stacks(shapes):
-            stacked = torch.cat([modules[i].weight[rows].float() for i, rows in stack])
-            with one_thread(stacked.numel() <= _SMALL):
-                done = solver.solve(stacked, prepared, grid, group)
-            at = 0
-            for i, rows in stack:
-                parts[i].append(done.rows(slice(at, at + rows.stop - rows.start)))
-                at += rows.stop - rows.start
-        for p, solved in zip(members, parts, strict=True):
-            report["linears"][p.linear.name] = self._commit(ctx, p.linear.name, Rounded.join(solved))
-
-    def _commit(self, ctx: Context, linear: str, rounded: Rounded) -> dict[str, float]:
-        """Put a rounded weight into the block; returns its squared error relative to the full-precision weight."""
-        ctx.commit(linear, rounded)
-        ours, exact = (cast(Tensor, b.get_submodule(linear).weight).float() for b in (ctx.q, ctx.fp))
-        error = (ours - exact).square().sum() / exact.square().sum().clamp(min=1e-30)
-        return {"weight_error": round(float(error), 8)} | rounded.notes
 
     # Guard and storage
 
@@ -350,7 +303,7 @@ class Walk:
         report: dict[str, Any] = {"error": ours, "rtn_error": error_of(layer, None)}
         if not ours <= _GUARD * report["rtn_error"]:  # written so that a NaN falls back too
             ctx.reset()
-            report["linears"] = {name: self._commit(ctx, name, rounded) for name, rounded in rtn.items()}
+            report["linears"] = {name: commit(ctx, name, rounded) for name, rounded in rtn.items()}
             report |= {"fallback": "rtn", "error": error_of(ctx.q, following), "refused_error": ours}
         self._advance(ctx, "rtn", layer)
         return report
@@ -402,7 +355,7 @@ class Walk:
 
     def _forward(self, ctx: Context, layer: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad():
-            return _plain(layer(x, **ctx.call))
+            return hidden_states(layer(x, **ctx.call))
 
     def _step(self, name: str, following: Tensor, index: int) -> None:
         """Make ``following`` the stream, once it is known to be finite."""
@@ -411,28 +364,3 @@ class Walk:
         if not math.isfinite(float(following[start:].sum())):
             raise SordinoError(f"block {index}: the {name} stream is not finite after it")
         self.streams[name] = Stream(following, stream.calib)
-
-
-def _plain(out: Any) -> Tensor:
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
-
-
-def _stacks(shapes: list[tuple[int, ...]]) -> list[list[tuple[int, slice]]]:
-    """Cut the rows of several matrices of equal width into stacks of at most ``_STACK`` weights.
-
-    Returns:
-        Stacks of (matrix, rows) in order; the rows of a matrix come in order too.
-    """
-    room = rows_left = max(1, _STACK // shapes[0][1])
-    stacks: list[list[tuple[int, slice]]] = [[]]
-    for i, (rows, *_) in enumerate(shapes):
-        at = 0
-        while at < rows:
-            if rows_left == 0:
-                stacks.append([])
-                rows_left = room
-            n = min(rows - at, rows_left)
-            stacks[-1].append((i, slice(at, at + n)))
-            at, rows_left = at + n, rows_left - n
-    return stacks
