@@ -51,6 +51,26 @@ def test_column_scale_is_merged_into_up_proj(preset: str, family: str, tmp_path:
         assert (unmerged - stored).norm() <= 5e-3 * unmerged.norm()
 
 
+def test_latents_follow_a_merged_column_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tuner starts where the solver left a weight, in up_proj and down_proj too."""
+    shares: list[float] = []
+    original = Context.commit
+
+    def commit(self: Context, linear: str, rounded: Rounded) -> None:
+        original(self, linear, rounded)
+        for name in ["mlp.up_proj", linear] if rounded.column is not None else []:
+            r = self.solved[name]
+            assert r.latent is not None and r.column is None
+            own = AffineGrid(r.bits).nearest(r.latent, GridParams(r.scale, r.zero))[0]
+            shares.append(float((own == r.codes).float().mean()))
+
+    monkeypatch.setattr(Context, "commit", commit)
+    model = make_tiny(tmp_path / "model", layers=2, ffn=128)
+    sets = ["guard=off", "format.weights.solver.refit=false", 'moves=[{move="tune", epochs=1}]']
+    sordino.quantize(str(model), load_recipe("w3", sets), tmp_path / "out", **SMALL)
+    assert len(shares) == 4 and min(shares) > 0.99
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_checkpoint_loads_generates_and_saves_again(preset: str, tied: bool, tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ class Context:
         if before in self.solved:
             r = self.solved[before]
             rows = column.view(-1, *[1] * (r.scale.ndim - 1))
-            self.commit(before, replace(r, scale=round_scale(r.scale * rows), latent=None))
+            latent = None if r.latent is None else r.latent * column[:, None]
+            self.commit(before, replace(r, scale=round_scale(r.scale * rows), latent=latent))
         else:
             scaled = (module.weight.float() * column[:, None]).to(module.weight.dtype)
             module.weight = nn.Parameter(scaled, requires_grad=False)
@@ -151,7 +152,8 @@ class Context:
         """Put a rounded weight into the q block and remember its stored form."""
         if rounded.column is not None:
             self._absorb(linear, rounded.column)
-            rounded = replace(rounded, column=None, latent=None)
+            latent = None if rounded.latent is None else rounded.latent / rounded.column
+            rounded = replace(rounded, column=None, latent=latent)
         module = self.q.get_submodule(linear)
         self.solved[linear] = rounded
         old: Any = module.weight
