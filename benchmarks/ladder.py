@@ -78,6 +78,8 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
             result["quantize"] = run([*given, *sets])
             manifest = json.loads((work / "out" / "sordino.json").read_text())
             result |= {"guard": manifest["guard"], "coverage": manifest["coverage"]}
+            if found := [b["inputs"]["down"] for b in manifest["blocks"] if "down" in b.get("inputs", {})]:
+                result["down_inputs"] = found
             result["fallbacks"] = [b["block"] for b in manifest["blocks"] if b.get("fallback")]
         result |= figures(subject, args.evaluate, args.windows, args.model if recipe else None)
         if args.also:

@@ -24,7 +24,8 @@ from ladder import ROWS, code_version, texts_parser
 from sordino.corpus import eval_windows, load_text, tokenize
 from sordino.protect.prefix import token_ratios
 from sordino.recipe import MoveSpec, load_recipe
-from sordino.runtime.prefix import attach, read_prefix
+from sordino.runtime.attention import attach
+from sordino.runtime.prefix import read_prefix
 
 SEARCH = {"windows": 64, "seqlen": 512}
 LOOK = {"windows": 16, "seqlen": 512}

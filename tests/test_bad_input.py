@@ -172,7 +172,9 @@ BAD_ARGUMENTS = [
     (_set("moves=[{move='rotate'}, {move='rotate', seed=1}]"), ["more than one move"]),
     (_set("moves=[{move='rotaet'}]"), ["'rotaet'", "unknown"]),
     (_set("format.activations.bits=5"), ["format.activations.bits", "5"]),
-    (_set("format.kv.bits=4"), ["format.kv.bits=4", "not built"]),
+    (_set("format.kv={bits=4, mode='static'}"), ["format.kv", "symmetric=true"]),
+    (_set("format.kv={bits=4, mode='static', symmetric=true, clip=0.9}"), ["format.kv.clip", "searched"]),
+    (_set("format.kv.bits=5"), ["format.kv.bits", "5"]),
     (_set("format.head=4"), ["format.head=4", "one table"]),
     (["-r", "gptq-w5"], ["'gptq-w5'", "did you mean 'gptq-w4'"]),
     (["-r", "none.toml"], ["none.toml", "gptq-w4"]),
@@ -321,7 +323,7 @@ def test_fresh_removes_nothing_before_the_input_is_good(model: Path, checkpoint:
         ["--blocks", "0:9"],
         ["--text", "none.txt"],
         ["--text", tmp_path / "short.txt"],
-        ["--set", "format.kv.bits=4"],
+        ["--set", "format.kv.mode=static", "--set", "format.kv.bits=4"],
     ):
         refused(Sordino("quantize", model, *GPTQ, *args, "--fresh", "-o", checkpoint, log=tmp_path / "log").wait())
     assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == before

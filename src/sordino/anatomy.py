@@ -67,6 +67,7 @@ class Anatomy:
         embeddings: path of the token embedding.
         head: path of the output projection.
         tied: embedding and head share one table.
+        key_heads: heads of keys and values in a block.
     """
 
     model_type: str
@@ -78,6 +79,7 @@ class Anatomy:
     embeddings: str
     head: str
     tied: bool
+    key_heads: int
 
     def at(self, site: Site) -> tuple[Linear, ...]:
         """Linears that share the input of ``site``."""
@@ -141,6 +143,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         embeddings=f"{backbone}.embed_tokens",
         head="lm_head",
         tied=bool(config.tie_word_embeddings),
+        key_heads=int(config.num_key_value_heads),
     )
 
 

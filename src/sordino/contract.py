@@ -317,6 +317,10 @@ class Move:
         """Orthogonal basis of the residual stream that :meth:`reshape` moves the blocks to, or None to leave it."""
         return None
 
+    def inner(self) -> tuple[str, ...]:
+        """Spaces inside a block that :meth:`reshape` turns: "values", "keys", "down" (runtime/inner.py)."""
+        return ()
+
     def biases(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Modules of a block that get a bias which the family does not have."""
         return ()

@@ -17,9 +17,10 @@ from sordino.repair.distill import Distill
 from sordino.repair.mean_shift import MeanShift
 from sordino.repair.tune import Tune
 from sordino.reshape.rotate import Rotate
+from sordino.reshape.rotate_inner import RotateInner
 
 MoveFactory = Callable[..., Move]
-MOVES: dict[str, MoveFactory] = {m.name: m for m in (Distill, MeanShift, Prefix, Rotate, Tune)}
+MOVES: dict[str, MoveFactory] = {m.name: m for m in (Distill, MeanShift, Prefix, Rotate, RotateInner, Tune)}
 
 # Moves of the plan that no code stands behind yet; a recipe that names one is refused by name.
 PLANNED = frozenset({"system-prompt", "channels", "smooth", "permute"} | {"low-rank", "clip", "scale-search"})

@@ -29,6 +29,7 @@ Bits = Literal[2, 3, 4, 5, 6, 8, 16]
 Rate = Annotated[float, Field(ge=0, le=1)]  # a learning rate; 0 leaves what it belongs to as it is
 Natural = Annotated[int, Field(ge=0, strict=True)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: `true` is no 1
+Clip = Annotated[float, Field(gt=0, le=1)] | Literal["search"]
 Group = Literal["channel", "token", "tensor", "head", "auto"] | PositiveInt
 
 
@@ -40,9 +41,10 @@ class _Table(BaseModel):
 
 
 class Rtn(_Table):
-    """Round to nearest on a searched grid; needs no calibration text."""
+    """Round to nearest on a grid that is searched by the error of the weight, or by that of the linear's output on text."""
 
     name: Literal["rtn"] = "rtn"
+    search: Literal["weight", "output"] = "weight"
 
 
 class Gptq(_Table):
@@ -117,11 +119,12 @@ class ActivationFormat(_Table):
     """How the inputs of the rounded block linears are rounded at run time; 16 bits means not at all.
 
     Symmetric; dynamic ones with a scale for each token (``clip`` of its largest entry), static ones with one number a site.
+    ``clip = "search"`` chooses the share by the error of the block's output; static scales are always searched so.
     """
 
     bits: Literal[3, 4, 8, 16] = 16
     mode: Literal["static", "dynamic"] = "dynamic"
-    clip: Annotated[float, Field(gt=0, le=1)] = 1.0
+    clip: Clip = 1.0
 
     @property
     def rounded(self) -> bool:
@@ -133,14 +136,38 @@ class ActivationFormat(_Table):
         """Whether they are, with scales that calibration finds."""
         return self.rounded and self.mode == "static"
 
+    @property
+    def searched(self) -> bool:
+        """Whether calibration text is looked at for them."""
+        return self.static or (self.rounded and self.clip == "search")
+
 
 class KvFormat(_Table):
-    """How keys and values are stored in the cache; 16 bits means not rounded."""
+    """How keys (after the rotary embedding) and values are stored in the cache; 16 bits means not rounded.
 
-    bits: Bits = 16
-    group: Group = "head"
+    Dynamic ones with a scale (and unless symmetric a zero point) for each token and head, static ones with one number a head;
+    ``clip`` as for activations, searched by the error of attention's probabilities (keys) and of the values.
+    """
+
+    bits: Literal[2, 3, 4, 8, 16] = 16
     symmetric: bool = False
     mode: Literal["static", "dynamic"] = "dynamic"
+    clip: Clip = 1.0
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the cache holds codes."""
+        return self.bits != 16
+
+    @property
+    def static(self) -> bool:
+        """Whether it does, with scales that calibration finds."""
+        return self.rounded and self.mode == "static"
+
+    @property
+    def searched(self) -> bool:
+        """Whether calibration text is looked at for them."""
+        return self.static or (self.rounded and self.clip == "search")
 
 
 class Format(_Table):

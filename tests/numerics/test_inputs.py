@@ -34,3 +34,15 @@ def test_gradients_pass_inside_and_stop_where_clipped() -> None:
     x = torch.tensor([[0.2, -0.6, 1.49, 9.0, -9.0, -1.9]], requires_grad=True)
     fake_encode(x, torch.tensor([0.5]), 3).sum().backward()  # codes -4 … 3, values -2 … 1.5
     assert x.grad is not None and torch.equal(x.grad, torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 1.0]]))
+
+
+def test_the_gradient_of_a_scale_is_lsqs() -> None:
+    """Inside: the rounding error in steps; clipped: the outermost code."""
+    x, scale = torch.tensor([[0.2, -0.6, 1.4, 9.0, -9.0]]), torch.tensor([0.5], requires_grad=True)
+    parts = []
+    for i in range(5):
+        scale.grad = None
+        fake_encode(x[:, i : i + 1], scale, 3).sum().backward()
+        assert scale.grad is not None
+        parts.append(float(scale.grad))
+    assert parts == pytest.approx([0.0 - 0.4, -1.0 + 1.2, 3.0 - 2.8, 3.0, -4.0], abs=1e-6)

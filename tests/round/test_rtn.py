@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sordino.numerics.affine import AffineGrid
+from sordino.contract import Stats
+from sordino.numerics.affine import AffineGrid, GridParams, round_scale
 from sordino.round.rtn import RtnSolver
 
 
@@ -50,3 +51,29 @@ def test_weights_on_the_grid_stay_as_they_are(symmetric: bool) -> None:
     rounded = RtnSolver().solve(w, None, AffineGrid(4, symmetric), 32)
     assert torch.equal(rounded.values(), w)
     assert torch.equal(rounded.codes.float(), codes)
+
+
+@pytest.mark.parametrize(("symmetric", "group"), [(True, 48), (False, 48), (True, 16), (False, 16)])
+def test_the_scale_by_output_is_the_best_of_its_candidates(symmetric: bool, group: int) -> None:
+    rng = torch.Generator().manual_seed(3)
+    w = torch.randn(7, 48, generator=rng)
+    w[2, 5] = 9.0  # an outlier among the weights, whose input hardly moves
+    x = torch.randn(300, 48, generator=rng) * torch.rand(48, generator=rng)
+    x[:, 5] *= 1e-3
+    solver, grid = RtnSolver(output=True), AffineGrid(4, symmetric, search=0)
+    rounded = solver.solve(w, solver.prepare(Stats(300, x.T @ x), group), grid, group)
+    full = grid.fit_groups(w, group)
+    for row in range(7):
+        for g in range(48 // group):
+            span = slice(g * group, (g + 1) * group)
+            errors = []
+            for i in range(10):
+                params = GridParams(round_scale(full.scale * (1 - i / 20)), full.zero)
+                q = grid.nearest(w, params)[1][row, span]
+                errors.append(float((x[:, span] @ (w[row, span] - q)).square().sum()))
+            ours = float((x[:, span] @ (w[row, span] - rounded.values()[row, span])).square().sum())
+            assert ours <= min(errors) * (1 + 1e-4)
+    first = slice(0, group)
+    plain = RtnSolver().solve(w, None, AffineGrid(4, symmetric), group)
+    by_row = [float((x[:, first] @ (w[2, first] - r.values()[2, first])).square().sum()) for r in (rounded, plain)]
+    assert by_row[0] < by_row[1]

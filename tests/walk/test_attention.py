@@ -59,7 +59,7 @@ class Layer(nn.Module):
 @pytest.mark.parametrize("case", ["mask", "fp32"])
 def test_other_cases_go_to_sdpa(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
-    monkeypatch.setattr(attention, "prefixed_sdpa", lambda *a, **k: called.append(a) or (a[1], None))
+    monkeypatch.setattr(attention, "attend", lambda *a, **k: called.append(a) or (a[1], None))
     q = torch.randn(1, 4, 8, 16, dtype=torch.float32 if case == "fp32" else torch.bfloat16)
     mask = torch.zeros(1, 1, 8, 8) if case == "mask" else None
     attention.window_attention(Layer(), q, q, q, mask)

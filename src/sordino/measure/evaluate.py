@@ -22,7 +22,8 @@ from sordino.corpus import EVAL_TEXT, Text, eval_windows, load_text, tokenize
 from sordino.errors import InputError
 from sordino.measure.size import Size, size_of
 from sordino.numerics.divergence import token_kl
-from sordino.runtime.prefix import attach, read_prefix
+from sordino.runtime.attention import attach
+from sordino.runtime.prefix import read_prefix
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
 from sordino.walk.source import locate
 

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
+from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
 from sordino.runtime.modules import QuantEmbedding, QuantLinear
 from sordino.runtime.prefix import KEY, VALUE
 
@@ -56,8 +57,8 @@ def size_of(model: Any, folder: Path) -> Size:
                 bits += 8 * stored.get(f"{name}.bias", 0) * added
         elif isinstance(module, QuantEmbedding):
             parameters += module.num_embeddings * module.embedding_dim
-        elif hasattr(module, KEY):
-            bits += 8 * sum(stored.get(f"{name}.{b}", 0) for b in (KEY, VALUE))
+        elif hasattr(module, "k_proj"):
+            bits += 8 * sum(stored.get(f"{name}.{b}", 0) for b in (KEY, VALUE, KEY_SCALE, VALUE_SCALE))
         elif _added(model, name):  # a norm
             bits += 8 * stored.get(f"{name}.bias", 0)
     parameters += sum(p.numel() for n, p in model.named_parameters() if not _counted(model, n))

@@ -199,13 +199,20 @@ def hadamard(n: int) -> Tensor:
     return torch.kron(_product(map(_paley, parts)), _sylvester(m))
 
 
-def _butterfly(x: Tensor, m: int) -> Tensor:
+_DENSE = 7  # a product with a matrix of 2**7 rows costs less than seven passes over memory
+
+
+@lru_cache(maxsize=64)
+def _signs(m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _sylvester(m).to(device, dtype)
+
+
+def _walsh(x: Tensor, m: int) -> Tensor:
     """Multiply the last dimension, of length 2**m, by the unnormalized (symmetric) Sylvester matrix."""
-    shape = x.shape
-    for i in range(m):
-        a, b = x.reshape(*shape[:-1], 1 << i, 2, 1 << (m - i - 1)).unbind(-2)
-        x = torch.stack((a + b, a - b), -2)
-    return x.reshape(shape)
+    if m <= _DENSE:
+        return x @ _signs(m, x.dtype, x.device)
+    grid = x.unflatten(-1, (-1, 1 << _DENSE)) @ _signs(_DENSE, x.dtype, x.device)
+    return _walsh(grid.transpose(-1, -2), m - _DENSE).transpose(-1, -2).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +262,7 @@ class Rotation:
         work = torch.float64 if x.dtype == torch.float64 else torch.float32
         # The scale goes into the small factor, in float64, rather than costing a pass over x.
         dense = (left / sqrt(1 << self.power)).to(device=x.device, dtype=work)
-        grid = _butterfly(x.to(work).reshape(*x.shape[:-1], left.shape[0], 1 << self.power), self.power)
+        grid = _walsh(x.to(work).reshape(*x.shape[:-1], left.shape[0], 1 << self.power), self.power)
         # With k last, the product is one large matmul instead of a batch of small ones.
         grid = grid * dense if left.shape[0] == 1 else (grid.transpose(-1, -2) @ dense).transpose(-1, -2)
         return grid.reshape(x.shape).to(x.dtype)

@@ -12,10 +12,10 @@ from torch import Tensor
 _LEAST = 1e-8  # of a scale: a token of zeros has codes of zero
 
 
-def token_scale(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+def token_scale(x: Tensor, bits: int, clip: float | Tensor = 1.0) -> Tensor:
     """Scales of tokens, [..., C] -> fp32 [..., 1]; ``clip`` is the share of the largest entry that the codes reach."""
     peak = x.detach().abs().amax(-1, keepdim=True).float()
-    return (peak * (clip / ((1 << (bits - 1)) - 1))).clamp_(min=_LEAST)
+    return (peak * (clip / ((1 << (bits - 1)) - 1))).clamp(min=_LEAST)
 
 
 def encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -24,16 +24,19 @@ def encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def fake_encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """``code * scale`` in the dtype of x [..., C]; gradients go straight through where nothing is clipped."""
-    steps = x.detach().float() / scale
-    values = (_nearest(steps, bits) * scale).to(x.dtype)
-    if not x.requires_grad:
-        return values
+    """``code * scale`` in the dtype of x [..., C], differentiable in both.
+
+    Gradients go straight through the rounding; an entry that is clipped has none, and pulls at the scale with its whole code
+    (LSQ without its gradient scale; PrefixQuant, spec section 5).
+    """
+    if not (x.requires_grad or scale.requires_grad):
+        return (_nearest(x.float() / scale, bits) * scale).to(x.dtype)
     half = 1 << (bits - 1)
-    inside = (steps >= -half - 0.5) & (steps <= half - 0.5)
-    return values + (x - x.detach()) * inside
+    steps = x.float() / scale
+    near = steps + (steps.detach().round() - steps.detach())
+    return (near.clamp(-half, half - 1) * scale).to(x.dtype)
 
 
 def _nearest(steps: Tensor, bits: int) -> Tensor:
     half = 1 << (bits - 1)
-    return steps.round().clamp_(-half, half - 1)
+    return steps.round_().clamp_(-half, half - 1)

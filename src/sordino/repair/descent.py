@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sordino.contract import ParameterSpace
-from sordino.errors import SordinoError
+from sordino.errors import InputError, SordinoError
 
 _WARM = 0.05  # share of the steps in which the learning rates rise
 
@@ -34,9 +34,12 @@ def descend(
         Loss of every step.
 
     Raises:
+        InputError: if there is nothing to train.
         SordinoError: if the loss stops being finite.
     """
     groups = [g for s in spaces for g in s.groups()]
+    if not any(g["params"] for g in groups):
+        raise InputError("nothing is left to train: every learning rate is 0, or the format has nothing of the kind")
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     warm = max(1, int(steps * _WARM))
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sordino.contract import FinishContext, Move
 from sordino.recipe import Natural, PositiveInt, Rate
 from sordino.repair.descent import descend, first_and_last, shuffled
+from sordino.repair.input_spaces import InputSpace
 from sordino.repair.spaces import GainSpace, WeightSpace
 
 _ROWS = 64  # tokens whose logits exist at once
@@ -33,6 +34,7 @@ class Distill(Move):
         weights: learning rate of latent weights in steps of the grid; 0 leaves the codes.
         scales: learning rate of the scales' logarithms.
         gains: learning rate of norm gains, as a share of their size.
+        inputs: learning rate of the logarithms of the scales (or clips) of rounded inputs, keys and values.
         windows: calibration windows to train on, as many as the text has; 0 takes those of the walk. The walk's sums
             need few, but scales trained end to end fit themselves to a small text.
     """
@@ -47,10 +49,11 @@ class Distill(Move):
         weights: Rate = 0.0,
         scales: Rate = 0.002,
         gains: Rate = 0.002,
+        inputs: Rate = 0.002,
         windows: Natural = 0,
     ) -> None:
         self.epochs, self.batch, self.weights, self.scales, self.gains = epochs, batch, weights, scales, gains
-
+        self.inputs = inputs
         self.needs_latent = weights > 0
         self.finish_windows = windows
 
@@ -63,6 +66,7 @@ class Distill(Move):
         """Train, commit, compare."""
         exact_norm = copy.deepcopy(ctx.norm).requires_grad_(False)
         before, solved = held_out(ctx, exact_norm), list(ctx.solved)
+        inputs = [InputSpace(b, ctx.anatomy, self.inputs) for b in ctx.blocks]
         spaces = [WeightSpace(b, own, self.weights, self.scales) for b, own in zip(ctx.blocks, solved, strict=True)]
         trained = [b for b, own in zip(ctx.blocks, solved, strict=True) if own]
         norms = [b.get_submodule(n) for b in trained for n in ctx.anatomy.norms.values()]
@@ -77,9 +81,11 @@ class Distill(Move):
         train = ctx.train[: self.finish_windows or ctx.calib]
         steps = self.epochs * -(-len(train) // self.batch)
         order = (train[i] for i in shuffled(len(train), self.batch, ctx.rng(self.name)))
-        losses = descend([*spaces, gains], order, steps, backward, lambda i, n: ctx.progress(self.name, i, n))
+        losses = descend([*inputs, *spaces, gains], order, steps, backward, lambda i, n: ctx.progress(self.name, i, n))
         self._fold(ctx, spaces)
         gains.fold()
+        for scales in inputs:
+            scales.fold()
         after = held_out(ctx, exact_norm)
         unguarded = math.isnan(before)
         kept = unguarded or after < before
@@ -87,6 +93,8 @@ class Distill(Move):
             for i, own in enumerate(solved):
                 for linear, rounded in own.items():
                     ctx.commit(i, linear, rounded)
+            for scales in inputs:
+                scales.undo()
             for w, old in zip(gains.weights, first_gains, strict=True):
                 w.copy_(old)
         divergences = {} if unguarded else {"kl_before": before, "kl_after": after}

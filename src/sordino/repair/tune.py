@@ -1,6 +1,7 @@
 """Block-wise tuning: roundings, scales and gains of one block, against the full-precision stream.
 
-After a block is rounded, its latent weights (straight through the rounding), scales and norm gains are trained so that
+After a block is rounded, its latent weights (straight through the rounding), scales (of weights, rounded inputs, keys and
+values) and norm gains are trained so that
 its output on the quantized stream comes near to what the full-precision model has there. The idea is common to AdaRound,
 BRECQ, AutoRound, EfficientQAT and PrefixQuant (spec section on block-wise fine-tuning); what is ours: latent weights
 start where GPTQ's error compensation left them, so that step 0 equals the solved block, and tokens are weighted such
@@ -19,6 +20,7 @@ from sordino.contract import BlockContext, Move, ParameterSpace
 from sordino.numerics.divergence import token_weights
 from sordino.recipe import PositiveInt, Rate
 from sordino.repair.descent import descend, first_and_last, shuffled
+from sordino.repair.input_spaces import InputSpace
 from sordino.repair.spaces import GainSpace, WeightSpace
 
 
@@ -31,6 +33,7 @@ class Tune(Move):
         weights: learning rate of latent weights in steps of the grid; 0 leaves the codes.
         scales: learning rate of the scales' logarithms.
         gains: learning rate of norm gains (and norm biases, where there are some), as a share of the gains' size.
+        inputs: learning rate of the logarithms of the scales (or clips) of rounded inputs, keys and values.
         biases: give every norm a bias to train.
     """
 
@@ -45,10 +48,11 @@ class Tune(Move):
         weights: Rate = 0.01,
         scales: Rate = 0.003,
         gains: Rate = 0.003,
+        inputs: Rate = 0.003,
         biases: bool = False,
     ) -> None:
         self.epochs, self.batch, self.rates = epochs, batch, (weights, scales)
-        self.gains, self.with_biases = gains, biases
+        self.gains, self.inputs, self.with_biases = gains, inputs, biases
 
     def biases(self, anatomy: Anatomy) -> tuple[str, ...]:
         """The norms of a block, if they get one."""
@@ -63,7 +67,11 @@ class Tune(Move):
         before, state = ctx.error(), ctx.snapshot()
         x, target = ctx.stream("q"), ctx.target()
         norms = [ctx.q.get_submodule(n) for n in ctx.anatomy.norms.values()]
-        spaces: list[ParameterSpace] = [WeightSpace(ctx.q, ctx.solved, *self.rates), GainSpace(norms, self.gains)]
+        spaces: list[ParameterSpace] = [
+            InputSpace(ctx.q, ctx.anatomy, self.inputs),  # first: a stand-in takes over the hooks of its linear
+            WeightSpace(ctx.q, ctx.solved, *self.rates),
+            GainSpace(norms, self.gains),
+        ]
 
         def backward(windows: Tensor) -> float:
             t = target[windows].float()
@@ -78,6 +86,7 @@ class Tune(Move):
         for space in spaces:
             for linear, rounded in space.fold().items():
                 ctx.commit(linear, rounded)
+        ctx.touch("qkv")
         after = ctx.error()
         unguarded = math.isnan(before)
         kept = unguarded or after < before

@@ -26,13 +26,14 @@ class Rotate(Move):
     """Rotate the residual stream.
 
     Args:
-        size: largest group of channels; the largest power of two up to it that divides the hidden size is taken.
+        size: largest group of channels; the largest power of two up to it that divides the hidden size is taken. "full" takes
+            all channels at once (QuaRot), or the most that there is a Hadamard matrix for.
         seed: of the signs.
     """
 
     name = "rotate"
 
-    def __init__(self, size: Literal[2, 4, 8, 16, 32, 64, 128, 256, 512] = 128, seed: int = 0) -> None:
+    def __init__(self, size: Literal[2, 4, 8, 16, 32, 64, 128, 256, 512, "full"] = 128, seed: int = 0) -> None:
         self.size, self.seed = size, seed
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
@@ -45,7 +46,7 @@ class Rotate(Move):
 
     def basis(self, hidden: int) -> Basis:
         """The basis that the blocks are moved to."""
-        return Basis.draw(hidden, self.seed, self.size)
+        return Basis.whole(hidden, self.seed) if self.size == "full" else Basis.draw(hidden, self.seed, self.size)
 
     @torch.no_grad()
     def reshape(self, block: nn.Module, index: int, anatomy: Anatomy, artifacts: dict[str, Any]) -> None:
@@ -60,7 +61,8 @@ class Rotate(Move):
             else:
                 weight = basis.apply(weight.T).T
                 if module.bias is not None:
-                    module.bias.copy_(basis.apply(module.bias.double()))
+                    bias = basis.apply(module.bias.double()).to(module.bias.dtype)
+                    module.bias = nn.Parameter(bias, requires_grad=False)  # a new one: the source's own must stay as it is
             module.weight = nn.Parameter(weight.to(module.weight.dtype).contiguous(), requires_grad=False)
         for name in anatomy.norms.values():
             norm: Any = block.get_submodule(name)

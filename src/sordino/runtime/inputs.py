@@ -1,17 +1,30 @@
-"""Rounded inputs of linears, simulated: what calibration and tuning see of ``format.activations``.
+"""What happens to the input of a linear: an online rotation (R4), and rounding, simulated for calibration and tuning.
 
 The checkpoint's own linears multiply the codes (runtime/modules.py); both round by the same function.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sordino.numerics.hadamard import rotation
 from sordino.numerics.inputs import fake_encode, token_scale
 from sordino.runtime.modules import SCALE
+
+
+class RotateInput:
+    """Forward pre-hook of a linear: multiplies its input by a Hadamard matrix, as its weight is."""
+
+    def __init__(self, size: int):
+        self.rotation = rotation(size)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        """The input [..., C] in the rotated basis."""
+        return (self.rotation.apply(args[0]),)
 
 
 class RoundInput:
@@ -19,30 +32,50 @@ class RoundInput:
 
     Attributes:
         bits: width of a code.
-        clip: see :func:`token_scale`; only where the linear has no static scale.
+        static: whether the linear's ``input_scale`` is the scale; else it is the share of a token's largest entry that the
+            codes reach.
+        trained: says what takes the place of ``input_scale`` while it is trained.
     """
 
-    def __init__(self, bits: int, clip: float):
-        self.bits, self.clip = bits, clip
+    def __init__(self, bits: int, static: bool):
+        self.bits, self.static = bits, static
+        self.trained: Callable[[], Tensor] | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+    def __call__(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor]:
         """The input [..., C] on its grid."""
         x: Tensor = args[0]
-        scale: Tensor | None = getattr(module, SCALE, None)
-        return (fake_encode(x, token_scale(x, self.bits, self.clip) if scale is None else scale, self.bits),)
+        scale: Tensor = module.get_buffer(SCALE) if self.trained is None else self.trained()
+        return (fake_encode(x, scale if self.static else token_scale(x, self.bits, scale), self.bits),)
 
 
-def round_inputs(linear: nn.Module, bits: int, clip: float, scale: float | None = None) -> None:
-    """Let a linear round its input from now on, with a static scale or (None, and none set before) one for each token."""
+def round_inputs(linear: nn.Module, bits: int, static: bool, scale: float | None = None) -> None:
+    """Let a linear round its input from now on; ``scale``, where given, becomes its ``input_scale``."""
     if scale is not None:
         linear.register_buffer(SCALE, torch.tensor([scale]))
-    if not any(isinstance(h, RoundInput) for h in linear._forward_pre_hooks.values()):
-        linear.register_forward_pre_hook(RoundInput(bits, clip))
+    if rounding(linear) is None:
+        linear.register_forward_pre_hook(RoundInput(bits, static))
+
+
+def rounding(linear: nn.Module) -> RoundInput | None:
+    """The hook that rounds the input of a linear, if there is one."""
+    return next((h for h in linear._forward_pre_hooks.values() if isinstance(h, RoundInput)), None)
+
+
+def rotate_input(linear: Any) -> None:
+    """Let a linear rotate its input from now on, before it rounds it."""
+    linear.register_forward_pre_hook(RotateInput(linear.in_features), prepend=True)
+
+
+def rotated(linear: nn.Module, x: Tensor) -> Tensor:
+    """What the weight of a linear sees of an input [..., C], but for rounding."""
+    hook = next((h for h in linear._forward_pre_hooks.values() if isinstance(h, RotateInput)), None)
+    return x if hook is None else hook.rotation.apply(x)
 
 
 def carry_inputs(old: nn.Module, new: nn.Module) -> None:
-    """Let a stand-in round its input as the linear does that it stands in for."""
+    """Let a stand-in treat its input as the linear does that it stands in for."""
     for hook in old._forward_pre_hooks.values():
         if isinstance(hook, RoundInput):
-            new.register_buffer(SCALE, getattr(old, SCALE, None))
+            new.register_buffer(SCALE, getattr(old, SCALE))
+        if isinstance(hook, RoundInput | RotateInput):
             new.register_forward_pre_hook(hook)

@@ -30,7 +30,8 @@ class QuantLinear(nn.Module):
         weight_packed: int32 [O, ceil(I*b/32)], bit stream along the input.
         weight_scale: bf16 [O, G]; [O, G, b] if the grid is additive.
         weight_zero_point: int32 [ceil(O*b/32), G], bit stream along the output; None if symmetric.
-        input_scale: fp32 [1] of a static input; only there if inputs are rounded so.
+        input_scale: fp32 [1], only there if inputs are rounded: the scale of a static input, or the share of a token's largest
+            entry that the codes of a dynamic one reach.
         bias: [O] parameter or None.
     """
 
@@ -51,7 +52,7 @@ class QuantLinear(nn.Module):
     ):
         super().__init__()
         self.inputs = inputs
-        if inputs is not None and inputs["mode"] == "static":
+        if inputs is not None:
             self.register_buffer(SCALE, torch.zeros(1, dtype=torch.float32))
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group, self.symmetric, self.additive = bits, group, symmetric or grid == "additive", grid == "additive"
@@ -93,8 +94,8 @@ class QuantLinear(nn.Module):
         """``x W^T + bias`` for x [..., I] in x's dtype; with rounded inputs, of the codes where one scale a row allows."""
         if self.inputs is not None:
             bits = self.inputs["bits"]
-            scale = getattr(self, SCALE, None)
-            scale = token_scale(x, bits, self.inputs["clip"]) if scale is None else scale.float()
+            scale = self.get_buffer(SCALE).float()
+            scale = scale if self.inputs["mode"] == "static" else token_scale(x, bits, scale)
             codes = encode(x, scale, bits)
             whole = self.group == self.in_features and self.symmetric and not self.additive
             if whole and x.device.type == "cpu":  # elsewhere torch's integer product takes few shapes

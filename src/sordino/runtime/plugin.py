@@ -18,8 +18,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sordino.errors import InputError
 from sordino.numerics.basis import Basis
+from sordino.numerics.kv import KvGrid
+from sordino.runtime.attention import install, round_kv
+from sordino.runtime.inner import ATTENTION, dress
 from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, give_bias, in_basis, out_of_basis
-from sordino.runtime.prefix import give_prefix, install
+from sordino.runtime.prefix import give_prefix
 
 FORMAT_VERSION = 1
 
@@ -30,12 +33,14 @@ class SordinoConfig(QuantizationConfigMixin):
 
     Attributes:
         groups: formats of linears: ``{"bits", "group", "symmetric", "modules": [name patterns]}``, and where they differ
-            from a plain affine grid and plain inputs ``"grid"`` and ``"inputs": {"bits", "mode", "clip"}``.
+            from a plain affine grid and plain inputs ``"grid"`` and ``"inputs": {"bits", "mode"}``.
         embeddings: 16 (plain) or 8.
         head: 16 (plain), 8 or 4.
         biases: name patterns of norms and linears that have a bias which their family does not.
         prefix: ids of the tokens whose keys and values stand before every text.
         basis: of the residual stream inside the blocks, ``{"size", "signs"}``; None for the model's own.
+        inner: spaces inside the blocks that are turned: "values", "keys", "down" (runtime/inner.py).
+        kv: how keys and values are rounded, ``{"bits", "symmetric", "static", "blocks": [first, last + 1]}``; None for not.
         format_version: version of this layout.
     """
 
@@ -47,6 +52,8 @@ class SordinoConfig(QuantizationConfigMixin):
         biases: list[str] | None = None,
         basis: dict[str, Any] | None = None,
         prefix: list[int] | None = None,
+        inner: list[str] | None = None,
+        kv: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ):
@@ -56,6 +63,7 @@ class SordinoConfig(QuantizationConfigMixin):
         self.quant_method = "sordino"  # type: ignore[assignment]
         self.groups, self.embeddings, self.head = groups or [], embeddings, head
         self.biases, self.basis, self.prefix = biases or [], basis, prefix or []
+        self.inner, self.kv = inner or [], kv
         self.format_version = format_version
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +77,8 @@ class SordinoConfig(QuantizationConfigMixin):
             "biases": self.biases,
             "basis": self.basis,
             "prefix": self.prefix,
+            "inner": self.inner,
+            "kv": self.kv,
         }
 
 
@@ -114,8 +124,7 @@ def quantize_skeleton(model: nn.Module, config: SordinoConfig) -> None:
             give_bias(model.get_submodule(name))
     if config.embeddings == 8:
         _swap_embedding(model, tied=bool(model.config.tie_word_embeddings))  # type: ignore[union-attr]
-    if config.prefix:
-        _make_room(model, len(config.prefix))
+    _dress(model, config)
     if config.basis is not None:
         _rotate(model, Basis(**config.basis))
 
@@ -138,14 +147,21 @@ def _swap_linear(model: nn.Module, name: str, old: nn.Linear, group: dict[str, A
     model.set_submodule(name, new)
 
 
-def _make_room(model: Any, tokens: int) -> None:
-    """Give every attention module empty buffers for a prefix."""
+def _dress(model: Any, config: SordinoConfig) -> None:
+    """Give every block its online rotations, and every attention module empty buffers for its scales and the prefix."""
     heads = model.config.num_key_value_heads
-    for module in [m for m in model.modules() if hasattr(m, "k_proj")]:
-        shape = (1, heads, tokens, module.k_proj.out_features // heads)
-        empty = [torch.empty(shape, dtype=model.dtype, device="meta") for _ in range(2)]
-        give_prefix(module, *empty)
-    install(model)
+    kv = dict(config.kv or {})
+    rounded, grid = range(*kv.pop("blocks", (0, 0))), KvGrid(**kv) if kv else None
+    for index, block in enumerate(model.get_decoder().layers):
+        dress(block, config.inner)
+        attention = block.get_submodule(ATTENTION)
+        if grid is not None and index in rounded:
+            round_kv(attention, grid, *(torch.empty(heads, device="meta") for _ in range(2)))
+        if config.prefix:
+            shape = (1, heads, len(config.prefix), attention.head_dim)
+            give_prefix(attention, *(torch.empty(shape, dtype=model.dtype, device="meta") for _ in range(2)))
+    if config.prefix or config.kv is not None or "keys" in config.inner:
+        install(model)
 
 
 def _rotate(model: Any, basis: Basis) -> None:

@@ -7,7 +7,7 @@ begins with the prefix. Shapes: B batch, K key heads, P prefix tokens, L queries
 
 from __future__ import annotations
 
-import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sordino.errors import InputError
+from sordino.numerics.hadamard import rotation
 
-NAME = "sordino"
 KEY, VALUE = "prefix_key", "prefix_value"
 
 
@@ -45,36 +42,6 @@ def join(module: nn.Module, key: Tensor, value: Tensor, mask: Tensor | None) -> 
     return key, value, mask
 
 
-def prefixed_sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, Any]:
-    """Attention in transformers' signature, [B, H, L, d] and twice [B, K, S, d] -> [B, L, H, d], with the prefix joined."""
-    before = key.shape[2]
-    key, value, mask = join(module, key, value, attention_mask)
-    length, keys = query.shape[2], key.shape[2]
-    if mask is None and keys > before and length > 1:
-        # transformers leaves out the mask where plain causal order says it all; torch would align that to the first key.
-        mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)[None, None]
-    return sdpa_attention_forward(module, query, key, value, mask, **options)
-
-
-def install(model: Any) -> None:
-    """Make a transformers model, whose attention modules have prefixes, use them whatever way it is called.
-
-    Raises:
-        InputError: if its rotary angles depend on the length of the text; in a forward, if the attention function was
-            changed to one that knows no prefix.
-    """
-    check_rotary(model.config)
-    model.config._attn_implementation = NAME
-    for module in [m for m in model.modules() if hasattr(m, KEY)]:
-        if _check not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_check)
-    decoder = model.get_decoder()
-    if _positions not in decoder._forward_pre_hooks.values():
-        decoder.register_forward_pre_hook(_positions, with_kwargs=True)
-
-
 def check_rotary(config: Any) -> None:
     """Refuse rotary angles that depend on the length of the text: keys made beforehand would not fit them.
 
@@ -88,36 +55,8 @@ def check_rotary(config: Any) -> None:
             raise InputError(f"a prefix cannot stand before a text whose rotary angles depend on its length ('{kind}')")
 
 
-_KNOWING = {NAME}  # attention functions that join prefixes
-
-
-def knows_prefix(name: str) -> None:
-    """Say that an attention function joins prefixes."""
-    _KNOWING.add(name)
-
-
-def _check(module: Any, *_: Any) -> None:
-    if module.config._attn_implementation not in _KNOWING:
-        raise InputError(
-            f"attention '{module.config._attn_implementation}' would leave out this checkpoint's prefix; "
-            f"keep attn_implementation='{NAME}'"
-        )
-
-
-def _positions(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Count the positions of a padded batch from its first real token: the prefix stands right before that one."""
-    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-    mask = given.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or given.get("position_ids") is not None or bool(mask.all()):
-        return None
-    ids = given.get("input_ids")
-    new = (given["inputs_embeds"] if ids is None else ids).shape[1]
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
-    return args, kwargs | {"position_ids": positions}
-
-
 def read_prefix(folder: Path) -> dict[str, Tensor]:
-    """The prefix tensors of a checkpoint, by full name.
+    """The prefix tensors of a checkpoint, by full name, in the basis of the model that it was made from.
 
     Raises:
         InputError: if it has none.
@@ -129,29 +68,7 @@ def read_prefix(folder: Path) -> dict[str, Tensor]:
             found |= {name: f.get_tensor(name) for name in names}
     if not found:
         raise InputError(f"{folder} has no prefix")
-    return found
-
-
-def attach(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Give a model in full precision the prefix of a checkpoint that was made from it.
-
-    Raises:
-        InputError: if it does not fit.
-    """
-    paths = {n for n, m in model.named_modules() if hasattr(m, "k_proj")}
-    found = {n.rpartition(".")[0] for n in tensors}
-    if found != paths:
-        raise InputError(f"the prefix belongs to {len(found)} attention modules, this model has {len(paths)} or other ones")
-    heads = model.config.num_key_value_heads
-    for path in sorted(paths):
-        module, key, value = model.get_submodule(path), tensors[f"{path}.{KEY}"], tensors[f"{path}.{VALUE}"]
-        size = module.k_proj.out_features // heads
-        if key.shape[1] != heads or key.shape[3] != size:
-            raise InputError(f"the prefix has {key.shape[1]} key heads of {key.shape[3]}, this model {heads} of {size}")
-        give_prefix(module, key, value)
-    install(model)
-
-
-ALL_ATTENTION_FUNCTIONS.register(NAME, prefixed_sdpa)
-# Without an entry here transformers would make no masks at all for this name.
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    turned = {KEY} if "keys" in config["inner"] else set()
+    turned |= {VALUE} if "values" in config["inner"] else set()
+    return {n: rotation(t.shape[-1]).apply_transpose(t) if n.rpartition(".")[2] in turned else t for n, t in found.items()}

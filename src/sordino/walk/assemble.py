@@ -75,7 +75,7 @@ def storage_config(plan: Plan, prefix: list[int]) -> SordinoConfig:
     groups = [
         {"bits": b, "group": g, "symmetric": s, "modules": compress_names(names, anatomy.blocks, anatomy.n_blocks)}
         | ({} if grid == "affine" else {"grid": grid})
-        | ({"inputs": fmt.activations.model_dump()} if fmt.activations.rounded else {})
+        | ({"inputs": {"bits": fmt.activations.bits, "mode": fmt.activations.mode}} if fmt.activations.rounded else {})
         for (b, g, s, grid), names in kinds.items()
     ]
     if fmt.head != 16 and not anatomy.tied:
@@ -83,6 +83,7 @@ def storage_config(plan: Plan, prefix: list[int]) -> SordinoConfig:
     first, last = plan.blocks
     added = sorted({name for m in plan.moves for name in m.biases(anatomy)})
     biases = [anatomy.full_name(i, name) for name in added for i in range(first, last)]
+    kv = {"bits": fmt.kv.bits, "symmetric": fmt.kv.symmetric, "static": fmt.kv.static, "blocks": list(plan.blocks)}
     basis = None if plan.basis is None else {"size": plan.basis.size, "signs": plan.basis.signs}
     return SordinoConfig(
         groups,
@@ -91,6 +92,8 @@ def storage_config(plan: Plan, prefix: list[int]) -> SordinoConfig:
         biases=compress_names(biases, anatomy.blocks, anatomy.n_blocks),
         basis=basis,
         prefix=prefix,
+        inner=list(plan.inner),
+        kv=kv if fmt.kv.rounded else None,
     )
 
 

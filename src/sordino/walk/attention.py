@@ -7,6 +7,8 @@ own sdpa path. Shapes: B batch, H query heads, K key heads, L tokens, d head siz
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sordino.numerics.gram import exact_bf16_products
-from sordino.runtime.prefix import join, knows_prefix, prefixed_sdpa
+from sordino.runtime.attention import attend, knows_treatment, treat
 
 NAME = "sordino_windows"
 _TILE = 128  # queries at once: the scores of one batch element stay in the second-level cache
@@ -24,13 +26,26 @@ _TILE = 128  # queries at once: the scores of one batch element stay in the seco
 def window_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Any]:
-    """Attention in transformers' signature: query [B, H, L, d], key and value [B, K, L, d] -> [B, L, H, d]; joins a prefix."""
+    """Attention in transformers' signature: query [B, H, L, d], key and value [B, K, L, d] -> [B, L, H, d]."""
+    if (watcher := getattr(module, "watcher", None)) is not None:
+        watcher(treat(module, query, key, value, None)[:3])
     plain = attention_mask is None and query.dtype == torch.bfloat16 and query.shape[2] == key.shape[2]
     if not plain or not getattr(module, "is_causal", True) or options.get("is_causal") is False:
-        return prefixed_sdpa(module, query, key, value, attention_mask, **options)
-    key, value, _ = join(module, key, value, None)
+        return attend(module, query, key, value, attention_mask, **options)
+    query, key, value, _ = treat(module, query, key, value, None)
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     return CausalAttention.apply(query, key, value, scaling), None  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Collect what an attention module multiplies: query [B, H, L, d], key and value [B, K, P + L, d] of every call."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    module.watcher = seen.append  # type: ignore[assignment]
+    try:
+        yield seen
+    finally:
+        del module.watcher
 
 
 class CausalAttention(torch.autograd.Function):
@@ -100,4 +115,4 @@ class CausalAttention(torch.autograd.Function):
 ALL_ATTENTION_FUNCTIONS.register(NAME, window_attention)
 # Without an entry here transformers would make no masks at all for this name.
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-knows_prefix(NAME)
+knows_treatment(NAME)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from sordino.anatomy import Anatomy, skeleton
 from sordino.errors import InputError
 from sordino.numerics.basis import Basis
+from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
+from sordino.runtime.inner import dress
 from sordino.runtime.modules import SCALE, give_bias, out_of_basis
 from sordino.runtime.prefix import KEY, VALUE
 from sordino.walk import attention
@@ -23,24 +25,29 @@ class BlockFactory:
     Attributes:
         model: the whole model on the meta device.
         dtype: compute dtype.
+        inner: spaces inside the blocks that are turned once they are reshaped.
     """
 
-    def __init__(self, source: Source, anatomy: Anatomy, dtype: torch.dtype):
-        self.source, self.anatomy, self.dtype = source, anatomy, dtype
+    def __init__(self, source: Source, anatomy: Anatomy, dtype: torch.dtype, inner: tuple[str, ...] = ()):
+        self.source, self.anatomy, self.dtype, self.inner = source, anatomy, dtype, inner
         self.model = skeleton(source.config, attention.NAME)
 
     def load(self, index: int) -> nn.Module:
         """Block ``index`` with its full-precision weights in the compute dtype, frozen, in eval mode."""
-        tensors = self.source.under(f"{self.anatomy.blocks}.{index}", self.dtype)
-        return self.assemble(index, tensors)
+        return self._make(index, self.source.under(f"{self.anatomy.blocks}.{index}", self.dtype))
 
     def assemble(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
-        """Block ``index`` around given tensors; they are used, not copied."""
+        """Block ``index`` around tensors of a reshaped one; they are used, not copied."""
+        layer = self._make(index, tensors)
+        dress(layer, self.inner)
+        return layer
+
+    def _make(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
         layer: nn.Module = copy.deepcopy(self.model.get_submodule(self.anatomy.blocks)[index])  # type: ignore[index]
         own = set(layer.state_dict())
         for name, tensor in tensors.items():  # what moves have added
             parent, _, leaf = name.rpartition(".")
-            if leaf in (KEY, VALUE, SCALE):
+            if leaf in (KEY, VALUE, SCALE, KEY_SCALE, VALUE_SCALE):
                 layer.get_submodule(parent).register_buffer(leaf, tensor)
             if leaf == "bias" and name not in own and f"{parent}.weight" in own:
                 give_bias(layer.get_submodule(parent))

@@ -58,6 +58,10 @@ def _for_vllm(plan: Plan) -> None:
 def _affine(plan: Plan, engine: str) -> None:
     if plan.recipe.format.activations.rounded:
         raise InputError(f"{engine}: rounded inputs run in Sordino only so far; set format.activations.bits=16")
+    if plan.recipe.format.kv.rounded:
+        raise InputError(f"{engine}: a cache of packed codes runs in Sordino only; set format.kv.bits=16")
+    if {"keys", "down"} & set(plan.inner):
+        raise InputError(f"{engine}: online rotations run in Sordino only; leave out the move, or its keys and down")
     if having(plan.moves, "prefix"):
         raise InputError(f"{engine}: keys and values of a prefix run in Sordino only; leave out the move")
     for p in plan.quantized():

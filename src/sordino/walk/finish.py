@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy, hidden_states
 from sordino.contract import Rounded
+from sordino.numerics.kv import KvGrid
+from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE, round_kv
+from sordino.runtime.inner import ATTENTION
 from sordino.runtime.inputs import round_inputs
 from sordino.runtime.modules import SCALE, QuantLinear
 from sordino.walk.blocks import BlockFactory
@@ -99,7 +102,12 @@ def rounded_block(
     block = factory.assemble(index, tensors)
     if inputs.rounded:
         for name in solved:
-            round_inputs(block.get_submodule(name), inputs.bits, inputs.clip)
+            round_inputs(block.get_submodule(name), inputs.bits, inputs.static)
+    kv = plan.recipe.format.kv
+    if kv.rounded and plan.blocks[0] <= index < plan.blocks[1]:
+        attention = block.get_submodule(ATTENTION)
+        scales = attention.get_buffer(KEY_SCALE), attention.get_buffer(VALUE_SCALE)
+        round_kv(attention, KvGrid(kv.bits, kv.symmetric, kv.static), *scales)
     return block, solved
 
 

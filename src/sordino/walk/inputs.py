@@ -1,7 +1,8 @@
-"""Static scales of rounded inputs, one a site, by the error of the block's output (PrefixQuant, spec section 4.5).
+"""Scales of rounded inputs, one a site, by the error of the block's output (PrefixQuant, spec section 4.5).
 
-Coarse, then fine shares of the largest entry that calibration saw; the share 1 is among them. Compared is the block with and
-without rounding at this site, everything before it rounded already. Shapes: B windows, L tokens, D hidden size.
+Static: coarse, then fine shares of the largest entry that calibration saw; the share 1 is among them. Dynamic: the share of
+each token's largest entry, where the recipe leaves it open. Compared is the block with and without rounding at this site,
+everything before it rounded already. Shapes: B windows, L tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -19,38 +20,43 @@ from sordino.walk.context import Context
 
 _COARSE = [0.25 + 0.1 * i for i in range(8)] + [1.0]
 _FINE = [0.01 * i for i in range(-5, 6)]
+_CLIPS = [0.6 + 0.05 * i for i in range(9)]
 _TOKENS = 2048  # on which the candidates are compared
 
 
 def round_site(ctx: Context, site: Site, names: list[str], fmt: ActivationFormat) -> dict[str, float]:
     """Let the linears of a site round their common input; returns what is worth reporting."""
     linears: list[Any] = [ctx.q.get_submodule(name) for name in names]
-    if fmt.mode == "dynamic":
-        for linear in linears:
-            round_inputs(linear, fmt.bits, fmt.clip)
-        ctx.touch(site)
-        return {}
-    peak = max(float(x.abs().max()) for _, x in ctx.inputs("q", site))
-    step = peak / ((1 << (fmt.bits - 1)) - 1)
-    windows = max(1, min(ctx.streams["q"].calib, _TOKENS // ctx.stream("q").shape[1]))
+    windows = max(1, min(ctx.streams["q"].calib, _TOKENS // ctx.stream("q").shape[1])) if fmt.searched else 0
     exact = _outputs(ctx, windows)
     errors: dict[float, float] = {}
 
-    def error(share: float) -> float:
-        if share not in errors:
-            for linear in linears:
-                round_inputs(linear, fmt.bits, 1.0, _stored(share * step))
-            ctx.touch(site)
-            pairs = zip(_outputs(ctx, windows), exact, strict=True)
-            errors[share] = sum(float((y.float() - t.float()).square().sum()) for y, t in pairs)
-        return errors[share]
+    def give(scale: float) -> None:
+        for linear in linears:
+            round_inputs(linear, fmt.bits, fmt.static, _stored(scale))
+        ctx.touch(site)
 
-    best = min(_COARSE, key=error)
-    best = min((round(best + d, 2) for d in _FINE if best + d <= 1.0), key=error)
-    for linear in linears:
-        round_inputs(linear, fmt.bits, 1.0, _stored(best * step))
-    ctx.touch(site)
-    return {"scale": _stored(best * step), "share": best, "peak": peak}
+    def error(scale: float) -> float:
+        if scale not in errors:
+            give(scale)
+            pairs = zip(_outputs(ctx, windows), exact, strict=True)
+            errors[scale] = sum(float((y.float() - t.float()).square().sum()) for y, t in pairs)
+        return errors[scale]
+
+    if not fmt.searched:
+        assert not isinstance(fmt.clip, str)
+        give(fmt.clip)
+        return {}
+    if not fmt.static:
+        best = min(_CLIPS, key=error)
+        give(best)
+        return {"clip": round(best, 2)}
+    peak = max(float(x.abs().max()) for _, x in ctx.inputs("q", site))
+    step = peak / ((1 << (fmt.bits - 1)) - 1)
+    share = min(_COARSE, key=lambda s: error(s * step))
+    share = min((round(share + d, 2) for d in _FINE if share + d <= 1.0), key=lambda s: error(s * step))
+    give(share * step)
+    return {"scale": _stored(share * step), "share": share, "peak": peak}
 
 
 def _stored(scale: float) -> float:

@@ -26,7 +26,7 @@ from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
 from sordino.numerics.affine import AffineGrid
 from sordino.numerics.basis import Basis
 from sordino.numerics.packing import packed_words
-from sordino.recipe import Gptaq, Gptq, Recipe, WeightFormat
+from sordino.recipe import Gptaq, Gptq, Recipe, Rtn, WeightFormat
 from sordino.round.gptq import GptqSolver
 from sordino.round.rtn import RtnSolver
 from sordino.runtime.prefix import check_rotary
@@ -79,6 +79,7 @@ class Plan:
         extra: calibration windows beyond the recipe's that the finish stage asks for.
         q_calib, fp_calib: whether that stream is computed on the calibration windows.
         basis: of the residual stream inside the blocks, None for the model's own.
+        inner: spaces inside the blocks that moves turn.
         targets: whether moves train towards the full-precision stream, up to its end.
         memory: estimated peak bytes.
         disk: bytes written under OUT.
@@ -99,6 +100,7 @@ class Plan:
     fp_calib: bool
     targets: bool
     basis: Basis | None
+    inner: tuple[str, ...]
     memory: int
     disk: int
 
@@ -141,7 +143,8 @@ class Plan:
         item = 8 * self.stored.itemsize
         caches = 2 * next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj")) * self.anatomy.n_blocks
         side = item * (sum(self.added_biases(i) for i in range(*self.blocks)) + prefix * caches)
-        side += 32 * len(chosen) * self.recipe.format.activations.static
+        side += 32 * len(chosen) * self.recipe.format.activations.rounded
+        side += item * 2 * self.anatomy.key_heads * self.recipe.format.kv.rounded * (self.blocks[1] - self.blocks[0])
         return (sum(x.bits_stored for x in chosen) + side) / sum(x.linear.in_features * x.linear.out_features for x in chosen)
 
     def added_biases(self, index: int) -> int:
@@ -165,14 +168,15 @@ def make_solver(fmt: WeightFormat) -> Solver:
         return GptqSolver(
             options.damp, options.order, options.static_groups, alpha, options.weighted, whole, options.refit, options.cap
         )
-    return RtnSolver()
+    return RtnSolver(options.search == "output")
 
 
 def make_grid(fmt: WeightFormat) -> Grid:
     """The grid of a weight format."""
     if fmt.grid == "additive":
         return AdditiveGrid(fmt.bits, fmt.column_scale)
-    base = AffineGrid(fmt.bits, fmt.symmetric, fmt.search)
+    by_output = isinstance(fmt.solver, Rtn) and fmt.solver.search == "output"
+    base = AffineGrid(fmt.bits, fmt.symmetric, 0 if by_output else fmt.search)
     return DualScaleGrid(base) if fmt.column_scale else base
 
 
@@ -204,7 +208,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
     linears = tuple(_plan_block(i, anatomy, recipe, span) for i in range(anatomy.n_blocks))
     needs = {n for block in linears for x in block if x.group is not None for n in make_solver(x.format).needs}
     fp_moves = any(m.needs_fp_stream for m in moves)
-    calibrated = bool(needs) or bool(moves) or recipe.format.activations.static
+    calibrated = bool(needs) or bool(moves) or recipe.format.activations.searched or recipe.format.kv.searched
     c = recipe.calibration
     plan = Plan(
         recipe=recipe,
@@ -222,6 +226,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
         fp_calib="D" in needs or fp_moves,
         targets=fp_moves,
         basis=_basis(moves, _hidden(source)),
+        inner=_inner(moves),
         memory=0,
         disk=0,
     )
@@ -262,15 +267,18 @@ def _check_tensors(source: Source, model: nn.Module, anatomy: Anatomy) -> None:
 
 def _check_format(recipe: Recipe, anatomy: Anatomy, source: Source) -> None:
     fmt = recipe.format
-    if fmt.kv.bits != 16:
-        raise InputError(f"format.kv.bits={fmt.kv.bits}: rounding of the KV cache is not built yet; use 16")
+    if fmt.weights.grid != "affine" and isinstance(fmt.weights.solver, Rtn) and fmt.weights.solver.search == "output":
+        raise InputError('format.weights.solver.search="output" is for affine grids; use "weight"')
+    if fmt.kv.rounded and fmt.kv.static and not fmt.kv.symmetric:
+        raise InputError("format.kv: static scales are symmetric; set format.kv.symmetric=true")
     if fmt.activations.rounded and fmt.weights.bits == 16:
         raise InputError(
             f"format.activations.bits={fmt.activations.bits} without rounded weights: nothing would be rounded; "
             "set format.weights.bits"
         )
-    if fmt.activations.mode == "static" and fmt.activations.clip != 1.0:
-        raise InputError("format.activations.clip belongs to mode=dynamic; a static scale is searched")
+    for name, table in (("activations", fmt.activations), ("kv", fmt.kv)):
+        if table.static and table.clip not in (1.0, "search"):
+            raise InputError(f"format.{name}.clip belongs to mode=dynamic; a static scale is searched")
     if anatomy.tied and fmt.head not in (16, fmt.embeddings):
         raise InputError(
             f"format.head={fmt.head}: embedding and head of this model are one table, stored once; "
@@ -316,6 +324,13 @@ def _basis(moves: tuple[Move, ...], hidden: int) -> Basis | None:
     if len(found) > 1:
         raise InputError("more than one move rotates the residual stream; keep one of them")
     return found[0] if found else None
+
+
+def _inner(moves: tuple[Move, ...]) -> tuple[str, ...]:
+    found = [name for m in moves for name in m.inner()]
+    if len(set(found)) < len(found):
+        raise InputError("more than one move rotates the inside of the blocks; keep one of them")
+    return tuple(found)
 
 
 def _check_resources(plan: Plan, source: Source, out: Path | None) -> Plan:

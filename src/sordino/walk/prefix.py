@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sordino.anatomy import hidden_states
+from sordino.runtime.inner import ATTENTION
 from sordino.runtime.prefix import KEY, VALUE
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.ends import Ends
 from sordino.walk.store import Work
-
-ATTENTION = "self_attn"
 
 
 class PrefixStream:
@@ -43,7 +42,9 @@ class PrefixStream:
             cache: Any = DynamicCache()
             hidden = hidden_states(layer(x, **self.calls[index] | {"past_key_values": cache, "use_cache": True}))
             made = cache.layers[index]
-            known = {"hidden": hidden, KEY: made.keys.to(self.stored), VALUE: made.values.to(self.stored)}
+            turn = getattr(layer.get_submodule(ATTENTION), "key_rotation", None)
+            keys = made.keys if turn is None else turn.apply(made.keys)
+            known = {"hidden": hidden, KEY: keys.to(self.stored), VALUE: made.values.to(self.stored)}
             self.work.save_prefix(index, known)
         dtype = self.first.dtype
         return known[KEY].to(dtype), known[VALUE].to(dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import SITES, Anatomy, Site, hidden_states
+from sordino.runtime.inputs import rotated
 
 
 class _Reached(Exception):
@@ -33,7 +34,8 @@ class Runner:
         layer: the decoder layer.
         x: stream [N, L, D].
         batch: windows of a batch.
-        kept: inputs of "o" and "down" that later passes start from, [N', L, C] for the first N' windows.
+        kept: inputs of "o" and "down" that later passes start from, [N', L, C] for the first N' windows, before any
+            online rotation.
         attended: what attention adds to the stream, by first window of a batch; only beside a kept input of "o".
     """
 
@@ -53,17 +55,17 @@ class Runner:
     @torch.no_grad()
     def inputs(self, site: Site, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
         """Inputs of a site for the windows ``start … stop``: (windows, [B, L, C]) batch by batch."""
+        first = self.layer.get_submodule(self.anatomy.at(site)[0].name)
         if self._covers(site, start, stop):
             for span in self._spans(start, stop):
-                yield span, self.kept[site][span]
+                yield span, rotated(first, self.kept[site][span])
             return
         keep = self._keep(site, start, stop)
-        first = self.layer.get_submodule(self.anatomy.at(site)[0].name)
         for span in self._spans(start, stop):
             value = self._until(first, site, span)
             if keep is not None:
                 keep[span] = value
-            yield span, value
+            yield span, rotated(first, value)
         if keep is not None:
             self.kept[site] = keep
 
@@ -92,7 +94,7 @@ class Runner:
         def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
             raise _Reached(args[0])
 
-        hook = module.register_forward_pre_hook(stop, prepend=True)  # before the input is rounded
+        hook = module.register_forward_pre_hook(stop, prepend=True)  # before the input is turned and rounded
         try:
             self._forward(span, SITES.index(site))
         except _Reached as reached:

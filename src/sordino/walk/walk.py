@@ -21,6 +21,8 @@ from sordino.anatomy import SITES, Site, hidden_states
 from sordino.contract import Rounded, StreamName, having
 from sordino.errors import SordinoError
 from sordino.round.rtn import RtnSolver
+from sordino.runtime.attention import carry_attention
+from sordino.runtime.inner import ATTENTION
 from sordino.runtime.inputs import carry_inputs
 from sordino.runtime.prefix import give_prefix
 from sordino.walk.blocks import BlockFactory
@@ -28,8 +30,9 @@ from sordino.walk.context import Context, Stream, relative_error
 from sordino.walk.ends import Ends
 from sordino.walk.finish import open_finish, rounded_block, store_finish
 from sordino.walk.inputs import round_site
+from sordino.walk.kv import round_block_kv
 from sordino.walk.plan import Plan, baseline_grid
-from sordino.walk.prefix import ATTENTION, PrefixStream
+from sordino.walk.prefix import PrefixStream
 from sordino.walk.solve import commit, solve_site
 from sordino.walk.source import Source
 from sordino.walk.store import Work, pack_block
@@ -62,7 +65,7 @@ class Walk:
     progress: Progress
 
     def __post_init__(self) -> None:
-        self.factory = BlockFactory(self.source, self.plan.anatomy, self.plan.dtype)
+        self.factory = BlockFactory(self.source, self.plan.anatomy, self.plan.dtype, self.plan.inner)
         self.calls: list[dict[str, Any]] = []
         self.artifacts: dict[str, Any] = {}
         self.streams: dict[str, Stream] = {}
@@ -248,6 +251,8 @@ class Walk:
         for move in self.plan.moves:
             move.open(ctx)
         for site in SITES:
+            if site == "o" and self.plan.recipe.format.kv.rounded:
+                report |= {"kv": note} if (note := round_block_kv(ctx, self.plan.recipe.format.kv)) else {}
             self._round_inputs(ctx, site, report)
             for move in self.plan.moves:
                 move.before(ctx, site)
@@ -320,6 +325,7 @@ class Walk:
             values = rounded[p.linear.name].values().to(module.weight.dtype)
             module.weight = nn.Parameter(values, requires_grad=False)
             carry_inputs(ctx.q.get_submodule(p.linear.name), module)
+        carry_attention(ctx.q.get_submodule(ATTENTION), layer.get_submodule(ATTENTION))
         return rounded, layer
 
     def _store(self, ctx: Context) -> None:

@@ -1,0 +1,53 @@
+"""PrefixQuant's ablation ladder on smollm2 (spec section 6.4), its baselines, and Sordino's own best; see ladder.py.
+
+python benchmarks/prefixquant.py --calibrate wiki.valid.raw --evaluate wiki.test.raw --also c4.txt [--only NAME …]
+
+Weights by channel, symmetric, guards off. Each rung adds one part; the static branch differs from the dynamic one in inputs,
+keys and values, and has its scales searched by the same procedure.
+"""
+
+from __future__ import annotations
+
+from ladder import Ladder, climb
+
+SEEDS = [0, 1, 2]
+OFF = "guard=off"
+TURN = '{move="rotate", size="full"}, {move="rotate-inner"}'
+
+
+def ladder(bits: int) -> Ladder:
+    """The rungs for inputs of some width."""
+    name = f"w4a{bits}kv4"
+    dynamic, static = (f"prefixquant-{name}-{mode}" for mode in ("dynamic", "static"))
+    plain = [
+        "format.activations.clip=1.0",
+        "format.kv.clip=1.0",
+        "format.weights.solver.search=weight",
+        "format.weights.search=0",
+    ]
+    return {
+        f"rtn {name}": (dynamic, [OFF, *plain, "moves=[]"], [0]),
+        f"{name}: + rotation": (dynamic, [OFF, *plain, f"moves=[{TURN}]"], [0]),
+        f"{name}: + scale search": (dynamic, [OFF, f"moves=[{TURN}]"], [0]),
+        f"{name} dynamic: + prefix": (dynamic, [OFF], SEEDS),
+        f"{name} dynamic: + tuning": (f"{dynamic}-tuned", [OFF], SEEDS),
+        f"{name} static": (static, [OFF, f"moves=[{TURN}]"], [0]),
+        f"{name} static: + prefix": (static, [OFF], SEEDS),
+        f"{name} static: + tuning": (f"{static}-tuned", [OFF], SEEDS),
+    }
+
+
+LADDER: Ladder = {
+    "quarot-w4a4kv4": ("quarot-w4a4kv4", [OFF], SEEDS),
+    **ladder(4),
+    **ladder(8),
+    "kv4 alone": ("quarot-w4a4kv4", [OFF, "format.weights.bits=16", "format.activations.bits=16"], [0]),
+    "kv4 alone, static, prefix": (
+        "prefixquant-w4a4kv4-static", [OFF, "format.weights.bits=16", "format.activations.bits=16"], [0],
+    ),
+    "w4 alone": ("prefixquant-w4a4kv4-static", [OFF, "format.kv.bits=16", "format.activations.bits=16"], [0]),
+    "a4 alone, static, prefix": ("prefixquant-w4a4kv4-static", [OFF, "format.kv.bits=16", "format.weights.bits=8"], [0]),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    climb(__doc__, LADDER, "prefixquant.jsonl")

@@ -1,0 +1,59 @@
+"""Rotations inside a block (PrefixQuant, spec section 3, after QuaRot and SpinQuant): R2, R3 and R4.
+
+R2 turns the values of each head, in the weights of v_proj and o_proj. R3 turns queries and keys after the rotary embedding, so
+that keys can be rounded; R4 turns the input of down_proj, whose weight is turned beforehand. R3 and R4 run online, by a fast
+transform. All are Hadamard matrices where one of the size is constructed, else partly seeded (numerics/hadamard.py).
+Shapes: R = out_features, C = in_features, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sordino.anatomy import Anatomy
+from sordino.contract import Move
+from sordino.numerics.hadamard import rotation
+from sordino.runtime.inner import ATTENTION, DOWN, dress
+
+
+class RotateInner(Move):
+    """Rotate values, keys and the input of down_proj.
+
+    Args:
+        values: R2.
+        keys: R3.
+        down: R4.
+    """
+
+    name = "rotate-inner"
+
+    def __init__(self, values: bool = True, keys: bool = True, down: bool = True) -> None:
+        self.values, self.keys, self.down = values, keys, down
+
+    def inner(self) -> tuple[str, ...]:
+        """Which of them, by name."""
+        return tuple(n for n in ("values", "keys", "down") if getattr(self, n))
+
+    @torch.no_grad()
+    def reshape(self, block: nn.Module, index: int, anatomy: Anatomy, artifacts: dict[str, Any]) -> None:
+        """Turn the weights."""
+        if self.values:
+            attention: Any = block.get_submodule(ATTENTION)
+            v, o, turn = attention.v_proj, attention.o_proj, rotation(attention.head_dim)
+            heads = v.weight.double().unflatten(0, (-1, turn.size))  # [K, d, C]
+            _give(v, turn.apply(heads.transpose(1, 2)).transpose(1, 2).flatten(0, 1))
+            if v.bias is not None:
+                bias = turn.apply(v.bias.double().view(-1, turn.size)).flatten()
+                v.bias = nn.Parameter(bias.to(v.bias.dtype), requires_grad=False)  # a new one: the source's own must stay
+            _give(o, turn.apply(o.weight.double().unflatten(1, (-1, turn.size))).flatten(1))
+        if self.down:
+            down: Any = block.get_submodule(DOWN)
+            _give(down, rotation(down.in_features).apply(down.weight.double()))
+        dress(block, self.inner())
+
+
+def _give(linear: Any, weight: torch.Tensor) -> None:
+    linear.weight = nn.Parameter(weight.to(linear.weight.dtype).contiguous(), requires_grad=False)

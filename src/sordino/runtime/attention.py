@@ -1,0 +1,154 @@
+"""What Sordino does inside attention, registered with transformers under one name.
+
+In this order: queries and keys are rotated (R3, after the rotary embedding), keys and values rounded as the cache stores
+them, the prefix put in front. With a packed cache (runtime/cache.py) keys and values come out of it rotated and rounded.
+Shapes: B batch, H query heads, K key heads, L queries, S keys, P prefix tokens, d head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sordino.errors import InputError
+from sordino.numerics.hadamard import Rotation, rotation
+from sordino.numerics.kv import KvGrid
+from sordino.runtime.cache import enter
+from sordino.runtime.prefix import KEY, VALUE, check_rotary, give_prefix, join
+
+NAME = "sordino"
+KEY_SCALE, VALUE_SCALE = "key_scale", "value_scale"
+
+
+def rotate_keys(attention: Any) -> None:
+    """Let an attention module rotate queries and keys of each head by a Hadamard matrix (R3): their products stay."""
+    attention.key_rotation = rotation(attention.head_dim)
+
+
+def round_kv(attention: Any, grid: KvGrid, key: Tensor, value: Tensor) -> None:
+    """Let an attention module round its keys and values.
+
+    Args:
+        attention: the module.
+        grid: bits and kind.
+        key: fp32 [K], scales or shares of the keys, see :meth:`KvGrid.fit`; a buffer from now on.
+        value: of the values.
+    """
+    attention.kv_grid = grid
+    attention.register_buffer(KEY_SCALE, key)
+    attention.register_buffer(VALUE_SCALE, value)
+
+
+def carry_attention(old: Any, new: Any) -> None:
+    """Let an attention module treat keys and values as another one does."""
+    if getattr(old, "kv_grid", None) is not None:
+        round_kv(new, old.kv_grid, getattr(old, KEY_SCALE), getattr(old, VALUE_SCALE))
+
+
+def treat(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Rotate, round, put the prefix in front: query [B, H, L, d], key and value [B, K, S, d], mask [B, 1, L, S]."""
+    turn: Rotation | None = getattr(module, "key_rotation", None)
+    grid: KvGrid | None = getattr(module, "kv_grid", None)
+    packed = grid is not None and getattr(module, "packed_cache", False)
+    if turn is not None:
+        query = turn.apply(query)
+        key = key if packed else turn.apply(key)
+    if grid is not None and not packed:
+        trained = getattr(module, "trained_scales", {})
+        shares = [trained[n]() if n in trained else module.get_buffer(n) for n in (KEY_SCALE, VALUE_SCALE)]
+        key, value = grid.fake(key, shares[0]), grid.fake(value, shares[1])
+    return query, *join(module, key, value, mask)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Any]:
+    """Attention in transformers' signature, [B, H, L, d] and twice [B, K, S, d] -> [B, L, H, d]."""
+    before = key.shape[2]
+    query, key, value, mask = treat(module, query, key, value, attention_mask)
+    length, keys = query.shape[2], key.shape[2]
+    if mask is None and keys > before and length > 1:
+        # transformers leaves out the mask where plain causal order says it all; torch would align that to the first key.
+        mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)[None, None]
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+def install(model: Any) -> None:
+    """Make a transformers model, whose attention modules have something of ours, use it whatever way it is called.
+
+    Raises:
+        InputError: if there is a prefix and the rotary angles depend on the length of the text; in a forward, if the attention
+            function was changed to another one.
+    """
+    model.config._attn_implementation = NAME
+    for module in [m for m in model.modules() if hasattr(m, "k_proj")]:
+        if _check not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_check)
+        if getattr(module, "kv_grid", None) is not None and enter not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(enter, with_kwargs=True)
+    decoder = model.get_decoder()
+    if any(hasattr(m, KEY) for m in model.modules()):
+        check_rotary(model.config)
+        if _positions not in decoder._forward_pre_hooks.values():
+            decoder.register_forward_pre_hook(_positions, with_kwargs=True)
+
+
+def attach(model: Any, tensors: dict[str, Tensor]) -> None:
+    """Give a model in full precision the prefix of a checkpoint that was made from it, see :func:`read_prefix`.
+
+    Raises:
+        InputError: if it does not fit.
+    """
+    paths = {n for n, m in model.named_modules() if hasattr(m, "k_proj")}
+    found = {n.rpartition(".")[0] for n in tensors}
+    if found != paths:
+        raise InputError(f"the prefix belongs to {len(found)} attention modules, this model has {len(paths)} or other ones")
+    heads = model.config.num_key_value_heads
+    for path in sorted(paths):
+        module, key, value = model.get_submodule(path), tensors[f"{path}.{KEY}"], tensors[f"{path}.{VALUE}"]
+        size = module.k_proj.out_features // heads
+        if key.shape[1] != heads or key.shape[3] != size:
+            raise InputError(f"the prefix has {key.shape[1]} key heads of {key.shape[3]}, this model {heads} of {size}")
+        give_prefix(module, key, value)
+    install(model)
+
+
+_KNOWING = {NAME}  # attention functions that call `treat`
+
+
+def knows_treatment(name: str) -> None:
+    """Say that an attention function calls :func:`treat`."""
+    _KNOWING.add(name)
+
+
+def _check(module: Any, *_: Any) -> None:
+    if module.config._attn_implementation not in _KNOWING:
+        raise InputError(
+            f"attention '{module.config._attn_implementation}' leaves out this checkpoint's prefix, rotation or KV rounding; "
+            f"keep attn_implementation='{NAME}'"
+        )
+
+
+def _positions(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Count the positions of a padded batch from its first real token: the prefix stands right before that one."""
+    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    mask = given.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or given.get("position_ids") is not None or bool(mask.all()):
+        return None
+    ids = given.get("input_ids")
+    new = (given["inputs_embeds"] if ids is None else ids).shape[1]
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+    return args, kwargs | {"position_ids": positions}
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+# Without an entry here transformers would make no masks at all for this name.
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -1,0 +1,83 @@
+"""Rotations of values, keys and down_proj's input keep the function on every family, through the whole path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import sordino
+from sordino.errors import InputError
+from sordino.recipe import Recipe, load_recipe
+from tiny import FAMILIES, make_tiny
+
+PLAIN = ["format.weights.bits=16", "guard=off"]
+SMALL: dict[str, Any] = {"windows": 4, "seqlen": 32}
+BOTH = 'moves=[{move="rotate", size="full"}, {move="rotate-inner"}]'
+
+
+def turned(moves: str) -> Recipe:
+    return load_recipe("rtn-w4", [*PLAIN, moves])
+
+
+@pytest.mark.parametrize("ffn", [96, 172])  # 172 = 4 * 43: no Hadamard matrix of any order that divides it but 4
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_unchanged(family: str, ffn: int, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", family, layers=2, hidden_size=96, num_attention_heads=6, ffn=ffn)
+    moves = BOTH if family != "olmo2" else 'moves=[{move="rotate-inner"}]'
+    sordino.quantize(str(model), turned(moves), tmp_path / "out", **SMALL)
+    exact = AutoModelForCausalLM.from_pretrained(model)
+    ours, tokenizer = sordino.load(tmp_path / "out")
+    for name in ("mlp.down_proj", "self_attn.v_proj", "self_attn.o_proj"):
+        a, b = (m.model.layers[1].get_submodule(name).weight for m in (exact, ours))
+        assert not torch.allclose(a, b)
+    ids = tokenizer("the function stays", return_tensors="pt").input_ids
+    with torch.no_grad():
+        a, b = exact(ids).logits, ours(ids).logits
+    assert (a - b).norm() <= 1e-4 * a.norm()
+    assert torch.equal(exact.generate(ids, max_new_tokens=16), ours.generate(ids, max_new_tokens=16))
+
+
+@pytest.mark.parametrize("option", ["values", "keys", "down"])
+def test_each_alone_keeps_the_function(option: str, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    others = ", ".join(f"{o}=false" for o in ("values", "keys", "down") if o != option)
+    sordino.quantize(str(model), turned(f'moves=[{{move="rotate-inner", {others}}}]'), tmp_path / "out", **SMALL)
+    exact, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("model", "out"))
+    ids = torch.randint(2, 300, (2, 20))
+    with torch.no_grad():
+        a, b = exact(ids).logits, ours(ids).logits
+    assert (a - b).norm() <= 1e-4 * a.norm()
+    assert ours.config.quantization_config.inner == [option]
+
+
+def test_two_of_them_are_refused(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    with pytest.raises(InputError, match="more than one move rotates the inside"):
+        twice = 'moves=[{move="rotate-inner"}, {move="rotate-inner"}]'
+        sordino.quantize(str(model), turned(twice), tmp_path / "out", **SMALL)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+def test_calibration_sees_what_the_rotated_rounded_checkpoint_does(family: str, kind: str, tmp_path: Path) -> None:
+    """Everything at once: the divergence measured in the walk is what the checkpoint shows on the same windows."""
+    from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
+
+    model = make_tiny(tmp_path / "model", family, layers=2)
+    made = load_recipe("gptq-w4", [
+        "format.weights.group=channel", "format.weights.symmetric=true", f'format.activations={{bits=8, mode="{kind}"}}',
+        f'format.kv={{bits=4, mode="{kind}", symmetric={"true" if kind == "static" else "false"}}}', BOTH, "guard=on",
+    ])  # fmt: skip
+    manifest = sordino.quantize(str(model), made, tmp_path / "out", windows=16, seqlen=48).manifest
+    ours, tokenizer = sordino.load(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    windows = calibration_windows(tokenize(load_text(DEFAULT_TEXT), tokenizer), 48, 16, 4, 0)[16:]
+    with torch.no_grad():
+        q, p = (m(windows, use_cache=False).logits.log_softmax(-1) for m in (ours, plain))
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(manifest["guard"]["kl"], rel=1e-2)
+    size = sordino.evaluate(tmp_path / "out", windows=1, seqlen=16).bits_per_weight
+    assert size == pytest.approx(manifest["bits_per_weight"])
