@@ -41,6 +41,8 @@ LADDER: Ladder = {
     "quarot-w4a4kv4": ("quarot-w4a4kv4", [OFF], SEEDS),
     **ladder(4),
     **ladder(8),
+    "w4a4kv4": ("w4a4kv4", [], SEEDS),
+    "w4a8kv4": ("w4a8kv4", [], SEEDS),
     "kv4 alone": ("quarot-w4a4kv4", [OFF, "format.weights.bits=16", "format.activations.bits=16"], [0]),
     "kv4 alone, static, prefix": (
         "prefixquant-w4a4kv4-static", [OFF, "format.weights.bits=16", "format.activations.bits=16"], [0],

@@ -18,7 +18,7 @@ from tiny import make_tiny
 
 SMALL: dict[str, Any] = {"windows": 16, "seqlen": 48}
 IDS = (70, 12, 0)
-NAMES = [n for n in presets() if n.startswith(("prefixquant-", "quarot-"))]
+NAMES = [n for n in presets() if n.startswith(("prefixquant-", "quarot-", "w4a"))]
 
 
 class Fixed(Prefix):
@@ -46,7 +46,7 @@ def test_what_calibration_saw_is_what_ships(name: str, tmp_path: Path) -> None:
     manifest = sordino.quantize(str(model), load_recipe(name, overrides), tmp_path / "out", **SMALL).manifest
     ours, tokenizer = sordino.load(tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(model)
-    begins = torch.tensor([IDS] * 4) if name.startswith("prefix") else torch.empty(4, 0, dtype=torch.long)
+    begins = torch.tensor([IDS] * 4) if not name.startswith("quarot") else torch.empty(4, 0, dtype=torch.long)
     windows = calibration_windows(tokenize(load_text(DEFAULT_TEXT), tokenizer), 48, 16, 4, 0)[16:]
     with torch.no_grad():
         q = ours(windows, use_cache=False).logits.log_softmax(-1)

@@ -38,12 +38,14 @@ def test_presets_load_and_round_trip(name: str, tmp_path: Path) -> None:
     again = written(recipe, tmp_path)
     assert again == recipe
     assert again.digest == recipe.digest
-    named = re.fullmatch(r"(.*?)-?w(\d)(?:a(\d))?", name)
+    named = re.fullmatch(r"(.*?)-?w(\d)(?:a(\d)(?:kv(\d))?)?(?:-static|-dynamic)?(?:-tuned)?", name)
     assert named is not None
-    system, bits, inputs = named.groups()
+    system, bits, inputs, kv = named.groups()
+    assert recipe.format.kv.bits == int(kv or 16)
     assert recipe.format.weights.bits == int(bits) and recipe.format.activations.bits == int(inputs or 16)
     # Systems and Sordino's own best are built on GPTAQ; the others are named after their solver, 8 bits need none.
-    known = {"rtn": "rtn", "gptq": "gptq", "gptaq": "gptaq"} | ({"": "rtn"} if inputs else {})
+    known = {"rtn": "rtn", "gptq": "gptq", "gptaq": "gptaq", "quarot": "gptq", "prefixquant": "rtn"}
+    known |= {"": "rtn"} if inputs and not kv else {}
     assert recipe.format.weights.solver.name == known.get(system, "gptaq")
 
 
