@@ -144,14 +144,16 @@ def compare(
     json_: JsonFile = None,
     csv: Annotated[Path | None, typer.Option(help="Also write a CSV file.")] = None,
     md: Annotated[Path | None, typer.Option(help="Also write a Markdown table.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with plots of quality over size.")] = None,
 ) -> None:
     """Measure several checkpoints on the same text and tasks and set them side by side.
 
     Example: sordino compare out-w4 out-w3 --against smollm2 --text wiki.test.raw --windows 8
     """
     from sordino.measure.compare import compare as run
+    from sordino.report.compare import comparison_page
 
-    _check_writable(json_, csv, md)
+    _check_writable(json_, csv, md, html)
     with Bars() as bars:
         options: dict[str, Any] = {"against": against, "tasks": _tasks(tasks, task_data, limit) or None, "text": text}
         comparison = run(checkpoints, seqlen=seqlen, windows=windows, progress=bars, **options)
@@ -160,6 +162,8 @@ def compare(
             _write(path, content)
     if json_:
         _write_json(json_, comparison.to_json())
+    if html:
+        _write(html, comparison_page(comparison))
     _print_comparison(comparison)
 
 
@@ -313,12 +317,13 @@ def _task_lines(result: Any) -> list[tuple[str, str]]:
 
 
 def _print_comparison(comparison: Any) -> None:
-    table = Table()
-    for name in comparison.header:
-        table.add_column(name, overflow="fold")  # a name cut off with dots tells nothing
-    for row in comparison.cells():
-        table.add_row(*row)
-    _out.print(table)
+    for header, rows in comparison.tables():
+        table = Table()
+        for name in header:
+            table.add_column(name, overflow="fold")  # a name cut off with dots tells nothing
+        for row in rows:
+            table.add_row(*row)
+        _out.print(table)
 
 
 def _print_result(result: Any) -> None:

@@ -14,6 +14,8 @@ from sordino.measure.evaluate import Evaluation, evaluate, reference
 from sordino.measure.tasks import Tasks
 from sordino.walk.source import locate
 
+_SIZES = 4  # columns before those of text and tasks
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -49,6 +51,14 @@ class Comparison:
             )
             for name, e in self.rows
         ]
+
+    def tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+        """Header and cells in parts that a terminal has room for: size and text, then tasks."""
+        header, cells = self.header, self.cells()
+        first = self.rows[0][1]
+        cut = _SIZES + (len(_text_cells(first)) if first.ppl is not None else 0)
+        whole = [(header[:cut], [row[:cut] for row in cells])]
+        return whole if len(header) == cut else [*whole, ((header[0], *header[cut:]), [(row[0], *row[cut:]) for row in cells])]
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object a checkpoint."""
