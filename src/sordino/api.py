@@ -20,6 +20,7 @@ from torch import Tensor
 from sordino.corpus import DEFAULT_TEXT, Text, calibration_windows, load_text, tokenize
 from sordino.errors import InputError, SordinoError, reason
 from sordino.recipe import Recipe, load_recipe
+from sordino.report.quantize import quantize_page
 from sordino.version import __version__, source_digest
 from sordino.walk.assemble import assemble, publish
 from sordino.walk.heap import keep_freed_memory
@@ -107,6 +108,7 @@ def quantize(
             result = _run(source, plan, work, drawn, seed, out, progress or _silent)
             run = _run_facts(work.seconds, _cpu_seconds() - cpu, plan)
             write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
+            write_text(out / "report.html", quantize_page(out, str(model), result, run))
             publish(work, out)
             work.remove()
     except (OSError, SafetensorError) as error:
@@ -258,7 +260,9 @@ def _clear(out: Path) -> None:
     manifest = out / "sordino.json"
     if manifest.is_file():
         files = _read_json(manifest).get("files", [])
-        for name in sorted({*files, "run.json", "sordino.json"}, key=lambda n: (n != "config.json", n == "sordino.json")):
+        for name in sorted(
+            {*files, "run.json", "report.html", "sordino.json"}, key=lambda n: (n != "config.json", n == "sordino.json")
+        ):
             (out / Path(name).name).unlink(missing_ok=True)
     if (out / WORK).is_dir():
         (out / WORK / "state.json").unlink(missing_ok=True)

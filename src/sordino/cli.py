@@ -32,11 +32,21 @@ _out = Console()
 Model = Annotated[str, typer.Argument(help="Hugging Face directory or hub name, .gguf file, or 'smollm2'.")]
 RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="Preset name (see 'sordino recipes') or TOML file.")]
 TextSpec = Annotated[str, typer.Option("--text", help="Text or jsonl file, builtin:pydoc, builtin:docstrings or hub:NAME.")]
+EvalText = Annotated[
+    str | None,
+    typer.Option("--text", help="As in quantize; builtin:docstrings if not given, or no text at all if there are --tasks."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one value of the recipe, e.g. format.weights.bits=3. Repeatable."),
 ]
 WindowsOption = Annotated[int | None, typer.Option(min=1, help="How many windows of text.")]
+TasksOption = Annotated[
+    str | None,
+    typer.Option("--tasks", help="Zero-shot tasks of lm-evaluation-harness, e.g. piqa,arc_easy (needs the extra [eval])."),
+]
+TaskData = Annotated[Path | None, typer.Option("--task-data", help="Folder of local task files; without it, from the hub.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="How many items of each task.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 
 
@@ -85,31 +95,38 @@ def quantize(
 @app.command("eval")
 def evaluate(
     model: Model,
-    text: TextSpec = "builtin:docstrings",
+    text: EvalText = None,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     windows: WindowsOption = None,
     against: Annotated[str | None, typer.Option(help="Reference model for KL and agreement.")] = None,
     prefix_from: Annotated[
         str | None, typer.Option(help="Checkpoint whose prefix stands before every window of MODEL too.")
     ] = None,
+    tasks: TasksOption = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float32.")] = "auto",
     json_: JsonFile = None,
 ) -> None:
-    """Measure perplexity (and divergence from a reference) of a checkpoint or model.
+    """Measure perplexity and zero-shot tasks (and the distance from a reference) of a checkpoint or model.
 
     Example: sordino eval out --text wiki.test.raw --windows 32 --against smollm2
+
+    Example: sordino eval out --tasks piqa,arc_easy --task-data zeroshot --limit 200 --against smollm2
     """
     from sordino.measure.evaluate import evaluate as run
 
     _check_writable(json_)
     with Bars() as bars:
         options = {"against": against, "prefix_from": prefix_from, "dtype": _dtype(dtype)}
-        result = run(model, text=text, seqlen=seqlen, windows=windows, progress=bars, **options)
+        options |= {"tasks": _tasks(tasks, task_data, limit), "text": text, "seqlen": seqlen, "windows": windows}
+        result = run(model, progress=bars, **options)
     rows = result.to_json()
     if json_:
         _write_json(json_, rows)
-    table = Table("figure", "value", title=f"{model} on {text}, {result.windows} windows of {result.seqlen}")
-    for name, value in _pretty(rows):
+    on = f" on {text or 'builtin:docstrings'}, {result.windows} windows of {result.seqlen}" if result.windows else ""
+    table = Table("figure", "value", title=f"{model}{on}")
+    for name, value in (*_pretty(rows), *_task_lines(result)):
         table.add_row(name, value)
     _out.print(table)
 
@@ -117,28 +134,36 @@ def evaluate(
 @app.command()
 def compare(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints or models.")],
-    text: TextSpec = "builtin:docstrings",
+    text: EvalText = None,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     windows: WindowsOption = None,
-    against: Annotated[str | None, typer.Option(help="Reference model for KL and agreement.")] = None,
+    against: Annotated[str | None, typer.Option(help="Reference model for KL, agreement and paired differences.")] = None,
+    tasks: TasksOption = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
     json_: JsonFile = None,
     csv: Annotated[Path | None, typer.Option(help="Also write a CSV file.")] = None,
     md: Annotated[Path | None, typer.Option(help="Also write a Markdown table.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with plots of quality over size.")] = None,
 ) -> None:
-    """Measure several checkpoints on the same text and set them side by side.
+    """Measure several checkpoints on the same text and tasks and set them side by side.
 
     Example: sordino compare out-w4 out-w3 --against smollm2 --text wiki.test.raw --windows 8
     """
     from sordino.measure.compare import compare as run
+    from sordino.report.compare import comparison_page
 
-    _check_writable(json_, csv, md)
+    _check_writable(json_, csv, md, html)
     with Bars() as bars:
-        comparison = run(checkpoints, text=text, seqlen=seqlen, windows=windows, against=against, progress=bars)
+        options: dict[str, Any] = {"against": against, "tasks": _tasks(tasks, task_data, limit) or None, "text": text}
+        comparison = run(checkpoints, seqlen=seqlen, windows=windows, progress=bars, **options)
     for path, content in ((csv, comparison.to_csv()), (md, comparison.to_markdown())):
         if path:
             _write(path, content)
     if json_:
         _write_json(json_, comparison.to_json())
+    if html:
+        _write(html, comparison_page(comparison))
     _print_comparison(comparison)
 
 
@@ -235,6 +260,17 @@ def _dtype(word: str) -> Any:
     return kinds[word]
 
 
+def _tasks(names: str | None, data: Path | None, limit: int | None) -> Any:
+    """The tasks asked for with their data read; nothing if there are none."""
+    from sordino.measure.tasks import open_tasks
+
+    if names is None:
+        if data is not None or limit is not None:
+            raise InputError("--task-data and --limit belong to --tasks; name some, e.g. --tasks piqa,arc_easy")
+        return ()
+    return open_tasks([n for name in names.split(",") if (n := name.strip())], data, limit)
+
+
 def _check_writable(*paths: Path | None) -> None:
     """Find out before minutes of measuring, not after."""
     for path in paths:
@@ -257,7 +293,7 @@ def _pretty(row: dict[str, Any]) -> list[tuple[str, str]]:
     """Figures with their standard errors, leaving out what was not asked for."""
     lines = []
     for name, value in row.items():
-        if value is None or name.endswith("_stderr"):
+        if value is None or name.endswith("_stderr") or isinstance(value, dict):
             continue
         error = row.get(f"{name}_stderr")
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
@@ -265,13 +301,29 @@ def _pretty(row: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def _task_lines(result: Any) -> list[tuple[str, str]]:
+    """A line for every figure on tasks, with the paired difference where there is one."""
+    if result.tasks is None:
+        return []
+    rows = result.to_json()
+    lines = []
+    for task, row in (*rows["tasks"].items(), ("tasks", rows["tasks_mean"])):
+        for metric, value in _pretty({k: v for k, v in row.items() if k != "samples" and "_difference" not in k}):
+            lines.append((f"{task}: {metric}", value))
+            ends = [row.get(f"{metric}_difference{end}") for end in ("", "_low", "_high")]
+            if ends[0] is not None:
+                lines.append(("  to the reference, 95 %", "{:+.4f} [{:+.4f}, {:+.4f}]".format(*ends)))
+    return lines
+
+
 def _print_comparison(comparison: Any) -> None:
-    table = Table()
-    for name in comparison.header:
-        table.add_column(name, overflow="fold")  # a name cut off with dots tells nothing
-    for row in comparison.cells():
-        table.add_row(*row)
-    _out.print(table)
+    for header, rows in comparison.tables():
+        table = Table()
+        for name in header:
+            table.add_column(name, overflow="fold")  # a name cut off with dots tells nothing
+        for row in rows:
+            table.add_row(*row)
+        _out.print(table)
 
 
 def _print_result(result: Any) -> None:

@@ -18,6 +18,7 @@ _NAMES = {
     "targets": "full precision",
     "distill": "distilling",
     "eval": "evaluating windows",
+    "tasks": "answering tasks",
     "write": "writing",
 }
 

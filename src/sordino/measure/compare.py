@@ -1,4 +1,4 @@
-"""Several checkpoints on the same text, side by side."""
+"""Several checkpoints on the same text and tasks, side by side."""
 
 from __future__ import annotations
 
@@ -11,16 +11,32 @@ from typing import Any
 
 from sordino.corpus import EVAL_TEXT, load_text
 from sordino.measure.evaluate import Evaluation, evaluate, reference
+from sordino.measure.tasks import Tasks
 from sordino.walk.source import locate
+
+_SIZES = 4  # columns before those of text and tasks
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Evaluations by name, in the order given."""
+    """Evaluations by name, in the order given, all on the same text and tasks.
+
+    Attributes:
+        rows: (name, evaluation).
+        text: what the text is called; None if only tasks were asked for.
+    """
 
     rows: tuple[tuple[str, Evaluation], ...]
+    text: str | None = None
 
-    header = ("checkpoint", "bits/weight", "bits/parameter", "MiB", "PPL", "KL", "top-1 agreement")
+    @property
+    def header(self) -> tuple[str, ...]:
+        """Names of the table's columns; those of text and tasks only where they were asked for."""
+        first, tasks = self.rows[0][1], self.rows[0][1].tasks
+        text = ("PPL", "KL", "top-1 agreement") if first.ppl is not None else ()
+        scores = [] if tasks is None else [*(f"{n} {t.metric}" for n, t in tasks.tasks.items()), "mean of tasks"]
+        paired = ["difference of means [95 %]"] if tasks is not None and first.tasks_against is not None else []
+        return ("checkpoint", "bits/weight", "bits/parameter", "MiB", *text, *scores, *paired)
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table's cells as text; a dash where a figure was not asked for."""
@@ -30,22 +46,29 @@ class Comparison:
                 f"{e.bits_per_weight:.3f}",
                 f"{e.bits_per_parameter:.3f}",
                 f"{e.bytes / 2**20:.1f}",
-                _with_error(e.ppl, e.ppl_stderr, 3),
-                _with_error(e.kl, e.kl_stderr, 4),
-                _with_error(e.top1_agreement, e.top1_agreement_stderr, 4),
+                *(_text_cells(e) if e.ppl is not None else ()),
+                *_task_cells(e),
             )
             for name, e in self.rows
         ]
+
+    def tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+        """Header and cells in parts that a terminal has room for: size and text, then tasks."""
+        header, cells = self.header, self.cells()
+        first = self.rows[0][1]
+        cut = _SIZES + (len(_text_cells(first)) if first.ppl is not None else 0)
+        whole = [(header[:cut], [row[:cut] for row in cells])]
+        return whole if len(header) == cut else [*whole, ((header[0], *header[cut:]), [(row[0], *row[cut:]) for row in cells])]
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object a checkpoint."""
         return [{"checkpoint": name} | e.to_json() for name, e in self.rows]
 
     def to_csv(self) -> str:
-        """Full figures, one line a checkpoint."""
-        rows = self.to_json()
+        """Full figures, one line a checkpoint; a task's are named ``tasks.piqa.acc``."""
+        rows = [_flat(row) for row in self.to_json()]
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(buffer, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return buffer.getvalue()
@@ -56,28 +79,56 @@ class Comparison:
         return "\n".join(lines) + "\n"
 
 
+def _text_cells(e: Evaluation) -> tuple[str, ...]:
+    return (
+        _with_error(e.ppl, e.ppl_stderr, 3),
+        _with_error(e.kl, e.kl_stderr, 4),
+        _with_error(e.top1_agreement, e.top1_agreement_stderr, 4),
+    )
+
+
+def _task_cells(e: Evaluation) -> tuple[str, ...]:
+    if e.tasks is None:
+        return ()
+    scores = [_with_error(t.value, t.stderr, 3) for t in e.tasks.tasks.values()]
+    cells = (*scores, _with_error(e.tasks.mean, e.tasks.mean_stderr, 3))
+    if e.tasks_against is None:
+        return cells
+    d = e.tasks.mean_difference(e.tasks_against)
+    return (*cells, "–" if d is None else f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
+
+
 def _with_error(value: float | None, error: float | None, digits: int) -> str:
     if value is None:
         return "–"
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
+def _flat(row: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat
+
+
 def compare(
     checkpoints: Sequence[str | Path],
     *,
-    text: str = EVAL_TEXT,
+    text: str | None = None,
     seqlen: int = 2048,
     windows: int | None = None,
     against: str | Path | None = None,
+    tasks: Tasks | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Measure several checkpoints; see :func:`sordino.evaluate` for the arguments and errors."""
     for name in (*checkpoints, *([] if against is None else [against])):
         locate(name)  # a mistyped name is found now, not after minutes of measuring the others
-    options: dict[str, Any] = {"text": load_text(text), "seqlen": seqlen, "windows": windows, "progress": progress}
-    exact = None if against is None else reference(against, **options)
+    content = load_text(text or EVAL_TEXT) if text is not None or tasks is None else None
+    options: dict[str, Any] = {"text": content, "seqlen": seqlen, "windows": windows, "progress": progress}
+    exact = None if against is None else reference(against, tasks=tasks, **options)
     rows = []
     for checkpoint in checkpoints:
-        figures = evaluate(checkpoint, against=exact, **options)
+        figures = evaluate(checkpoint, against=exact, tasks=tasks or (), **options)
         rows.append((str(checkpoint), figures))
-    return Comparison(tuple(rows))
+    return Comparison(tuple(rows), None if content is None else content.spec)

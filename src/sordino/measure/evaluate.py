@@ -1,4 +1,4 @@
-"""Quality against full precision: perplexity, KL divergence, top-1 agreement, honest bits.
+"""Quality against full precision: perplexity, KL divergence, top-1 agreement, zero-shot tasks, honest bits.
 
 PPL = exp(mean NLL) over non-overlapping windows of L tokens, tokenized once without added specials; positions
 1 … L-1 of each window are scored. Standard errors treat windows as the independent unit: tokens of one window are not.
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sordino.api import load
 from sordino.corpus import EVAL_TEXT, Text, eval_windows, load_text, tokenize
 from sordino.errors import InputError
 from sordino.measure.size import Size, size_of
+from sordino.measure.tasks import Tasks, TaskScores, open_tasks
 from sordino.numerics.divergence import token_kl
 from sordino.runtime.attention import attach
 from sordino.runtime.prefix import read_prefix
@@ -36,18 +37,20 @@ class Evaluation:
     """Figures of one model; what was not asked for is None.
 
     Attributes:
-        ppl: perplexity, with standard error.
+        ppl: perplexity, with standard error; None if only tasks were asked for.
         kl: mean KL to the reference in nats per token, with standard error.
         top1_agreement: share of positions where both models prefer the same token, with standard error.
         bits_per_weight: stored bits of the quantized linears over their parameters.
         bits_per_parameter: stored bits of the whole checkpoint over all parameters.
         bytes: of the checkpoint's safetensors.
-        windows: how many windows were scored.
+        windows: how many windows were scored; None without text.
         seqlen: tokens of a window.
         seconds: wall time of the model's own forward passes, without the reference's.
+        tasks: scores on tasks.
+        tasks_against: the reference's scores on them.
     """
 
-    ppl: float
+    ppl: float | None
     ppl_stderr: float | None
     kl: float | None
     kl_stderr: float | None
@@ -56,123 +59,172 @@ class Evaluation:
     bits_per_weight: float
     bits_per_parameter: float
     bytes: int
-    windows: int
-    seqlen: int
+    windows: int | None
+    seqlen: int | None
     seconds: float
+    tasks: TaskScores | None = None
+    tasks_against: TaskScores | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As written by ``sordino eval --json``."""
-        return asdict(self) | {"tasks": None}
+        """As written by ``sordino eval --json``; differences on tasks come with the ends of their 95 % intervals."""
+        row = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("tasks")}
+        tasks, other = self.tasks, self.tasks_against
+        means = {} if tasks is None else {"tasks_mean": tasks.mean_to_json(other)}
+        return row | {"tasks": None if tasks is None else tasks.to_json(other)} | means
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Evaluation text and how it is cut.
+
+    Attributes:
+        text: the text.
+        seqlen: tokens of a window.
+        count: how many windows from the start; None for all.
+    """
+
+    text: Text
+    seqlen: int
+    count: int | None
+
+    def of(self, tokenizer: Any, model: Any, name: str | Path) -> Tensor:
+        """The windows as a model reads them, [N, L]."""
+        ids = eval_windows(tokenize(self.text, tokenizer), self.seqlen, self.count)
+        _check_fits(ids, model, name)
+        return ids
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a reference model says about some windows, so that several models can be held against it.
+    """What a reference model says, so that several models can be held against it; what was not asked for is None.
 
     Attributes:
         name: of the model.
         ids: the windows it read, [N, L].
         hidden: its final hidden states, [N, L, D].
         head: its output projection.
+        tasks: its scores on tasks.
     """
 
     name: str | Path
-    ids: Tensor
-    hidden: Tensor
+    ids: Tensor | None
+    hidden: Tensor | None
     head: Any
+    tasks: TaskScores | None
 
 
 def reference(
     model: str | Path,
     *,
-    text: str | Text = EVAL_TEXT,
+    text: str | Text | None = EVAL_TEXT,
     seqlen: int = 2048,
     windows: int | None = None,
+    tasks: Tasks | None = None,
     dtype: torch.dtype | str = "auto",
     progress: Progress | None = None,
 ) -> Reference:
-    """Run a reference model once; see :func:`evaluate` for the arguments and errors."""
-    return _read(model, *_open(model, load_text(text), seqlen, windows, dtype), progress)
+    """Run a reference model once; see :func:`evaluate` for the arguments and errors. A text of None reads none."""
+    cut = None if text is None else Windows(load_text(text), seqlen, windows)
+    exact, tokenizer = load(model, dtype=dtype)
+    ids = None if cut is None else cut.of(tokenizer, exact, model)
+    scores = None if tasks is None else tasks.run(exact, tokenizer, progress)
+    if ids is None:
+        return Reference(model, None, None, None, scores)
+    exact.set_attn_implementation(WINDOW_ATTENTION)
+    hidden = [_hidden(exact, w) for w in _watched(ids, progress, "reference")]
+    return Reference(model, ids, torch.stack(hidden), exact.lm_head, scores)
 
 
 def evaluate(
     model: str | Path,
     *,
-    text: str | Text = EVAL_TEXT,
+    text: str | Text | None = None,
     seqlen: int = 2048,
     windows: int | None = None,
     against: str | Path | Reference | None = None,
     prefix_from: str | Path | None = None,
+    tasks: Tasks | Sequence[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
     dtype: torch.dtype | str = "auto",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure a checkpoint (or a full-precision model) on text.
+    """Measure a checkpoint (or a full-precision model) on text, on tasks, or on both.
 
     Args:
         model: anything that :func:`sordino.load` takes.
-        text: evaluation text, see :func:`sordino.corpus.load_text`.
+        text: evaluation text, see :func:`sordino.corpus.load_text`; None is the built-in one, or none if there are tasks.
         seqlen: tokens of a window.
         windows: how many windows from the start; None for all.
-        against: reference for KL and agreement, usually the full-precision model; of several models that are held
-            against the same one, run it once with :func:`reference`.
-        prefix_from: checkpoint whose prefix is put before every window: what the prefix alone does to a model.
+        against: reference for KL, agreement and differences on tasks, usually the full-precision model; of several models
+            that are held against the same one, run it once with :func:`reference`.
+        prefix_from: checkpoint whose prefix is put before every text: what the prefix alone does to a model.
+        tasks: names of tasks, or what :func:`sordino.measure.tasks.open_tasks` made of them; its other arguments follow.
+        task_data: folder of local task files.
+        limit: how many items of each task.
         dtype: compute dtype; "auto" is the model's own.
         progress: called with (what, done, total).
 
     Raises:
         InputError: if something cannot be loaded or the text is shorter than one window.
     """
-    content = load_text(text)
-    subject, ids = _open(model, content, seqlen, windows, dtype)
+    suite = (tasks if isinstance(tasks, Tasks) else open_tasks(tasks, task_data, limit)) if tasks else None
+    cut = Windows(load_text(text or EVAL_TEXT), seqlen, windows) if text is not None or suite is None else None
+    subject, tokenizer = load(model, dtype=dtype)
+    ids = None if cut is None else cut.of(tokenizer, subject, model)
     if prefix_from is not None:
         attach(subject, read_prefix(locate(prefix_from)))
-        subject.set_attn_implementation(WINDOW_ATTENTION)
-    if isinstance(against, Reference):
+    if against is not None and not isinstance(against, Reference):
+        against = reference(
+            against,
+            text=None if cut is None else cut.text,
+            seqlen=seqlen,
+            windows=windows,
+            tasks=suite,
+            dtype=dtype,
+            progress=progress,
+        )
+    if against is not None and ids is not None:
         _check_same(model, ids, against.name, against.ids)
-    elif against is not None:
-        exact, theirs = _open(against, content, seqlen, windows, dtype)
-        _check_same(model, ids, against, theirs)
-        against = _read(against, exact, theirs, progress)
-        del exact  # its head is all that is still wanted
-    started = time.time()
-    scores = [_score(subject, against, i, w) for i, w in enumerate(_watched(ids, progress, "eval"))]
-    seconds = time.time() - started
-    nll, kl, agree = (torch.stack([s[i] for s in scores]) for i in range(3))
+    scores = None if suite is None else suite.run(subject, tokenizer, progress)
+    found, seconds = _on_text(subject, ids, against, progress)
     size: Size = size_of(subject, locate(model))
-    ppl = math.exp(min(float(nll.mean()), 700.0))
     return Evaluation(
-        ppl=ppl,
-        ppl_stderr=None if (error := _stderr(nll)) is None else ppl * error,
-        kl=float(kl.mean()) if against is not None else None,
-        kl_stderr=_stderr(kl) if against is not None else None,
-        top1_agreement=float(agree.mean()) if against is not None else None,
-        top1_agreement_stderr=_stderr(agree) if against is not None else None,
+        **found,
         bits_per_weight=size.bits_per_weight,
         bits_per_parameter=size.bits_per_parameter,
         bytes=size.bytes,
-        windows=len(ids),
-        seqlen=seqlen,
-        seconds=round(seconds, 2),
+        windows=None if ids is None else len(ids),
+        seqlen=None if ids is None else seqlen,
+        tasks=scores,
+        tasks_against=None if against is None else against.tasks,
+        seconds=round(seconds + (scores.seconds if scores else 0.0), 2),
     )
 
 
-def _open(name: str | Path, content: Text, seqlen: int, windows: int | None, dtype: torch.dtype | str) -> tuple[Any, Tensor]:
-    """A model that reads whole windows, and the text as its token ids [N, L]."""
-    model, tokenizer = load(name, dtype=dtype)
-    ids = eval_windows(tokenize(content, tokenizer), seqlen, windows)
-    _check_fits(ids, model, name)
+def _on_text(
+    model: Any, ids: Tensor | None, exact: Reference | None, progress: Progress | None
+) -> tuple[dict[str, float | None], float]:
+    """Figures on windows [N, L] of text by their names in :class:`Evaluation`, None without windows; and the seconds."""
+    names = ("ppl", "kl", "top1_agreement")
+    figures: dict[str, float | None] = {name + end: None for name in names for end in ("", "_stderr")}
+    if ids is None:
+        return figures, 0.0
+    started = time.time()
     model.set_attn_implementation(WINDOW_ATTENTION)
-    return model, ids
+    scores = [_score(model, exact, i, w) for i, w in enumerate(_watched(ids, progress, "eval"))]
+    nll, kl, agree = (torch.stack([s[i] for s in scores]) for i in range(3))
+    ppl = math.exp(min(float(nll.mean()), 700.0))
+    figures |= {"ppl": ppl, "ppl_stderr": None if (error := _stderr(nll)) is None else ppl * error}
+    for name, values in (("kl", kl), ("top1_agreement", agree)) if exact is not None else ():
+        figures |= {name: float(values.mean()), f"{name}_stderr": _stderr(values)}
+    return figures, time.time() - started
 
 
-def _read(name: str | Path, model: Any, ids: Tensor, progress: Progress | None) -> Reference:
-    """Let an open model read its windows [N, L]."""
-    hidden = [_hidden(model, w) for w in _watched(ids, progress, "reference")]
-    return Reference(name, ids, torch.stack(hidden), model.lm_head)
-
-
-def _check_same(name: str | Path, ids: Tensor, other: str | Path, theirs: Tensor) -> None:
+def _check_same(name: str | Path, ids: Tensor, other: str | Path, theirs: Tensor | None) -> None:
     """Refuse to compare models that do not read the same tokens."""
+    if theirs is None:
+        raise InputError(f"{other} was run on no text; make the reference with one")
     if not torch.equal(ids, theirs):
         raise InputError(f"{name} and {other} tokenize the text differently: their distributions cannot be compared")
 
@@ -204,7 +256,7 @@ def _score(model: Any, exact: Reference | None, index: int, window: Tensor) -> t
         logits = model.lm_head(hidden[rows])
         log_q = torch.log_softmax(logits.float(), -1)
         nll -= log_q.gather(-1, window[rows + 1, None]).sum()
-        if exact is not None:
+        if exact is not None and exact.hidden is not None:
             target = exact.head(exact.hidden[index, rows])
             agree += (target.argmax(-1) == logits.argmax(-1)).sum()
             kl += token_kl(torch.log_softmax(target.float(), -1), log_q).sum()

@@ -89,3 +89,38 @@ def _plain_bits(model: Any, head: Any, stored: dict[str, int]) -> float:
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and f"{n}.weight" in stored]
     name = f"{names[0]}.weight" if names else next(n for n, _ in model.named_parameters() if n in stored)
     return 8.0 * stored[name] / int(model.get_parameter(name).numel())
+
+
+def stored_split(folder: Path) -> dict[str, int]:
+    """Bytes of a checkpoint's tensors by what they are, largest first; read from the safetensors headers alone.
+
+    Of the blocks: codes, scales, zero points, biases (the family's own too), linears that were not rounded, norms; around
+    them: embeddings and head; and the prefix. Headers of the files are left out.
+    """
+    split: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as f:
+            for name in f.keys():  # noqa: SIM118
+                part = f.get_slice(name)
+                kind = _kind(name, len(part.get_shape()))
+                split[kind] = split.get(kind, 0) + _nbytes(part)
+    return dict(sorted(split.items(), key=lambda item: -item[1]))
+
+
+_KINDS = {
+    "weight_packed": "codes of weights",
+    "weight_scale": "scales",
+    "weight_zero_point": "zero points",
+    "input_scale": "scales of inputs",
+    "bias": "biases",
+    KEY: "prefix",
+    VALUE: "prefix",
+}
+
+
+def _kind(name: str, dimensions: int) -> str:
+    leaf = name.rpartition(".")[2]
+    in_block = any(part.isdecimal() for part in name.split("."))
+    if not in_block and (dimensions > 1 or leaf.startswith("weight_")):
+        return "embeddings and head"
+    return _KINDS.get(leaf, "weights in full precision" if dimensions > 1 else "norms")

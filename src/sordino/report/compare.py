@@ -1,0 +1,46 @@
+"""Several checkpoints on one page: the table, and quality over size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sordino.measure.compare import Comparison
+from sordino.report.page import render
+from sordino.report.svg import Series, plot
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """One self-contained HTML page of a comparison."""
+    first = comparison.rows[0][1]
+    about = []
+    if first.ppl is not None:
+        about.append(f"Text {comparison.text}: {first.windows} windows of {first.seqlen} tokens; ± is one standard error.")
+    if first.tasks is not None:
+        samples = ", ".join(f"{name} {task.samples}" for name, task in first.tasks.tasks.items())
+        about.append(f"Zero-shot items: {samples}; ± is one standard error.")
+    if first.tasks is not None and first.tasks_against is not None:
+        about.append("Differences are paired with the reference, item by item; an interval that holds 0 tells none.")
+    return render(
+        "compare.html",
+        title="Checkpoints compared",
+        header=comparison.header,
+        rows=comparison.cells(),
+        about=" ".join(about),
+        plots=_plots(comparison),
+    )
+
+
+def _plots(comparison: Comparison) -> list[dict[str, Any]]:
+    """Quality over size, one plot for each figure that was measured."""
+    found = {
+        "perplexity": [(n, e, e.ppl) for n, e in comparison.rows],
+        "KL to the reference, nats a token": [(n, e, e.kl) for n, e in comparison.rows],
+        "mean of tasks": [(n, e, None if e.tasks is None else e.tasks.mean) for n, e in comparison.rows],
+    }
+    plots = []
+    for label, rows in found.items():
+        points = [(e.bytes / 2**20, value, name) for name, e, value in rows if value is not None]
+        if points:
+            drawing = plot([Series(label, points)], "MiB", label, lines=False, log_x=True)
+            plots.append({"title": f"Size and {label.partition(',')[0]}", "drawing": drawing})
+    return plots

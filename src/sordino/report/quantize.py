@@ -1,0 +1,146 @@
+"""The page that every run leaves beside its checkpoint: what was made, what it cost, what went wrong, in plain words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sordino.measure.size import stored_split
+from sordino.report.page import render
+from sordino.report.svg import COLOURS, Series, plot
+
+
+def quantize_page(out: Path, model: str, manifest: dict[str, Any], run: dict[str, Any]) -> str:
+    """One self-contained HTML page of a run.
+
+    Args:
+        out: the checkpoint, whose ``recipe.toml`` and safetensors are there already.
+        model: what the user called the model.
+        manifest: as in ``sordino.json``.
+        run: as in ``run.json``.
+    """
+    return render(
+        "quantize.html",
+        title=f"{manifest['recipe']} of {model}",
+        headline=_headline(model, manifest),
+        warnings=list(_warnings(manifest)),
+        split=_split(out),
+        errors=_block_errors(manifest),
+        linears=_linear_errors(manifest),
+        blocks=[_block_row(b) for b in manifest["blocks"]],
+        moves=_moves(manifest),
+        run=_run_lines(run),
+        recipe=(out / "recipe.toml").read_text(encoding="utf-8"),
+        manifest=json.dumps({k: v for k, v in manifest.items() if k != "blocks"}, indent=1),
+    )
+
+
+def _headline(model: str, manifest: dict[str, Any]) -> list[tuple[str, Any]]:
+    guard = manifest["guard"]
+    lines = [
+        ("model", model),
+        ("recipe", f"{manifest['recipe']} (digest {manifest['recipe_digest']})"),
+        ("coverage", manifest["coverage"]),
+        ("bits per quantized weight", f"{manifest['bits_per_weight']:.3f}"),
+        ("checkpoint", f"{manifest['bytes']:,} bytes = {manifest['bytes'] / 2**20:.1f} MiB"),
+    ]
+    if "kl" in guard:
+        lines.append(("KL to full precision on held-out text", f"{guard['kl']:.4f} nats a token"))
+        lines.append(("the same for plain rounding (RTN)", f"{guard['rtn_kl']:.4f} nats a token"))
+    prefix = manifest.get("prefix")
+    if prefix and prefix["ids"]:
+        lines.append(("prefix", " ".join(repr(token) for token in prefix["tokens"])))
+    return lines
+
+
+def _warnings(manifest: dict[str, Any]) -> Iterator[str]:
+    """What a reader should know before using the checkpoint."""
+    guard, blocks = manifest["guard"], manifest["blocks"]
+    if guard.get("failed"):
+        yield "The result is worse than plain rounding of the same format on held-out text. Do not use it; try more text."
+    if "not_run" in guard:
+        yield f"The result was not compared with plain rounding: {guard['not_run']}."
+    elif not guard:
+        yield "No held-out text was read: the result was not compared with full precision. Measure it with sordino eval."
+    if fallen := [b["block"] for b in blocks if b.get("fallback")]:
+        yield f"Plain rounding was better in {_blocks(fallen)} and was taken there, judged on held-out text."
+    for name in sorted({name for b in blocks for name in b.get("moves", {})}):
+        lost = [b["block"] for b in blocks if b.get("moves", {}).get(name, {}).get("kept") is False]
+        if lost:
+            yield f"The move '{name}' made {_blocks(lost)} no better on held-out text; they keep what they had."
+    for name, note in manifest.get("finish", {}).items():
+        if note.get("kept") is False:
+            yield f"The move '{name}' made the whole model no better on held-out text; what it did was dropped."
+    if left := [b["block"] for b in blocks if "left" in b]:
+        yield f"Not quantized: {_blocks(left)}."
+    if "left in full precision" in manifest["coverage"]:
+        yield f"Some weights stayed in full precision: {manifest['coverage'].partition('full precision: ')[2]}."
+    if "prefix" in manifest and not manifest["prefix"]["ids"]:
+        yield "No token stands out far enough for a prefix; the checkpoint has none."
+
+
+def _blocks(numbers: list[int]) -> str:
+    return ("block " if len(numbers) == 1 else f"{len(numbers)} blocks: ") + ", ".join(map(str, numbers))
+
+
+def _split(out: Path) -> list[dict[str, Any]]:
+    """What the bytes of the checkpoint are, for a bar and a table."""
+    split = stored_split(out)
+    total = sum(split.values())
+    return [
+        {"name": name, "bytes": size, "share": 100 * size / total, "style": f"s{i % COLOURS}"}
+        for i, (name, size) in enumerate(split.items())
+    ]
+
+
+def _block_errors(manifest: dict[str, Any]) -> Any:
+    """Ours against RTN over depth; None where no block was measured."""
+    kinds = {"this recipe": "error", "plain rounding (RTN)": "rtn_error"}
+    series = [
+        Series(label, [(b["block"], b[key], f"block {b['block']}: {b[key]:.4g}") for b in manifest["blocks"] if key in b])
+        for label, key in kinds.items()
+    ]
+    return plot(series, "block", "relative error", lines=True) if series[0].points else None
+
+
+def _linear_errors(manifest: dict[str, Any]) -> Any:
+    """Squared error of every rounded weight relative to the weight, over depth."""
+    names = list(dict.fromkeys(name for b in manifest["blocks"] for name in b.get("linears", {})))
+    series = []
+    for name in names:
+        found = [(b["block"], b["linears"][name]["weight_error"]) for b in manifest["blocks"] if name in b.get("linears", {})]
+        series.append(Series(name.rpartition(".")[2], [(i, e, f"block {i}, {name}: {e:.4g}") for i, e in found]))
+    return plot(series, "block", "relative weight error", lines=True) if series else None
+
+
+def _block_row(block: dict[str, Any]) -> dict[str, Any]:
+    linears = {name: report["weight_error"] for name, report in block.get("linears", {}).items()}
+    verdict = "left in full precision" if "left" in block else "plain rounding taken" if block.get("fallback") else ""
+    return {
+        "block": block["block"],
+        "error": block.get("error"),
+        "rtn": block.get("rtn_error"),
+        "verdict": verdict,
+        "worst": max(linears, key=lambda name: linears[name]) if linears else None,
+        "worst_error": max(linears.values(), default=None),
+    }
+
+
+def _moves(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each move noted: by block, and on the whole model."""
+    rows = [("block " + str(b["block"]), name, note) for b in manifest["blocks"] for name, note in b.get("moves", {}).items()]
+    rows += [("whole model", name, note) for name, note in manifest.get("finish", {}).items()]
+    return [{"where": where, "move": name, "notes": list(note.items())} for where, name, note in rows]
+
+
+def _run_lines(run: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        ("time", f"{run['seconds']:.0f} s wall, {run['cpu_seconds']:.0f} s CPU (of the last process)"),
+        (
+            "peak memory",
+            f"{run['peak_memory_bytes'] / 2**30:.2f} GiB (estimated before: {run['estimated_memory_bytes'] / 2**30:.2f})",
+        ),
+        ("machine", f"{run['machine']}, {run['threads']} threads of {run['cores']} cores, Python {run['python']}"),
+    ]

@@ -1,0 +1,177 @@
+"""The pages: whole in one file, nothing from a network, nothing that a model's name can do, all sections there."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import sordino
+from sordino.api import Result
+from sordino.cli import app
+from sordino.measure.compare import compare
+from sordino.measure.size import stored_split
+from sordino.report.compare import comparison_page
+from sordino.report.quantize import quantize_page
+from sordino.report.svg import Series, plot
+from tiny import make_tiny
+
+EVIL = "<script>alert(1)</script>"
+VOID = {"meta"}
+PROSE = {"h1", "h2", "p", "section", "div", "span", "ul", "li", "pre", "code", "details", "summary", "footer"}
+TABLE = {"table", "thead", "tbody", "tr", "th", "td"}
+TAGS = {"html", "head", "meta", "title", "style", "body", "main"} | PROSE | TABLE
+TAGS |= {"svg", "text", "line", "g", "polyline", "circle"}
+
+
+class Page(HTMLParser):
+    """Elements, their ids, attributes and text; refuses tags that are not closed in order."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(k, v or "") for k, v in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(k, v or "") for k, v in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    @property
+    def ids(self) -> set[str]:
+        return {v for k, v in self.attributes if k == "id"}
+
+
+def harmless(html: str) -> Page:
+    """No script, no handler, no link or request; known elements only; both colour schemes, phones and paper thought of."""
+    page = Page(html)
+    assert set(page.tags) <= TAGS
+    names = {k for k, _ in page.attributes}
+    assert not names & {"src", "href", "srcset", "action", "xlink:href", "style-src"} and not any(
+        n.startswith("on") for n in names
+    )
+    for word in ("http://", "https://", "url(", "@import", "javascript:"):
+        assert word not in html
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert "prefers-color-scheme: dark" in html and "@media print" in html and 'name="viewport"' in html
+    return page
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A model in a folder, and a recipe with a summary, that hold HTML."""
+    folder = tmp_path_factory.mktemp("report")
+    model = make_tiny(folder / EVIL, layers=3)
+    recipe = folder / "a<b>&c.toml"
+    recipe.write_text(
+        f'summary = "{EVIL}"\n[format.weights]\nbits = 3\nsolver = "gptq"\nignore = ["*.0.mlp.down_proj"]\n'
+        '[[moves]]\nmove = "tune"\nepochs = 1\n'
+    )
+    return model, sordino.quantize(str(model), recipe, folder / "out", windows=8, seqlen=32)
+
+
+def test_every_run_leaves_a_page(run: tuple[Path, Result]) -> None:
+    _model, result = run
+    html = (result.out / "report.html").read_text(encoding="utf-8")
+    page = harmless(html)
+    assert page.ids == {"headline", "warnings", "bits", "blocks", "linears", "moves", "run", "recipe", "manifest"}
+    assert page.tags.count("svg") == 2 and page.tags.count("polyline") == 2 + 7
+    assert EVIL not in html and page.text.count(EVIL) >= 3  # in title, headline and recipe, as text
+    shown = " ".join(page.text.split())
+    assert f"{result.manifest['guard']['kl']:.4f}" in shown and result.manifest["coverage"] in shown
+    assert "stayed in full precision: model.layers.0.mlp.down_proj" in shown and "0.mlp.down_proj" in shown
+    assert "report.html" not in result.manifest["files"]  # it holds times, the manifest lists what never changes
+
+
+def test_shares_are_all_of_the_checkpoint(run: tuple[Path, Result]) -> None:
+    _, result = run
+    split = stored_split(result.out)
+    size = (result.out / "model.safetensors").stat().st_size
+    assert size - 20_000 < sum(split.values()) < size
+    assert {"codes of weights", "scales", "zero points", "norms", "embeddings and head", "weights in full precision"} == set(
+        split
+    )
+    assert list(split.values()) == sorted(split.values(), reverse=True)
+
+
+def test_what_went_wrong_is_told_in_words(run: tuple[Path, Result]) -> None:
+    model, result = run
+    blocks = [dict(b) for b in result.manifest["blocks"]]
+    blocks[1] |= {"fallback": "rtn"}
+    blocks[2] = {"block": 2, "left": "full precision"}
+    blocks[0] |= {"moves": {"tune": {"kept": False, "before": 1.0, "after": 2.0}}}
+    extra = {"guard": {"kl": 2.0, "rtn_kl": 1.0, "failed": True}, "blocks": blocks}
+    extra |= {"finish": {"distill": {"kept": False, "kl_before": 0.1, "kl_after": float("nan")}}}
+    extra |= {"prefix": {"ids": [0], "tokens": [EVIL], "outlier_ratios": [99.0]}}
+    page = harmless(quantize_page(result.out, str(model), result.manifest | extra, result.run))
+    shown = " ".join(page.text.split())
+    for words in (
+        "worse than plain rounding",
+        "better in block 1 and was taken",
+        "'tune' made block 0 no better",
+        "'distill' made the whole model no better",
+        "Not quantized: block 2",
+    ):
+        assert words in shown
+    plain = harmless(quantize_page(result.out, str(model), result.manifest | {"guard": {}, "blocks": []}, result.run))
+    assert "not compared with full precision" in " ".join(plain.text.split())
+
+
+def test_fresh_removes_the_page(run: tuple[Path, Result], tmp_path: Path) -> None:
+    model, _ = run
+    sordino.quantize(str(model), "rtn-w4", tmp_path / "out")
+    first = (tmp_path / "out" / "report.html").read_bytes()
+    sordino.quantize(str(model), "rtn-w4", tmp_path / "out", overrides=("format.weights.bits=3",), fresh=True)
+    assert first != (tmp_path / "out" / "report.html").read_bytes()
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_comparison_page(run: tuple[Path, Result], tmp_path: Path) -> None:
+    model, result = run
+    files = {kind: tmp_path / f"table.{kind}" for kind in ("html", "csv", "json")}
+    words = [w for kind, file in files.items() for w in (f"--{kind}", str(file))]
+    text = ["--text", heapq.__file__, "--seqlen", "32", "--windows", "2", "--against", str(model)]
+    done = CliRunner().invoke(app, ["compare", str(model), str(result.out), *text, *words], catch_exceptions=False)
+    assert done.exit_code == 0
+    html = files["html"].read_text(encoding="utf-8")
+    page = harmless(html)
+    assert EVIL not in html and str(model) in page.text and page.tags.count("svg") == 2 and page.tags.count("circle") == 4
+    rows = json.loads(files["json"].read_text())
+    assert f"{rows[1]['ppl']:.3f}" in page.text
+
+
+def test_figures_that_are_not_finite_are_left_out(run: tuple[Path, Result]) -> None:
+    model, _ = run
+    table = compare([str(model)], text=heapq.__file__, seqlen=32, windows=2)
+    name, figures = table.rows[0]
+    page = harmless(comparison_page(replace(table, rows=((name, figures), ("broken", replace(figures, ppl=float("inf")))))))
+    assert page.tags.count("circle") == 1 and "broken" in page.text
+
+
+def test_plot_places_points_in_order_and_inside() -> None:
+    drawn = Page(str(plot([Series("a", [(1, 1.0, "low"), (2, 10.0, "mid"), (3, 100.0, "high")])], "x", EVIL, lines=True)))
+    at = [(float(v)) for k, v in drawn.attributes if k == "cy"]
+    assert at == sorted(at, reverse=True) and at[0] - at[1] == pytest.approx(at[1] - at[2], abs=0.2)  # logarithmic
+    assert all(0 < float(v) < 640 for k, v in drawn.attributes if k == "cx")
+    assert "Nothing to draw" in plot([Series("a", [(1, float("nan"), "")])], "x", "y", lines=True)
+    assert plot([Series("a", [(1, 5.0, "one")])], "x", "y", lines=False).count("<circle") == 1
