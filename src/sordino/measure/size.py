@@ -113,6 +113,8 @@ _KINDS = {
     "weight_zero_point": "zero points",
     "input_scale": "scales of inputs",
     "bias": "biases",
+    KEY_SCALE: "scales of keys and values",
+    VALUE_SCALE: "scales of keys and values",
     KEY: "prefix",
     VALUE: "prefix",
 }
