@@ -21,7 +21,7 @@ from sordino.walk.context import Context
 _COARSE = [0.25 + 0.1 * i for i in range(8)] + [1.0]
 _FINE = [0.01 * i for i in range(-5, 6)]
 _CLIPS = [0.6 + 0.05 * i for i in range(9)]
-_TOKENS = 2048  # on which the candidates are compared
+_TOKENS = 1024  # on which the candidates are compared; more would cost more than the rest of the walk
 
 
 def round_site(ctx: Context, site: Site, names: list[str], fmt: ActivationFormat) -> dict[str, float]:
