@@ -21,7 +21,7 @@ from sordino.numerics.packing import pack, packed_words, unpack
 from sordino.runtime.kernels import linear as native
 
 # Weights of one tile: big enough to keep the matmul busy, small enough that the tile stays out of the memory's way.
-_TILE = 1 << 22
+_TILE = 1 << 20
 SCALE = "input_scale"
 
 
