@@ -40,7 +40,7 @@ class Speed:
     """Seconds of one model, one entry a round; the prompt's and the new tokens' numbers are the same for all.
 
     Attributes:
-        name: checkpoint or model; "bf16 (random weights)" and the like for full precision.
+        name: checkpoint or model; "bf16 twin" and "fp32 twin" for full precision of random weights.
         prefill: of the whole prompt, up to the first token's logits.
         decode: of all new tokens.
         peak_memory_bytes: of the model's process, loading included.
@@ -100,7 +100,7 @@ class Bench:
         return rows[0] | run | {"rounds": ROUNDS, "kernels": status(), "torch": torch.__version__, "models": rows}
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The table's cells as text: medians, with the range over rounds."""
+        """The table's cells as text: medians, with half the range over rounds."""
         return [
             (
                 row["model"], *_phase(row, "prefill"), *_phase(row, "decode"), f"{row['time_to_first_token_s']:.3f}",
@@ -111,12 +111,9 @@ class Bench:
 
 
 def _phase(row: dict[str, Any], phase: str) -> list[str]:
-    low, high = row[f"{phase}_tokens_per_s_range"]
+    (low, high), middle = row[f"{phase}_tokens_per_s_range"], row[f"{phase}_tokens_per_s"]
     ratios = [row[f"ratio_to_{p}"] for p in PRECISIONS]
-    return [
-        f"{row[f'{phase}_tokens_per_s']:.1f} ({low:.1f} … {high:.1f})",
-        *("–" if r is None else f"{r[phase]:.2f}" for r in ratios),
-    ]
+    return [f"{middle:.0f} ±{50 * (high - low) / middle:.0f}%", *("–" if r is None else f"{r[phase]:.2f}" for r in ratios)]
 
 
 def _ratio(slow: list[float], fast: list[float]) -> float:
@@ -148,7 +145,7 @@ def bench(
     # Models of one shape share their full-precision twins.
     kinds = {shape: i for i, shape in enumerate(dict.fromkeys(shapes.values()))}
     twins = {
-        (shape, p): f"{p} (random weights)" + (f", shape {i + 1}" if len(kinds) > 1 else "")
+        (shape, p): f"{p} twin" + (f", shape {i + 1}" if len(kinds) > 1 else "")
         for shape, i in kinds.items()
         for p in PRECISIONS
     }
