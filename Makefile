@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # No model hub is asked for anything by the demo or the tests.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check fix setup clean
+.PHONY: demo test check fix setup sanitize clean
 
 setup: $(READY)
 
@@ -31,6 +31,16 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+
+# The kernels' own tests on a library built with AddressSanitizer and UBSan; the installed one is left alone.
+SANITIZED := build/sanitized
+sanitize: $(READY)
+	cmake -S . -B $(SANITIZED) -DSORDINO_SANITIZE=ON
+	cmake --build $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=halt_on_error=1 \
+	$(BIN)/python -c "import sys, pytest; from sordino.runtime import kernels; kernels.__path__ = ['$(SANITIZED)']; \
+	sys.exit(pytest.main(['tests/runtime/test_kernels.py', '-k', 'product or unpacked or head or overflow or threads']))"
 
 fix: $(READY)
 	$(BIN)/ruff check --fix .
