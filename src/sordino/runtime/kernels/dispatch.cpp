@@ -1,0 +1,211 @@
+// The C functions that Python calls (library.py), and the choice of an instruction set.
+//
+// Every function returns 0, or -1 where the chosen instruction set and the portable one both have nothing for it; memory
+// belongs to the caller. Tensors are contiguous. Nothing is kept between calls but scratch memory of each thread.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "kernels.h"
+
+#ifdef _WIN32
+#define SORDINO_API extern "C" __declspec(dllexport)
+#else
+#define SORDINO_API extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace sordino {
+namespace {
+
+constexpr int64_t kPiece = 1 << 15;  // weights that a thread takes at once: some microseconds of work
+
+std::atomic<const Kernels*> chosen{&kPortable};
+
+const Kernels* available(int level) {
+  if (level == 0) return &kPortable;
+#if defined(__x86_64__) && (defined(SORDINO_AVX2) || defined(SORDINO_AVX512))
+  __builtin_cpu_init();
+#ifdef SORDINO_AVX2
+  if (level == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
+    return &kAvx2;
+  }
+#endif
+#ifdef SORDINO_AVX512
+  if (level == 2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("bmi2")) {
+    return &kAvx512;
+  }
+#endif
+#endif
+  return nullptr;
+}
+
+// Grows, never shrinks; 64-byte aligned. One a thread and purpose.
+struct Scratch {
+  void* data = nullptr;
+  size_t size = 0;
+
+  void* get(int64_t wanted) {
+    if (static_cast<size_t>(wanted) > size) {
+      release();
+      size = static_cast<size_t>(wanted) * 5 / 4;
+      data = ::operator new(size, std::align_val_t(64));
+    }
+    return data;
+  }
+  void release() {
+    if (data != nullptr) ::operator delete(data, std::align_val_t(64));
+  }
+  ~Scratch() { release(); }
+};
+
+// Pieces of rows of the weight: about kPiece weights, a multiple of 8 rows.
+int64_t rows_at_once(const Linear& w) {
+  const int64_t rows = kPiece / (w.inputs > 0 ? w.inputs : 1) / 8 * 8;
+  return rows < 8 ? 8 : rows > 512 ? 512 : rows;
+}
+
+float bias_at(const Linear& w, int64_t o) { return w.bias == nullptr ? 0.0f : read(w.bias, static_cast<Type>(w.bias_type), o); }
+
+// body(begin, end) over all rows of the weight, shared among threads.
+template <class Body>
+void over_outputs(const Linear& w, int threads, Body body) {
+  const int64_t step = rows_at_once(w);
+  parallel_for((w.outputs + step - 1) / step, threads, [&](int64_t i) {
+    const int64_t begin = i * step, end = begin + step < w.outputs ? begin + step : w.outputs;
+    body(begin, end);
+  });
+}
+
+// Integer products of codes int8 [rows, stride] whose sums are `sums`, scaled: the operations of QuantLinear._multiply.
+void integer_product(const Kernels& k, const Linear& w, const int8_t* codes, int64_t stride, const int32_t* sums,
+                     const float* scale, Type type, int64_t rows, void* out, int threads) {
+  over_outputs(w, threads, [&](int64_t begin, int64_t end) {
+    int32_t y[512 * kMaxRows];
+    for (int64_t m = 0; m < rows; m += kMaxRows) {
+      const int some = static_cast<int>(rows - m < kMaxRows ? rows - m : kMaxRows);
+      k.integer(w, codes + m * stride, stride, some, begin, end, y);
+      for (int64_t o = begin; o < end; ++o) {
+        for (int j = 0; j < some; ++j) {
+          const int32_t sum = y[(o - begin) * some + j] - w.middle() * sums[m + j];
+          float value = static_cast<float>(sum) * (scale[m + j] * widen(w.scale[o]));
+          if (w.bias != nullptr) value += bias_at(w, o);
+          write(out, type, (m + j) * w.outputs + o, value);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace sordino
+
+using namespace sordino;
+
+// 0 portable, 1 AVX2, 2 AVX-512: chooses it if this machine has it. Returns 0 or -1.
+SORDINO_API int sordino_choose(int level) {
+  const Kernels* found = available(level);
+  if (found == nullptr) return -1;
+  chosen = found;
+  return 0;
+}
+
+// x W^T + bias: x and out [rows, inputs] and [rows, outputs] of `type`. Meant for few rows.
+SORDINO_API int sordino_product(const Linear* w, const void* x, int type, int64_t rows, void* out, int threads) {
+  const Kernels* best = chosen.load();
+  const Kernels& k = best->fits(*w) ? *best : kPortable;
+  thread_local Scratch memory;
+  const int64_t stride = padded(padded(w->group) * w->groups() * k.bytes_per_input);
+  const int64_t all = rows < kMaxRows ? rows : kMaxRows;
+  char* data = static_cast<char*>(memory.get(all * (stride + w->groups() * 4)));
+  const Arranged arranged{data, reinterpret_cast<float*>(data + all * stride), stride};
+  const int64_t width = type == kFloat ? 4 : 2;
+  for (int64_t m = 0; m < rows; m += kMaxRows) {
+    const int some = static_cast<int>(rows - m < kMaxRows ? rows - m : kMaxRows);
+    k.arrange(*w, static_cast<const char*>(x) + m * w->inputs * width, static_cast<Type>(type), some, arranged);
+    over_outputs(*w, threads, [&](int64_t begin, int64_t end) {
+      float y[512 * kMaxRows];
+      k.product(*w, arranged, static_cast<Type>(type), some, begin, end, y);
+      for (int64_t o = begin; o < end; ++o) {
+        const float bias = bias_at(*w, o);
+        for (int j = 0; j < some; ++j) {
+          write(out, static_cast<Type>(type), (m + j) * w->outputs + o, y[(o - begin) * some + j] + bias);
+        }
+      }
+    });
+  }
+  return 0;
+}
+
+// Rounds x to `bits` (with a static scale, or one scale a token: share * largest entry) and multiplies the codes: few rows, one
+// scale a row of the weight, symmetric.
+SORDINO_API int sordino_rounded_product(const Linear* w, const void* x, int type, int64_t rows, int bits, float share,
+                                        const float* fixed, void* out, int threads) {
+  const Kernels& k = *chosen.load();
+  thread_local Scratch memory;
+  const int64_t stride = padded(w->inputs), width = type == kFloat ? 4 : 2;
+  char* data = static_cast<char*>(memory.get(rows * (stride + 8)));
+  int8_t* codes = reinterpret_cast<int8_t*>(data);
+  float* scale = reinterpret_cast<float*>(data + rows * stride);
+  int32_t* sums = reinterpret_cast<int32_t*>(scale + rows);
+  for (int64_t m = 0; m < rows; ++m) {
+    if (fixed != nullptr) scale[m] = *fixed;
+    const void* row = static_cast<const char*>(x) + m * w->inputs * width;
+    int8_t* to = codes + m * stride;
+    sums[m] = k.encode(row, static_cast<Type>(type), w->inputs, bits, fixed != nullptr ? 0.0f : share, scale + m, to);
+    std::memset(to + w->inputs, 0, static_cast<size_t>(stride - w->inputs));
+  }
+  integer_product(k, *w, codes, stride, sums, scale, static_cast<Type>(type), rows, out, threads);
+  return 0;
+}
+
+// Codes int8 [rows, n] and scales [rows] of x; with a static scale, `scale` holds it and is only read ([1], share 0).
+SORDINO_API int sordino_encode(const void* x, int type, int64_t rows, int64_t n, int bits, float share, float* scale,
+                               int8_t* codes, int threads) {
+  const Kernels& k = *chosen.load();
+  const int64_t width = type == kFloat ? 4 : 2, step = 8;
+  parallel_for((rows + step - 1) / step, threads, [&](int64_t i) {
+    for (int64_t m = i * step; m < rows && m < (i + 1) * step; ++m) {
+      const void* row = static_cast<const char*>(x) + m * n * width;
+      k.encode(row, static_cast<Type>(type), n, bits, share, share > 0 ? scale + m : scale, codes + m * n);
+    }
+  });
+  return 0;
+}
+
+// Scales integer products [rows, end - begin] into columns begin … end of out [rows, outputs].
+SORDINO_API int sordino_rescale(const Linear* w, const int32_t* sums, int64_t rows, int64_t begin, int64_t end,
+                                const float* scale, int one_scale, void* out, int type, int threads) {
+  parallel_for(rows, threads, [&](int64_t m) {
+    const float s = scale[one_scale ? 0 : m];
+    for (int64_t o = begin; o < end; ++o) {
+      float value = static_cast<float>(sums[m * (end - begin) + o - begin]) * (s * widen(w->scale[o]));
+      if (w->bias != nullptr) value += bias_at(*w, o);
+      write(out, static_cast<Type>(type), m * w->outputs + o, value);
+    }
+  });
+  return 0;
+}
+
+// Weights of rows begin … end: fp32 or bf16 [end - begin, inputs], rounded once.
+SORDINO_API int sordino_values(const Linear* w, int64_t begin, int64_t end, int type, void* out, int threads) {
+  const Kernels& k = *chosen.load();
+  const int64_t step = rows_at_once(*w), width = type == kFloat ? 4 : 2;
+  parallel_for((end - begin + step - 1) / step, threads, [&](int64_t i) {
+    for (int64_t o = begin + i * step; o < end && o < begin + (i + 1) * step; ++o) {
+      k.values(*w, o, static_cast<Type>(type), static_cast<char*>(out) + (o - begin) * w->inputs * width);
+    }
+  });
+  return 0;
+}
+
+// Codes less 2^(b-1) of rows begin … end: int8 [end - begin, inputs].
+SORDINO_API int sordino_centred(const Linear* w, int64_t begin, int64_t end, int8_t* out, int threads) {
+  const Kernels& k = *chosen.load();
+  const int64_t step = rows_at_once(*w);
+  parallel_for((end - begin + step - 1) / step, threads, [&](int64_t i) {
+    for (int64_t o = begin + i * step; o < end && o < begin + (i + 1) * step; ++o) k.centred(*w, o, out + (o - begin) * w->inputs);
+  });
+  return 0;
+}

@@ -1,0 +1,161 @@
+// What the translation units share. One unit per instruction set fills a table of functions (`Kernels`); dispatch.cpp
+// chooses a table and offers the C functions that Python calls.
+//
+// Legend: O outputs, I inputs, G groups, g = I/G, b bits of a code, M rows of activations (tokens).
+// A weight is w[o, i] = (code[o, i] - zero[o, i/g]) * scale[o, i/g]. Its codes stay as the checkpoint stores them: a
+// little-endian bit stream along the inputs, each row padded to 32-bit words. Eight codes fill b whole bytes, so every
+// unit of eight begins on a byte, whatever b is; that is what the vector code builds on.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace sordino {
+
+enum Type : int32_t { kFloat = 0, kBfloat = 1 };
+
+// Mirrored field by field in library.py.
+struct Linear {
+  const uint8_t* codes;    // [O, row_bytes]
+  const uint16_t* scale;   // bf16 [O, G]
+  const uint32_t* zero;    // [ceil(O*b/32), G], bit stream along the outputs; null: every zero is 2^(b-1)
+  const void* bias;        // [O] of bias_type, or null
+  int64_t outputs, inputs, group;
+  int32_t bits, bias_type;
+
+  int64_t groups() const { return inputs / group; }
+  int64_t row_bytes() const { return (inputs * bits + 31) / 32 * 4; }
+  int middle() const { return 1 << (bits - 1); }
+};
+
+constexpr int kMaxRows = 4;      // of activations that one pass over the weights serves
+constexpr int64_t kBlock = 64;   // inputs that a vector unit handles at once; activations are padded to it
+
+inline int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
+
+// Activations as an instruction set wants them, written by its `arrange`.
+struct Arranged {
+  void* values;    // for M rows, `stride` bytes each, 64-byte aligned; padding is zero
+  float* sums;     // [M, G]: of every group's activations
+  int64_t stride;  // bytes
+};
+
+struct Kernels {
+  const char* name;
+  int64_t bytes_per_input;  // of an arranged activation; times padded groups it is Arranged::stride
+  // Whether product and integer can take a weight's groups (portable takes all).
+  bool (*fits)(const Linear&);
+  void (*arrange)(const Linear&, const void* x, Type, int64_t rows, const Arranged&);
+  // y[(o - begin) * rows + m] = sum_i x[m, i] w[o, i], for begin <= o < end and rows <= kMaxRows.
+  void (*product)(const Linear&, const Arranged&, Type, int rows, int64_t begin, int64_t end, float* y);
+  // The same of input codes int8 [rows, stride] and weight codes as stored (unsigned), exact.
+  void (*integer)(const Linear&, const int8_t* x, int64_t stride, int rows, int64_t begin, int64_t end, int32_t* y);
+  // Row o's weights: fp32 or bf16 [I], rounded once.
+  void (*values)(const Linear&, int64_t o, Type, void* out);
+  // Row o's codes less 2^(b-1): int8 [I].
+  void (*centred)(const Linear&, int64_t o, int8_t* out);
+  // Codes of one token: int8 [n]; *scale is read, or, if `share` > 0, made: share * largest entry. Returns the codes' sum.
+  int32_t (*encode)(const void* x, Type, int64_t n, int bits, float share, float* scale, int8_t* codes);
+};
+
+extern const Kernels kPortable;
+#ifdef SORDINO_AVX2
+extern const Kernels kAvx2;
+#endif
+#ifdef SORDINO_AVX512
+extern const Kernels kAvx512;
+#endif
+
+// Calls body(context, i) for 0 <= i < n on up to `threads` threads, the caller's among them; returns when all are done.
+void parallel(int64_t n, int threads, void (*body)(void*, int64_t), void* context);
+
+template <class Body>
+void parallel_for(int64_t n, int threads, Body body) {
+  parallel(n, threads, [](void* c, int64_t i) { (*static_cast<Body*>(c))(i); }, &body);
+}
+
+namespace {  // small helpers: a copy in every unit, compiled with that unit's flags, never merged across units
+
+inline float widen(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline uint16_t narrow(float f) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40);
+  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+inline float read(const void* x, Type type, int64_t i) {
+  return type == kFloat ? static_cast<const float*>(x)[i] : widen(static_cast<const uint16_t*>(x)[i]);
+}
+
+inline void write(void* out, Type type, int64_t i, float value) {
+  if (type == kFloat) static_cast<float*>(out)[i] = value;
+  else static_cast<uint16_t*>(out)[i] = narrow(value);
+}
+
+// Eight codes as the low 8*b bits of a word; never reads at or past `end`.
+inline uint64_t unit(const uint8_t* p, const uint8_t* end) {
+  uint64_t word = 0;
+  if (p + 8 <= end) std::memcpy(&word, p, 8);
+  else if (p < end) std::memcpy(&word, p, static_cast<size_t>(end - p));
+  return word;  // little-endian machines only, as the checkpoint's own layout
+}
+
+inline int zero_at(const Linear& w, int64_t o, int64_t group) {
+  if (w.zero == nullptr) return w.middle();
+  const int64_t bit = o * w.bits, word = bit / 32, shift = bit % 32, groups = w.groups();
+  uint64_t both = w.zero[word * groups + group];
+  if (shift + w.bits > 32) both |= static_cast<uint64_t>(w.zero[(word + 1) * groups + group]) << 32;
+  return static_cast<int>((both >> shift) & ((1u << w.bits) - 1));
+}
+
+// Shared by all instruction sets: plain loops that each unit's compiler vectorizes. The operations and their order are
+// those of numerics/inputs.py, so that codes are bit-equal to torch's.
+inline int32_t encode_token(const void* x, Type type, int64_t n, int bits, float share, float* scale, int8_t* codes) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to nearest even
+  const float high = static_cast<float>((1 << (bits - 1)) - 1), low = -high - 1;
+  const float* wide = static_cast<const float*>(x);
+  const uint16_t* half = static_cast<const uint16_t*>(x);
+  if (share > 0) {
+    uint32_t peak = 0;  // magnitudes of floats order as their bits do, and an integer maximum vectorizes
+    if (type == kFloat) {
+      for (int64_t i = 0; i < n; ++i) {
+        uint32_t u;
+        std::memcpy(&u, wide + i, 4);
+        u &= 0x7fffffffu;
+        peak = u > peak ? u : peak;
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const uint32_t u = static_cast<uint32_t>(half[i] & 0x7fff) << 16;
+        peak = u > peak ? u : peak;
+      }
+    }
+    float largest;
+    std::memcpy(&largest, &peak, 4);
+    const float s = largest * share;
+    *scale = s < 1e-8f ? 1e-8f : s;
+  }
+  const float s = *scale;
+  int32_t sum = 0;
+  auto code = [&](float v) {
+    v /= s;
+    v = v > low ? v : low;  // NaN becomes `low`: any code will do, the scale is NaN too
+    v = v < high ? v : high;
+    return static_cast<int32_t>((v + kMagic) - kMagic);
+  };
+  if (type == kFloat) {
+    for (int64_t i = 0; i < n; ++i) { const int32_t c = code(wide[i]); codes[i] = static_cast<int8_t>(c); sum += c; }
+  } else {
+    for (int64_t i = 0; i < n; ++i) { const int32_t c = code(widen(half[i])); codes[i] = static_cast<int8_t>(c); sum += c; }
+  }
+  return sum;
+}
+
+}  // namespace
+}  // namespace sordino

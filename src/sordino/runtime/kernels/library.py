@@ -1,0 +1,131 @@
+"""The shared library behind the kernels: found, loaded and told which instruction set to use.
+
+Installing Sordino builds it if there is a C++ compiler. Without it, or where ``SORDINO_KERNELS=off`` says so, everything
+runs on torch alone, with the same results and slower. ``SORDINO_KERNELS=portable|avx2|avx512`` forces an instruction set;
+it is meant for tests and for the hunt for errors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from sordino.errors import InputError
+
+LEVELS = ("portable", "avx2", "avx512")  # in the order of sordino_choose in dispatch.cpp
+VARIABLE = "SORDINO_KERNELS"
+_NAME = "sordino_kernels.so"
+
+_P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "sordino_choose": (_I32,),
+    "sordino_product": (_P, _P, _I32, _I64, _P, _I32),
+    "sordino_rounded_product": (_P, _P, _I32, _I64, _I32, _F32, _P, _P, _I32),
+    "sordino_encode": (_P, _I32, _I64, _I64, _I32, _F32, _P, _P, _I32),
+    "sordino_rescale": (_P, _P, _I64, _I64, _I64, _P, _I32, _P, _I32, _I32),
+    "sordino_values": (_P, _I64, _I64, _I32, _P, _I32),
+    "sordino_centred": (_P, _I64, _I64, _P, _I32),
+}
+
+
+class Weight(ctypes.Structure):
+    """A packed weight as the kernels see it: ``Linear`` of kernels.h. Addresses are plain numbers, so that it can be copied."""
+
+    _fields_ = (
+        ("codes", ctypes.c_uint64),
+        ("scale", ctypes.c_uint64),
+        ("zero", ctypes.c_uint64),
+        ("bias", ctypes.c_uint64),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("bias_type", ctypes.c_int32),
+    )
+
+
+class _State:
+    """What is in use; ``library`` is None for torch alone."""
+
+    library: ctypes.CDLL | None = None
+    name: str = ""
+
+
+@lru_cache
+def _load() -> ctypes.CDLL | None:
+    """The library, from beside this file or, in an editable install, from where it was built to."""
+    from sordino.runtime import kernels
+
+    for folder in kernels.__path__:
+        file = Path(folder) / _NAME
+        if file.is_file():
+            try:
+                library = ctypes.CDLL(str(file))
+            except OSError:  # built for another machine
+                return None
+            for name, arguments in _SIGNATURES.items():
+                function = getattr(library, name)
+                function.argtypes, function.restype = arguments, ctypes.c_int
+            return library
+    return None
+
+
+def available() -> list[str]:
+    """Instruction sets that this build and this machine have, slowest first; empty without a library."""
+    library = _load()
+    if library is None:
+        return []
+    found = [name for i, name in enumerate(LEVELS) if library.sordino_choose(i) == 0]
+    if _State.name in LEVELS:
+        library.sordino_choose(LEVELS.index(_State.name))
+    return found
+
+
+def choose(wanted: str | None) -> str:
+    """Use an instruction set from now on, or "off", or (None) the best one; returns what is used.
+
+    Raises:
+        InputError: if it is not one, or this build or machine does not have it.
+    """
+    if wanted is not None and wanted not in ("off", *LEVELS):
+        raise InputError(f"{VARIABLE}={wanted}: one of off, {', '.join(LEVELS)}")
+    have = available()
+    if wanted not in (None, "off", *have):
+        raise InputError(f"{VARIABLE}={wanted}: this build or machine has {', '.join(have) or 'no kernels'}")
+    name = have[-1] if wanted is None and have else wanted or "off"
+    library = None if name == "off" else _load()
+    if library is not None:
+        library.sordino_choose(LEVELS.index(name))
+    _State.library, _State.name = library, name
+    return name
+
+
+def active() -> ctypes.CDLL | None:
+    """The library in use, or None for torch alone; the first call reads the environment."""
+    if not _State.name:
+        choose(os.environ.get(VARIABLE) or None)
+    return _State.library
+
+
+def status() -> str:
+    """Which path linears take on the CPU, in words."""
+    if active() is not None:
+        return f"native, {_State.name}"
+    if os.environ.get(VARIABLE) == "off" or _load() is not None:
+        return "torch: the kernels are switched off"
+    return "torch, slow: no native kernels; install a C++ compiler and reinstall Sordino (pip install --force-reinstall)"
+
+
+@contextmanager
+def using(name: str | None) -> Iterator[str]:
+    """Use an instruction set for the body, then what was used before; see :func:`choose`."""
+    active()
+    before = _State.name
+    try:
+        yield choose(name)
+    finally:
+        choose(before)

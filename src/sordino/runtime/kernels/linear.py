@@ -1,0 +1,151 @@
+"""What modules ask of the kernels. Every function returns None where torch has to do it.
+
+The kernels read the module's own buffers, in the layout of the checkpoint: nothing is repacked and nothing is copied.
+Shapes: O = out_features, I = in_features, M rows of activations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sordino.runtime.kernels.library import Weight, active
+
+# Up to so many rows the kernels multiply packed codes; for more, unpacking once and torch's matmul are faster.
+FEW_ROWS = 8
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Packed:
+    """A module's weight in the kernels' words, made again whenever one of its tensors has moved."""
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], inputs: int, group: int, bits: int):
+        codes, scale, _, bias = tensors
+        assert codes is not None and scale is not None
+        self.at = _addresses(tensors)
+        bias_type = 0 if bias is None else _TYPES.get(bias.dtype, -1)
+        shape = (scale.shape[0], inputs, group, bits)
+        self.weight = Weight(*self.at, *shape, bias_type)
+        self.address = ctypes.addressof(self.weight)
+        present = [t for t in tensors if t is not None]
+        self.usable = (
+            all(t.device.type == "cpu" and t.is_contiguous() for t in present)
+            and scale.dtype == torch.bfloat16  # a cast of the whole model may have changed it
+            and bias_type >= 0
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # addresses mean nothing in a copy
+
+
+def _nothing() -> None:
+    return None
+
+
+def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    return tuple([0 if t is None else t.data_ptr() for t in tensors])
+
+
+def packed(owner: Any, bias: Tensor | None, inputs: int, group: int, bits: int) -> Packed | None:
+    """The packed weight of a module with the buffers of a QuantLinear, or None if the kernels cannot read it."""
+    buffers = owner._buffers
+    tensors = (buffers["weight_packed"], buffers["weight_scale"], buffers.get("weight_zero_point"), bias)
+    known: Packed | None = owner.__dict__.get("_native")
+    if tensors[0].device.type != "cpu":
+        return None
+    if known is None or known.at != _addresses(tensors):
+        known = Packed(tensors, inputs, group, bits)
+        owner.__dict__["_native"] = known
+    return known if known.usable else None
+
+
+def _able(x: Tensor) -> bool:
+    """Whether the kernels can take activations: on the CPU, of a known type, nothing to differentiate or to trace."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _TYPES
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+    )
+
+
+def product(weight: Packed | None, x: Tensor) -> Tensor | None:
+    """``x W^T + bias`` of few rows, [..., I] -> [..., O] in x's dtype, summed in fp32 and rounded once."""
+    library = active()
+    if library is None or weight is None or not _able(x):
+        return None
+    inputs, outputs = weight.weight.inputs, weight.weight.outputs
+    rows = x.numel() // inputs
+    if not 0 < rows <= FEW_ROWS:
+        return None
+    x = x.contiguous()
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    library.sordino_product(weight.address, x.data_ptr(), _TYPES[x.dtype], rows, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, scale: Tensor | None) -> Tensor | None:
+    """The product of rounded inputs and weights with one scale a row: [..., I] -> [..., O] in x's dtype, exact until scaled.
+
+    Args:
+        weight: symmetric, one group a row.
+        x: activations.
+        bits: of an input code.
+        clip: share of a token's largest entry that the codes reach; only without ``scale``.
+        scale: fp32 [1], static; None for one scale a token.
+    """
+    library = active()
+    if library is None or weight is None or not _able(x) or x.numel() == 0:
+        return None
+    if scale is not None and scale.dtype != torch.float32:
+        scale = scale.float()
+    rows, threads, kind = x.numel() // weight.weight.inputs, torch.get_num_threads(), _TYPES[x.dtype]
+    share = 0.0 if scale is not None else clip / ((1 << (bits - 1)) - 1)
+    x = x.contiguous()
+    out = torch.empty((*x.shape[:-1], weight.weight.outputs), dtype=x.dtype)
+    if rows <= FEW_ROWS:
+        fixed = None if scale is None else scale.data_ptr()
+        library.sordino_rounded_product(
+            weight.address, x.data_ptr(), kind, rows, bits, share, fixed, out.data_ptr(), threads
+        )  # fmt: skip
+        return out
+    codes = torch.empty((rows, weight.weight.inputs), dtype=torch.int8)
+    scales = torch.empty(rows) if scale is None else scale
+    library.sordino_encode(
+        x.data_ptr(), kind, rows, weight.weight.inputs, bits, share, scales.data_ptr(), codes.data_ptr(), threads
+    )  # fmt: skip
+    for begin, end in tiles(weight.weight.outputs, weight.weight.inputs):
+        tile = torch.empty((end - begin, weight.weight.inputs), dtype=torch.int8)
+        library.sordino_centred(weight.address, begin, end, tile.data_ptr(), threads)
+        sums = torch._int_mm(codes, tile.T)
+        library.sordino_rescale(
+            weight.address, sums.data_ptr(), rows, begin, end, scales.data_ptr(), int(scale is not None),
+            out.data_ptr(), kind, threads,
+        )  # fmt: skip
+    return out
+
+
+def values(weight: Packed | None, rows: slice, dtype: torch.dtype) -> Tensor | None:
+    """Weights of some rows [rows, I], rounded once to fp32 or bf16."""
+    library = active()
+    if library is None or weight is None or dtype not in _TYPES or torch.compiler.is_compiling():
+        return None
+    begin, end, step = rows.indices(weight.weight.outputs)
+    if step != 1 or end < begin:
+        return None
+    out = torch.empty((end - begin, weight.weight.inputs), dtype=dtype)
+    library.sordino_values(weight.address, begin, end, _TYPES[dtype], out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+# Weights unpacked at once: a tile of int8 that stays in the cache between unpacking and multiplying.
+_TILE = 1 << 20
+
+
+def tiles(outputs: int, inputs: int) -> list[tuple[int, int]]:
+    """Ranges of rows that are unpacked at once."""
+    step = max(64, _TILE // inputs)
+    return [(i, min(i + step, outputs)) for i in range(0, outputs, step)]

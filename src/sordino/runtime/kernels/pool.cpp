@@ -1,0 +1,117 @@
+// A small pool of threads. OpenMP is not used: torch's wheel brings its own copy, and a second runtime in one process
+// means two sets of threads that wait for work at the same time.
+//
+// Workers wait actively for a moment (decode sends thousands of short jobs a second) and then sleep. Pieces of work are
+// taken one by one from a counter, so a thread that the machine holds up does not hold up the others.
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
+#include "kernels.h"
+
+namespace sordino {
+namespace {
+
+constexpr auto kPatience = std::chrono::microseconds(60);  // of active waiting: longer than torch takes between two linears
+
+struct Job {
+  void (*body)(void*, int64_t);
+  void* context;
+  int64_t n;
+};
+
+struct Pool {
+  std::mutex callers;  // one job at a time
+  std::mutex lock;
+  std::condition_variable wake;
+  std::atomic<uint64_t> round{0};     // grows by one a job
+  std::atomic<int64_t> next{0};       // piece to take
+  std::atomic<int> places{0}, busy{0};  // workers that may still join this job; workers inside it
+  Job job{};
+  int workers = 0, sleeping = 0;
+
+  void take() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < job.n;) job.body(job.context, i);
+  }
+
+  void await(uint64_t seen) {
+    const auto until = std::chrono::steady_clock::now() + kPatience;
+    for (int spin = 0; round.load(std::memory_order_acquire) == seen; ++spin) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+      if (spin % 64 == 63 && std::chrono::steady_clock::now() > until) {
+        std::unique_lock<std::mutex> hold(lock);
+        ++sleeping;
+        wake.wait(hold, [&] { return round.load() != seen; });
+        --sleeping;
+      }
+    }
+  }
+
+  void work(uint64_t seen) {
+    for (;;) {
+      await(seen);
+      seen = round.load(std::memory_order_acquire);
+      // `busy` first, then look whether the job is still open: run() closes it before it waits for `busy` to be zero.
+      busy.fetch_add(1);
+      if (places.fetch_sub(1) > 0) take();
+      busy.fetch_sub(1);
+    }
+  }
+
+  void run(const Job& wanted, int threads) {
+    job = wanted;
+    next.store(0, std::memory_order_relaxed);
+    places.store(threads - 1);
+    {
+      std::lock_guard<std::mutex> hold(lock);
+      for (; workers < threads - 1; ++workers) std::thread([this, seen = round.load()] { work(seen); }).detach();
+      round.fetch_add(1);
+      if (sleeping > 0) wake.notify_all();
+    }
+    take();
+    places.store(0);
+    while (busy.load() != 0) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+};
+
+// Never destroyed: detached workers may outlive main's statics.
+std::atomic<Pool*> pool{nullptr};
+
+Pool* the_pool() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    pool = new Pool;
+#ifndef _WIN32
+    // A forked child has the memory of the pool but none of its threads.
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+#endif
+  });
+  return pool;
+}
+
+}  // namespace
+
+void parallel(int64_t n, int threads, void (*body)(void*, int64_t), void* context) {
+  if (threads > n) threads = static_cast<int>(n);
+  Pool* shared = threads > 1 ? the_pool() : nullptr;
+  if (shared == nullptr || !shared->callers.try_lock()) {  // another caller has the pool: do it alone
+    for (int64_t i = 0; i < n; ++i) body(context, i);
+    return;
+  }
+  shared->run({body, context, n}, threads);
+  shared->callers.unlock();
+}
+
+}  // namespace sordino
