@@ -184,6 +184,7 @@ class BlockContext(Protocol):
     q: nn.Module  # the transformers layer being quantized
     solved: dict[str, Rounded]  # what the solver made of each linear, by name inside the block
     notes: dict[str, Any]  # what moves want to have said in the block's report, by move name
+    stored: torch.dtype  # dtype that the checkpoint has for what is not rounded
     call: dict[str, Any]  # keyword arguments (masks, rotary angles) of the block for these windows
 
     def rng(self, move: str) -> torch.Generator:
@@ -249,6 +250,7 @@ class FinishContext(Protocol):
     blocks: list[nn.Module]  # decoder layers holding the rounded values
     solved: list[dict[str, Rounded]]  # per block, the rounded linears by name inside it
     norm: nn.Module  # the final norm
+    stored: torch.dtype  # dtype that the checkpoint has for what is not rounded
     windows: Tensor  # token ids [N, L]
     calib: int  # how many windows the walk calibrated on; they come first
     train: Tensor  # numbers of the windows to train on: the walk's, then those that moves asked for beyond them

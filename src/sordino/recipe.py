@@ -292,7 +292,7 @@ def _explain(error: ValidationError) -> str:
     """One line for the first thing that is wrong."""
     first = error.errors()[0]
     # Tags of unions appear in pydantic's location but not in the recipe.
-    path = ".".join(str(p) for p in first["loc"] if p not in ("rtn", "gptq", "gptaq") and "[" not in str(p))
+    path = ".".join(str(p) for p in first["loc"] if p not in ("rtn", "gptq", "gptaq") and not set(str(p)) & set("[-"))
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
         near = difflib.get_close_matches(key, sorted(_known_keys()), 1)

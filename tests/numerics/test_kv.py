@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sordino.numerics.inputs import fake_encode
 from sordino.numerics.kv import KvGrid
 
 
@@ -41,3 +42,15 @@ def test_an_unclipped_token_is_within_half_a_step(seed: int, bits: int) -> None:
         scale, _ = grid.fit(x, one)
         # The stored scale is rounded to 8 bits, and so is the zero point to a code.
         assert bool(((grid.fake(x, one) - x).abs() <= scale * (1.01 + (1 << bits) / 200)).all())
+
+
+def test_gradients_are_those_of_rounded_inputs() -> None:
+    """Straight through inside, the outermost codes too; none where clipped; the scale's is LSQ's."""
+    x = torch.randn(1, 1, 6, 16, generator=torch.Generator().manual_seed(2)) * 2
+    found = []
+    for rounding in (lambda v, s: KvGrid(3, True, True).fake(v, s), lambda v, s: fake_encode(v, s, 3)):
+        value, scale = x.clone().requires_grad_(True), torch.tensor([0.5], requires_grad=True)
+        (rounding(value, scale) * x).sum().backward()
+        found.append((value.grad, scale.grad))
+    assert found[0][0] is not None and found[0][1] is not None
+    assert torch.allclose(found[0][0], found[1][0]) and torch.allclose(found[0][1], found[1][1])  # type: ignore[arg-type]

@@ -81,3 +81,31 @@ def test_calibration_sees_what_the_rotated_rounded_checkpoint_does(family: str, 
     assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(manifest["guard"]["kl"], rel=1e-2)
     size = sordino.evaluate(tmp_path / "out", windows=1, seqlen=16).bits_per_weight
     assert size == pytest.approx(manifest["bits_per_weight"])
+
+
+@pytest.mark.parametrize("ffn", [96, 172])
+def test_the_guards_baseline_is_the_same_model_rounded(ffn: int, tmp_path: Path) -> None:
+    """A recipe that is RTN itself is exactly as good as the guard's RTN, rotated online or not."""
+    model = make_tiny(tmp_path / "model", layers=2, ffn=ffn)
+    made = load_recipe("rtn-w4", ["format.activations={bits=8, mode='dynamic'}", 'moves=[{move="rotate-inner"}]'])
+    manifest = sordino.quantize(str(model), made, tmp_path / "out", windows=16, seqlen=32).manifest
+    for block in manifest["blocks"]:
+        assert block["error"] == pytest.approx(block["rtn_error"], rel=1e-5)
+    assert manifest["guard"]["kl"] == pytest.approx(manifest["guard"]["rtn_kl"], rel=1e-5)
+
+
+def test_a_column_scale_behind_an_online_rotation_is_refused(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    with pytest.raises(InputError, match="'rotate-inner': down_proj has a column scale"):
+        sordino.quantize(str(model), load_recipe("w3", ['moves=[{move="rotate-inner"}]']), tmp_path / "out", **SMALL)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["quarot-w4a4kv4", "prefixquant-w4a8kv4-static-tuned"])
+def test_fp16_models_store_what_was_calibrated(name: str, family: str, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", family, dtype=torch.float16, layers=2)
+    made = load_recipe(name, ["format.weights.ignore=['*.0.mlp.down_proj']"])
+    sordino.quantize(str(model), made, tmp_path / "out", windows=16, seqlen=32)
+    ours, tokenizer = sordino.load(tmp_path / "out", dtype=torch.float32)
+    ids = tokenizer("it still speaks", return_tensors="pt").input_ids
+    assert torch.isfinite(ours(ids).logits).all()

@@ -113,3 +113,25 @@ def test_static_scales_are_the_best_of_their_candidates(tmp_path: Path) -> None:
                 share = attention.value_scale.clone() * factor
                 errors[factor] = float((attention.kv_grid.fake(v, share) - v)[:, head].square().sum())
             assert errors[1.0] <= min(errors[0.5], errors[2.0]) and errors[1.0] <= 1.05 * min(errors.values())
+
+
+def test_unrounded_blocks_of_a_sliding_model_share_the_cache(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", "mistral")
+    sordino.quantize(str(model), kv_only(8), tmp_path / "out", blocks=(0, 2), **SMALL)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(2, 300, (1, 30))
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    assert torch.equal(ours.generate(ids, **options), ours.generate(ids, **options, use_cache=False))
+
+
+def test_a_cache_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    for bits in (4, 8):
+        sordino.quantize(str(model), kv_only(bits), tmp_path / str(bits), **SMALL)
+    four, eight = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("4", "8"))
+    ids = torch.randint(2, 300, (1, 9))
+    with torch.no_grad():
+        cache = four(ids, use_cache=True).past_key_values
+        with pytest.raises(InputError, match="another checkpoint"):
+            eight(ids, past_key_values=cache)
+        assert four(ids, past_key_values=cache).past_key_values.get_seq_length() == 18

@@ -204,7 +204,8 @@ _DENSE = 7  # a product with a matrix of 2**7 rows costs less than seven passes 
 
 @lru_cache(maxsize=64)
 def _signs(m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _sylvester(m).to(device, dtype)
+    with torch.inference_mode(False):  # it is kept, and training may use it later
+        return _sylvester(m).to(device, dtype)
 
 
 def _walsh(x: Tensor, m: int) -> Tensor:

@@ -67,8 +67,7 @@ class KvGrid:
             return self.decode(self.encode(x, scale, zero), scale, zero, x.dtype)
         steps = x.float() / scale
         near = steps + (steps.detach().round() - steps.detach())
-        low, high = -zero, self.top - zero
-        return (torch.minimum(torch.maximum(near, low), high) * scale).to(x.dtype)
+        return (near.clamp(-zero, self.top - zero) * scale).to(x.dtype)
 
     @staticmethod
     def decode(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:

@@ -70,7 +70,7 @@ class Distill(Move):
         spaces = [WeightSpace(b, own, self.weights, self.scales) for b, own in zip(ctx.blocks, solved, strict=True)]
         trained = [b for b, own in zip(ctx.blocks, solved, strict=True) if own]
         norms = [b.get_submodule(n) for b in trained for n in ctx.anatomy.norms.values()]
-        gains = GainSpace([ctx.norm, *norms], self.gains)
+        gains = GainSpace([ctx.norm, *norms], self.gains, ctx.stored)
         first_gains = [w.detach().clone() for w in gains.weights]
 
         def backward(windows: Tensor) -> float:

@@ -167,9 +167,11 @@ class GainSpace:
     Args:
         norms: the norm modules.
         rate: learning rate, as a share of the root mean square of each norm's gain; 0 trains nothing.
+        stored: dtype of the checkpoint.
     """
 
-    def __init__(self, norms: list[nn.Module], rate: float):
+    def __init__(self, norms: list[nn.Module], rate: float, stored: torch.dtype):
+        self.stored = stored
         self.weights: list[Any] = []
         self.rates: list[float] = []
         for norm in norms if rate > 0 else []:
@@ -195,7 +197,7 @@ class GainSpace:
     def settle(self) -> None:
         """Round the fp32 copies into the modules."""
         for w, m in zip(self.weights, self.masters, strict=True):
-            w.copy_(m)
+            w.copy_(m.to(self.stored))
 
     def fold(self) -> dict[str, Rounded]:
         """The modules hold the gains already."""

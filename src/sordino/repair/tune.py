@@ -70,7 +70,7 @@ class Tune(Move):
         spaces: list[ParameterSpace] = [
             InputSpace(ctx.q, ctx.anatomy, self.inputs),  # first: a stand-in takes over the hooks of its linear
             WeightSpace(ctx.q, ctx.solved, *self.rates),
-            GainSpace(norms, self.gains),
+            GainSpace(norms, self.gains, ctx.stored),
         ]
 
         def backward(windows: Tensor) -> float:

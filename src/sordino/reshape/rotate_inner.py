@@ -15,7 +15,9 @@ from torch import nn
 
 from sordino.anatomy import Anatomy
 from sordino.contract import Move
+from sordino.errors import InputError
 from sordino.numerics.hadamard import rotation
+from sordino.recipe import Format
 from sordino.runtime.inner import ATTENTION, DOWN, dress
 
 
@@ -32,6 +34,12 @@ class RotateInner(Move):
 
     def __init__(self, values: bool = True, keys: bool = True, down: bool = True) -> None:
         self.values, self.keys, self.down = values, keys, down
+
+    def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
+        """A column scale of down_proj would act behind R4, and up_proj, which should take it over, stands before it."""
+        names = [anatomy.full_name(i, DOWN) for i in range(anatomy.n_blocks)]
+        if self.down and any(fmt.weights.resolve(name).column_scale for name in names):
+            raise InputError("move 'rotate-inner': down_proj has a column scale, which R4 keeps from up_proj; set down=false")
 
     def inner(self) -> tuple[str, ...]:
         """Which of them, by name."""

@@ -24,12 +24,20 @@ class PackedLayer(DynamicLayer):
 
     def __init__(self, attention: Any):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.attention = attention
+        self.grid, self.turn = attention.kv_grid, getattr(attention, "key_rotation", None)
+        self.scales: tuple[Tensor, Tensor] = attention.key_scale, attention.value_scale
+
+    def fits(self, attention: Any) -> bool:
+        """Whether the rows are what this attention module would have made."""
+        if self.grid != attention.kv_grid or self.turn is not getattr(attention, "key_rotation", None):
+            return False
+        pairs = zip(self.scales, (attention.key_scale, attention.value_scale), strict=True)
+        return all(a is b or torch.equal(a, b) for a, b in pairs)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty rows; transformers calls it before the first update."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        rows = (key_states.shape[0], key_states.shape[1], 0, self.attention.kv_grid.row_bytes(key_states.shape[-1]))
+        rows = (key_states.shape[0], key_states.shape[1], 0, self.grid.row_bytes(key_states.shape[-1]))
         self.keys, self.values = (torch.empty(rows, dtype=torch.uint8, device=self.device) for _ in range(2))
         self.is_initialized = True
 
@@ -37,14 +45,13 @@ class PackedLayer(DynamicLayer):
         """Round and pack new keys and values [B, K, S, d]; returns the values of all, in their dtype."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        module, grid, size = self.attention, self.attention.kv_grid, key_states.shape[-1]
-        turn = getattr(module, "key_rotation", None)
-        key = key_states if turn is None else turn.apply(key_states)
-        self.keys = torch.cat([self.keys, grid.pack(key, module.key_scale)], 2)  # type: ignore[list-item]
-        self.values = torch.cat([self.values, grid.pack(value_states, module.value_scale)], 2)  # type: ignore[list-item]
+        grid, size, (key_scale, value_scale) = self.grid, key_states.shape[-1], self.scales
+        key = key_states if self.turn is None else self.turn.apply(key_states)
+        self.keys = torch.cat([self.keys, grid.pack(key, key_scale)], 2)  # type: ignore[list-item]
+        self.values = torch.cat([self.values, grid.pack(value_states, value_scale)], 2)  # type: ignore[list-item]
         return (
-            grid.unpack(self.keys, module.key_scale, size, key_states.dtype),
-            grid.unpack(self.values, module.value_scale, size, value_states.dtype),
+            grid.unpack(self.keys, key_scale, size, key_states.dtype),
+            grid.unpack(self.values, value_scale, size, value_states.dtype),
         )
 
 
@@ -65,8 +72,14 @@ def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layers.append(DynamicLayer())
     layer = layers[index]
     if isinstance(layer, PackedLayer):
+        if not layer.fits(module):
+            raise InputError("the cache was filled by another checkpoint; use an empty DynamicCache")
         return
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
         what = type(layer).__name__ + (", filled by another model" if layer.get_seq_length() else "")
         raise InputError(f"the cache ({what}) cannot hold packed keys and values; use an empty DynamicCache")
     layers[index] = PackedLayer(module)
+    for i, other in enumerate(layers):
+        # Packed layers keep every token. Masks are made for all layers alike, so none may slide beside them.
+        if type(other) is DynamicSlidingWindowLayer and not other.get_seq_length():
+            layers[i] = DynamicLayer()

@@ -74,8 +74,9 @@ def rotated(linear: nn.Module, x: Tensor) -> Tensor:
 
 def carry_inputs(old: nn.Module, new: nn.Module) -> None:
     """Let a stand-in treat its input as the linear does that it stands in for."""
+    turned = any(isinstance(h, RotateInput) for h in new._forward_pre_hooks.values())
     for hook in old._forward_pre_hooks.values():
         if isinstance(hook, RoundInput):
             new.register_buffer(SCALE, getattr(old, SCALE))
-        if isinstance(hook, RoundInput | RotateInput):
+        if isinstance(hook, RoundInput) or (isinstance(hook, RotateInput) and not turned):
             new.register_forward_pre_hook(hook)

@@ -24,7 +24,7 @@ from sordino.runtime.inner import ATTENTION, dress
 from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, give_bias, in_basis, out_of_basis
 from sordino.runtime.prefix import give_prefix
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: `input_scale` of dynamic inputs too, `inner`, `kv`
 
 
 @register_quantization_config("sordino")
@@ -60,6 +60,8 @@ class SordinoConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         if format_version > FORMAT_VERSION:
             raise InputError(f"checkpoint format {format_version} is newer than this Sordino reads ({FORMAT_VERSION})")
+        if format_version < 2 and any("inputs" in group for group in groups or []):
+            raise InputError("this checkpoint with rounded inputs was made by an older Sordino; quantize the model again")
         self.quant_method = "sordino"  # type: ignore[assignment]
         self.groups, self.embeddings, self.head = groups or [], embeddings, head
         self.biases, self.basis, self.prefix = biases or [], basis, prefix or []

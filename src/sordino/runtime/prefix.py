@@ -69,6 +69,6 @@ def read_prefix(folder: Path) -> dict[str, Tensor]:
     if not found:
         raise InputError(f"{folder} has no prefix")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    turned = {KEY} if "keys" in config["inner"] else set()
-    turned |= {VALUE} if "values" in config["inner"] else set()
+    inner = config.get("inner") or []  # checkpoints of format 1 have none
+    turned = {name for name, space in ((KEY, "keys"), (VALUE, "values")) if space in inner}
     return {n: rotation(t.shape[-1]).apply_transpose(t) if n.rpartition(".")[2] in turned else t for n, t in found.items()}

@@ -18,8 +18,11 @@ from sordino.errors import SordinoError
 from sordino.numerics.affine import round_scale
 from sordino.numerics.divergence import token_factors, token_weights
 from sordino.numerics.gram import add_cross, add_gram, mirror
-from sordino.runtime.modules import drop_bias, give_bias
+from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
+from sordino.runtime.modules import SCALE, drop_bias, give_bias
 from sordino.walk.runner import Runner
+
+_SCALES = (SCALE, KEY_SCALE, VALUE_SCALE)
 
 
 @dataclass
@@ -54,9 +57,11 @@ class Context:
     batch: int
     budget: int
     seed: int
+    stored: torch.dtype
     solved: dict[str, Rounded] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     following: Tensor | None = None
+    _scales: dict[str, Tensor] = field(default_factory=dict)
     _runners: dict[tuple[str, str], Runner] = field(default_factory=dict)
 
     def rng(self, move: str) -> torch.Generator:
@@ -106,7 +111,7 @@ class Context:
         """Add to the bias of a norm or linear of the q block."""
         target: Any = self.q.get_submodule(module)
         give_bias(target)
-        target.bias.data = (target.bias.float() + bias).to(target.weight.dtype)
+        target.bias.data = (target.bias.float() + bias).to(self.stored).to(target.weight.dtype)
         self._touch_module(module)
 
     def unshift(self, module: str) -> None:
@@ -179,7 +184,18 @@ class Context:
         for name, parameter in self.q.named_parameters():
             parameter.data = exact[name].detach().clone() if name in exact else torch.zeros_like(parameter)
         self.solved = {}
+        self.put_scales(self.q)
         self.touch("qkv")
+
+    def keep_scales(self) -> None:
+        """Remember the scales of inputs, keys and values as they were searched, before a move trains them."""
+        self._scales = {n: b.clone() for n, b in self.q.named_buffers() if n.rpartition(".")[2] in _SCALES}
+
+    def put_scales(self, layer: nn.Module) -> None:
+        """Give a block the scales that :meth:`keep_scales` remembered."""
+        for name, scale in self._scales.items():
+            parent, _, leaf = name.rpartition(".")
+            layer.get_submodule(parent).register_buffer(leaf, scale.clone())
 
     def snapshot(self) -> Any:
         """State of the q block."""

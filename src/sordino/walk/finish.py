@@ -39,6 +39,7 @@ class Finish:
     calls: list[dict[str, Any]]
     around: Ends
     norm: nn.Module
+    stored: torch.dtype
     windows: Tensor
     calib: int
     train: Tensor
@@ -127,7 +128,7 @@ def open_finish(
     calib, numbers = plan.recipe.calibration.windows, torch.arange(len(windows))
     first, heldout, extra = numbers.tensor_split([calib, calib + plan.heldout])
     return Finish(
-        anatomy=plan.anatomy, blocks=blocks, solved=solved, around=ends, norm=norm, windows=windows,
+        anatomy=plan.anatomy, blocks=blocks, solved=solved, around=ends, norm=norm, stored=plan.stored, windows=windows,
         calib=calib, train=torch.cat([first, extra]), heldout=heldout, targets=targets, **rest,
     )  # fmt: skip
 

@@ -27,14 +27,19 @@ _TOKENS = 1024  # on which the candidates are compared; more would cost more tha
 def round_site(ctx: Context, site: Site, names: list[str], fmt: ActivationFormat) -> dict[str, float]:
     """Let the linears of a site round their common input; returns what is worth reporting."""
     linears: list[Any] = [ctx.q.get_submodule(name) for name in names]
-    windows = max(1, min(ctx.streams["q"].calib, _TOKENS // ctx.stream("q").shape[1])) if fmt.searched else 0
-    exact = _outputs(ctx, windows)
-    errors: dict[float, float] = {}
 
     def give(scale: float) -> None:
         for linear in linears:
             round_inputs(linear, fmt.bits, fmt.static, _stored(scale))
         ctx.touch(site)
+
+    if not fmt.searched:
+        assert not isinstance(fmt.clip, str)
+        give(fmt.clip)
+        return {}
+    windows = max(1, min(ctx.streams["q"].calib, _TOKENS // ctx.stream("q").shape[1]))
+    exact = _outputs(ctx, windows)
+    errors: dict[float, float] = {}
 
     def error(scale: float) -> float:
         if scale not in errors:
@@ -43,10 +48,6 @@ def round_site(ctx: Context, site: Site, names: list[str], fmt: ActivationFormat
             errors[scale] = sum(float((y.float() - t.float()).square().sum()) for y, t in pairs)
         return errors[scale]
 
-    if not fmt.searched:
-        assert not isinstance(fmt.clip, str)
-        give(fmt.clip)
-        return {}
     if not fmt.static:
         best = min(_CLIPS, key=error)
         give(best)

@@ -22,6 +22,7 @@ from sordino.walk.context import Context
 
 _SHARES = [1 - i / 20 for i in range(10)]
 _TOKENS = 2048  # on which the candidates are compared
+_QUERIES = 512  # of a window, the last ones, whose probabilities judge its keys
 
 
 def round_block_kv(ctx: Context, fmt: KvFormat) -> dict[str, Any]:
@@ -60,13 +61,15 @@ def _search_values(grid: KvGrid, seen: Seen) -> Tensor:
 
 def _search_keys(grid: KvGrid, seen: Seen) -> Tensor:
     """Scales or shares of the keys, fp32 [K]."""
-    texts = [k[:, :, k.shape[2] - q.shape[2] :].float() for q, k, _ in seen]
+    length = seen[0][0].shape[2]
+    texts = [k[:, :, k.shape[2] - length :].float() for _, k, _ in seen]
+    seen = [(q[:, :, -_QUERIES:], k, v) for q, k, v in seen]
     exact = [_probabilities(q, k.float()) for q, k, _ in seen]
 
     def error(share: Tensor) -> Tensor:
         total = torch.zeros_like(share)
         for (q, k, _), text, target in zip(seen, texts, exact, strict=True):
-            before = k[:, :, : k.shape[2] - q.shape[2]].float()
+            before = k[:, :, : k.shape[2] - length].float()
             p = _probabilities(q, torch.cat([before, grid.fake(text, share)], 2))
             total += (p - target).square().sum((0, 2, 3)).view(len(share), -1).sum(1)
         return total

@@ -175,9 +175,12 @@ def make_grid(fmt: WeightFormat) -> Grid:
     """The grid of a weight format."""
     if fmt.grid == "additive":
         return AdditiveGrid(fmt.bits, fmt.column_scale)
-    by_output = isinstance(fmt.solver, Rtn) and fmt.solver.search == "output"
-    base = AffineGrid(fmt.bits, fmt.symmetric, 0 if by_output else fmt.search)
+    base = AffineGrid(fmt.bits, fmt.symmetric, 0 if _by_output(fmt) else fmt.search)
     return DualScaleGrid(base) if fmt.column_scale else base
+
+
+def _by_output(fmt: WeightFormat) -> bool:
+    return isinstance(fmt.solver, Rtn) and fmt.solver.search == "output"
 
 
 def baseline_grid(fmt: WeightFormat) -> Grid:
@@ -206,6 +209,11 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
     _check_prefix(moves, source)
     span = _check_blocks(blocks, anatomy)
     linears = tuple(_plan_block(i, anatomy, recipe, span) for i in range(anatomy.n_blocks))
+    if recipe.format.activations.rounded and not any(x.group for block in linears for x in block):
+        raise InputError(
+            f"format.activations.bits={recipe.format.activations.bits} without rounded weights: nothing would be rounded; "
+            "set format.weights.bits"
+        )
     needs = {n for block in linears for x in block if x.group is not None for n in make_solver(x.format).needs}
     fp_moves = any(m.needs_fp_stream for m in moves)
     calibrated = bool(needs) or bool(moves) or recipe.format.activations.searched or recipe.format.kv.searched
@@ -267,15 +275,8 @@ def _check_tensors(source: Source, model: nn.Module, anatomy: Anatomy) -> None:
 
 def _check_format(recipe: Recipe, anatomy: Anatomy, source: Source) -> None:
     fmt = recipe.format
-    if fmt.weights.grid != "affine" and isinstance(fmt.weights.solver, Rtn) and fmt.weights.solver.search == "output":
-        raise InputError('format.weights.solver.search="output" is for affine grids; use "weight"')
     if fmt.kv.rounded and fmt.kv.static and not fmt.kv.symmetric:
         raise InputError("format.kv: static scales are symmetric; set format.kv.symmetric=true")
-    if fmt.activations.rounded and fmt.weights.bits == 16:
-        raise InputError(
-            f"format.activations.bits={fmt.activations.bits} without rounded weights: nothing would be rounded; "
-            "set format.weights.bits"
-        )
     for name, table in (("activations", fmt.activations), ("kv", fmt.kv)):
         if table.static and table.clip not in (1.0, "search"):
             raise InputError(f"format.{name}.clip belongs to mode=dynamic; a static scale is searched")
@@ -307,6 +308,10 @@ def _plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, i
                 f"{name}: no linear before it can take over a column scale, only {', '.join(anatomy.absorbable())} have one; "
                 'set column_scale in a [[format.weights.override]] that matches "*.down_proj"'
             )
+        if chosen and _by_output(fmt) and (fmt.grid != "affine" or fmt.column_scale):
+            raise InputError(f'{name}: solver search="output" is for affine grids without a column scale; use "weight"')
+        if chosen and fmt.column_scale and recipe.format.activations.static:
+            raise InputError(f"{name}: a column scale would change the input behind its static scale; set one of them off")
         plans.append(LinearPlan(linear, name, fmt, group_size(fmt.group, linear, name) if chosen else None))
     return tuple(plans)
 

@@ -168,6 +168,9 @@ class Walk:
         layer = self.factory.load(index)
         for move in self.plan.moves:
             move.reshape(layer, index, self.plan.anatomy, self.artifacts)
+        if self.source.dtype != self.plan.dtype:  # what is not rounded is stored in the former
+            for parameter in layer.parameters():
+                parameter.data = parameter.data.to(self.source.dtype).to(self.plan.dtype)
         if self.prefix is not None:
             give_prefix(layer.get_submodule(ATTENTION), *self.prefix.at(index, layer))
         return layer
@@ -239,6 +242,7 @@ class Walk:
             batch=plan.batch,
             budget=plan.budget,
             seed=self.seed,
+            stored=self.source.dtype,
         )
 
     def _block(self, index: int) -> dict[str, Any]:
@@ -262,6 +266,7 @@ class Walk:
         if "fp" in self.streams:
             self._advance(ctx, "fp", fp)
             ctx.following = self.streams["fp"].x
+        ctx.keep_scales()
         for move in self.plan.moves:
             move.close(ctx)
         report |= {"moves": ctx.notes} if ctx.notes else {}
@@ -326,6 +331,7 @@ class Walk:
             module.weight = nn.Parameter(values, requires_grad=False)
             carry_inputs(ctx.q.get_submodule(p.linear.name), module)
         carry_attention(ctx.q.get_submodule(ATTENTION), layer.get_submodule(ATTENTION))
+        ctx.put_scales(layer)
         return rounded, layer
 
     def _store(self, ctx: Context) -> None:
@@ -334,8 +340,9 @@ class Walk:
         if any(m.needs_latent for m in self.plan.finishing):
             self.work.save_latents(ctx.index, ctx.solved)
         back, _ = rounded_block(self.factory, self.plan, ctx.index, self.work.load_block(ctx.index))
-        for name, parameter in ctx.q.named_parameters():
-            if not torch.equal(back.get_parameter(name), parameter):
+        stored = back.state_dict()
+        for name, tensor in ctx.q.state_dict().items():
+            if not torch.equal(stored[name].to(tensor.dtype), tensor):
                 name = self.plan.anatomy.full_name(ctx.index, name)
                 raise SordinoError(f"{name}: the stored bytes are not what was calibrated")
 
