@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import d2quant
+import prefixquant
 import weight_only
 from ladder import ROOT, ROWS
 from sordino.recipe import presets
@@ -44,13 +45,16 @@ def main() -> None:
     first |= {k: v for k, v in second.items() if k[0] in weight_only.LADDER}  # the same recipe, measured later
     body = HEAD + "\n## Rounding alone\n\n" + table(first, ["full precision", *weight_only.LADDER])
     body += "\n## D²Quant, and past it\n\n" + table(second, ["full precision", *d2quant.LADDER])
+    third = latest("prefixquant.jsonl")
+    ladder = table(third, ["full precision", *prefixquant.LADDER], 7) if third else ""
+    body += ladder and "\n## PrefixQuant (`benchmarks/prefixquant.py`)\n\n" + ladder
     body += prefix("## The prefix on full precision (`benchmarks/prefix.py`)")
     body += solver_options() + analyses() + large_shape()
     (ROOT / "docs" / "results.md").write_text(body)
     best = {k: v for k, v in second.items() if k[0].partition(",")[0] in presets()}
     fill(ROOT / "README.md", table(first | best, ["full precision", *weight_only.LADDER, *d2quant.LADDER], 4))
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 7))
-    fill(ROOT / "docs" / "methods" / "prefixquant.md", prefix())
+    fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + prefix())
 
 
 def latest(file: str) -> dict[tuple[str, int], Row]:
