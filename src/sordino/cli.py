@@ -221,7 +221,7 @@ def bench(
         result = run(models, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, progress=bars)
     if json_:
         _write_json(json_, result.to_json())
-    _print_comparison(result)
+    _print_table(result.header, result.cells())
 
 
 @app.command()
@@ -340,12 +340,16 @@ def _task_lines(result: Any) -> list[tuple[str, str]]:
 
 def _print_comparison(comparison: Any) -> None:
     for header, rows in comparison.tables():
-        table = Table()
-        for name in header:
-            table.add_column(name, overflow="fold")  # a name cut off with dots tells nothing
-        for row in rows:
-            table.add_row(*row)
-        _out.print(table)
+        _print_table(header, rows)
+
+
+def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table()
+    for name in header:
+        table.add_column(name, overflow="fold")  # a name cut off with dots tells nothing
+    for row in rows:
+        table.add_row(*row)
+    _out.print(table)
 
 
 def _print_result(result: Any) -> None:

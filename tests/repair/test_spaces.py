@@ -72,7 +72,7 @@ def test_weight_space_replaces_and_puts_back() -> None:
 
 def test_gains_are_trained_in_fp32_and_used_as_stored() -> None:
     norm = nn.LayerNorm(8, bias=False, dtype=torch.bfloat16)
-    space = GainSpace([norm], 0.1)
+    space = GainSpace([norm], 0.1, torch.float32)
     optimizer = torch.optim.SGD(space.groups())
     norm(torch.randn(2, 8).bfloat16()).float().square().sum().backward()
     space.collect()
