@@ -115,7 +115,30 @@ class WeightFormat(_Table):
         return self.model_copy(update=update)
 
 
-class ActivationFormat(_Table):
+class _Rounded(_Table):
+    """What activations, keys and values have in common: rounded as they appear, at scales of the moment or found before."""
+
+    bits: Bits = 16
+    mode: Literal["static", "dynamic"] = "dynamic"
+    clip: Clip = 1.0
+
+    @property
+    def rounded(self) -> bool:
+        """Whether there is any rounding."""
+        return self.bits != 16
+
+    @property
+    def static(self) -> bool:
+        """Whether there is, with scales that calibration finds."""
+        return self.rounded and self.mode == "static"
+
+    @property
+    def searched(self) -> bool:
+        """Whether calibration text is looked at for it."""
+        return self.static or (self.rounded and self.clip == "search")
+
+
+class ActivationFormat(_Rounded):
     """How the inputs of the rounded block linears are rounded at run time; 16 bits means not at all.
 
     Symmetric; dynamic ones with a scale for each token (``clip`` of its largest entry), static ones with one number a site.
@@ -123,26 +146,9 @@ class ActivationFormat(_Table):
     """
 
     bits: Literal[3, 4, 8, 16] = 16
-    mode: Literal["static", "dynamic"] = "dynamic"
-    clip: Clip = 1.0
-
-    @property
-    def rounded(self) -> bool:
-        """Whether inputs are rounded at all."""
-        return self.bits != 16
-
-    @property
-    def static(self) -> bool:
-        """Whether they are, with scales that calibration finds."""
-        return self.rounded and self.mode == "static"
-
-    @property
-    def searched(self) -> bool:
-        """Whether calibration text is looked at for them."""
-        return self.static or (self.rounded and self.clip == "search")
 
 
-class KvFormat(_Table):
+class KvFormat(_Rounded):
     """How keys (after the rotary embedding) and values are stored in the cache; 16 bits means not rounded.
 
     Dynamic ones with a scale (and unless symmetric a zero point) for each token and head, static ones with one number a head;
@@ -151,23 +157,6 @@ class KvFormat(_Table):
 
     bits: Literal[2, 3, 4, 8, 16] = 16
     symmetric: bool = False
-    mode: Literal["static", "dynamic"] = "dynamic"
-    clip: Clip = 1.0
-
-    @property
-    def rounded(self) -> bool:
-        """Whether the cache holds codes."""
-        return self.bits != 16
-
-    @property
-    def static(self) -> bool:
-        """Whether it does, with scales that calibration finds."""
-        return self.rounded and self.mode == "static"
-
-    @property
-    def searched(self) -> bool:
-        """Whether calibration text is looked at for them."""
-        return self.static or (self.rounded and self.clip == "search")
 
 
 class Format(_Table):

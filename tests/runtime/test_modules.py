@@ -1,5 +1,7 @@
 """Checks that modules on packed codes compute what the same modules on dequantized weights compute."""
 
+import shutil
+
 import pytest
 import torch
 from torch import Tensor
@@ -145,3 +147,8 @@ def test_tied_head_owns_nothing_and_follows_its_table() -> None:
     before = head(x)
     module.weight_scale.mul_(2)
     assert torch.equal(head(x), before * 2)
+
+
+def test_the_kernels_are_there_where_a_compiler_is() -> None:
+    """Without this a build that failed in silence would only skip the kernels' own tests."""
+    assert kernels.available() or not any(map(shutil.which, ("c++", "g++", "clang++")))

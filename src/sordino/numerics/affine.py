@@ -55,6 +55,10 @@ def round_scale(scale: Tensor) -> Tensor:
     return scale.to(torch.bfloat16).float().clamp(SCALE_FLOOR, SCALE_CEILING)
 
 
+# Of a full range, what PrefixQuant's searches of weights, keys and values try (spec section 4.5).
+SHARES = tuple(1 - i / 20 for i in range(10))
+
+
 @dataclass(frozen=True)
 class AffineGrid:
     """An affine grid of ``bits`` bits.

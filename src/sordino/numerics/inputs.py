@@ -6,6 +6,8 @@ spec section 4). Shapes: T tokens, C channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,17 +26,22 @@ def encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def fake_encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """``code * scale`` in the dtype of x [..., C], differentiable in both.
+    """``code * scale`` in the dtype of x [..., C], differentiable in both as :func:`fake_round` is."""
+    half = 1 << (bits - 1)
+    return fake_round(x, scale, -half, half - 1)
+
+
+def fake_round(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
+    """``clamp(round(x / scale), low, high) * scale`` in the dtype of x; low and high are numbers, or tensors that broadcast.
 
     Gradients go straight through the rounding; an entry that is clipped has none, and pulls at the scale with its whole code
     (LSQ without its gradient scale; PrefixQuant, spec section 5).
     """
-    if not (x.requires_grad or scale.requires_grad):
-        return (_nearest(x.float() / scale, bits) * scale).to(x.dtype)
-    half = 1 << (bits - 1)
     steps = x.float() / scale
+    if not (x.requires_grad or scale.requires_grad):
+        return (steps.round_().clamp_(low, high) * scale).to(x.dtype)
     near = steps + (steps.detach().round() - steps.detach())
-    return (near.clamp(-half, half - 1) * scale).to(x.dtype)
+    return (near.clamp(low, high) * scale).to(x.dtype)
 
 
 def _nearest(steps: Tensor, bits: int) -> Tensor:

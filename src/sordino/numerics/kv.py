@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sordino.numerics.inputs import fake_round
 from sordino.numerics.packing import pack, packed_words, unpack
 
 _LEAST = 1e-8
@@ -61,13 +62,9 @@ class KvGrid:
         return ((x.float() / scale).round() + zero).clamp(0, self.top).to(torch.uint8)
 
     def fake(self, x: Tensor, share: Tensor) -> Tensor:
-        """``(code - zero) * scale`` in the dtype of x [B, K, S, d]; gradients as in ``fake_encode`` (numerics/inputs.py)."""
+        """``(code - zero) * scale`` in the dtype of x [B, K, S, d]; gradients as in :func:`fake_round`."""
         scale, zero = self.fit(x, share)
-        if not (x.requires_grad or share.requires_grad):
-            return self.decode(self.encode(x, scale, zero), scale, zero, x.dtype)
-        steps = x.float() / scale
-        near = steps + (steps.detach().round() - steps.detach())
-        return (near.clamp(-zero, self.top - zero) * scale).to(x.dtype)
+        return fake_round(x, scale, -zero, self.top - zero)
 
     @staticmethod
     def decode(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:

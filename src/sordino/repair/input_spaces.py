@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sordino.anatomy import SITES, Anatomy
 from sordino.contract import Rounded
-from sordino.numerics.affine import round_scale
+from sordino.repair.spaces import grown
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
 from sordino.runtime.inner import ATTENTION
 from sordino.runtime.inputs import RoundInput, rounding
@@ -34,8 +34,7 @@ class Trained:
 
     def __call__(self) -> Tensor:
         """The value as it will be stored, with gradients as if it were not rounded."""
-        exact = self.first * self.growth.exp()
-        return exact + (round_scale(exact.detach()) - exact.detach())
+        return grown(self.first, self.growth)
 
 
 class InputSpace:

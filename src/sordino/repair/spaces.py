@@ -22,6 +22,12 @@ from sordino.runtime.inputs import carry_inputs
 _EDGE = 0.499  # how far beyond the outermost code a latent position may lie, in steps
 
 
+def grown(first: Tensor, growth: Tensor) -> Tensor:
+    """Scales ``first * exp(growth)`` as they will be stored, fp32, with gradients as if they were not rounded."""
+    exact = first * growth.exp()
+    return exact + (round_scale(exact.detach()) - exact.detach())
+
+
 class TrainedLinear(nn.Module):
     """A rounded linear whose roundings and scales can be trained.
 
@@ -60,8 +66,7 @@ class TrainedLinear(nn.Module):
 
     def scale(self) -> Tensor:
         """The scale as it will be stored, fp32 [R, G], with gradients as if it were not rounded."""
-        exact = self.first * self.growth.exp()
-        return exact + (round_scale(exact.detach()) - exact.detach())
+        return grown(self.first, self.growth)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight as it will be stored, [R, C]."""

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from sordino.contract import Grid, Rounded, Stats
-from sordino.numerics.affine import GridParams, round_scale
-
-_SHARES = [1 - i / 20 for i in range(10)]
+from sordino.numerics.affine import SHARES, GridParams, round_scale
 
 
 class RtnSolver:
@@ -60,7 +58,7 @@ def by_output(w: Tensor, gram: Tensor, grid: Grid, full: GridParams) -> GridPara
         grid: the grid.
         full: its parameters for the whole range, [R, G].
     """
-    candidates = [GridParams(round_scale(full.scale * share), full.zero) for share in _SHARES]
+    candidates = [GridParams(round_scale(full.scale * share), full.zero) for share in SHARES]
     errors = []
     for params in candidates:
         e = (w - grid.nearest(w, params)[1]).view(*params.scale.shape, -1).transpose(0, 1)  # [G, R, g]

@@ -101,7 +101,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias`` for x [..., I] in x's dtype; with rounded inputs, of the codes where one scale a row allows."""
         if self.inputs is not None:
-            bits, static, scale = self.inputs["bits"], self.inputs["mode"] == "static", self.get_buffer(SCALE).float()
+            bits, static = self.inputs["bits"], self.inputs["mode"] == "static"
+            scale: Tensor = self._buffers[SCALE].float()  # type: ignore[union-attr]  # get_buffer takes microseconds
             whole = self.group == self.in_features and self.symmetric and not self.additive
             if whole:
                 clip, fixed = (1.0, scale) if static else (float(scale), None)

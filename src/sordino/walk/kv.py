@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sordino.numerics.affine import round_scale
+from sordino.numerics.affine import SHARES, round_scale
 from sordino.numerics.kv import KvGrid
 from sordino.recipe import KvFormat
 from sordino.runtime.attention import round_kv
@@ -20,7 +20,6 @@ from sordino.runtime.inner import ATTENTION
 from sordino.walk.attention import watched
 from sordino.walk.context import Context
 
-_SHARES = [1 - i / 20 for i in range(10)]
 _TOKENS = 2048  # on which the candidates are compared
 _QUERIES = 512  # of a window, the last ones, whose probabilities judge its keys
 
@@ -90,7 +89,7 @@ def _best(grid: KvGrid, texts: list[Tensor], error: Any) -> Tensor:
     """The best of the shares, by head; of equal ones the first."""
     peak = torch.stack([t.abs().amax((0, 2, 3)) for t in texts]).amax(0)
     unit = peak.clamp(min=1e-6) / ((1 << (grid.bits - 1)) - 1) if grid.static else torch.ones_like(peak)
-    candidates = [round_scale(unit * share) for share in _SHARES]
+    candidates = [round_scale(unit * share) for share in SHARES]
     errors = torch.stack([error(c) for c in candidates])
     return torch.stack(candidates).gather(0, errors.argmin(0)[None])[0]
 

@@ -18,47 +18,20 @@ import psutil
 import torch
 from torch import nn
 
-from sordino.anatomy import Anatomy, Linear, anatomy_of, group_size, skeleton
-from sordino.contract import Grid, Move, Solver, having
+from sordino.anatomy import Anatomy, anatomy_of, skeleton
+from sordino.contract import Move, having
 from sordino.errors import InputError, SordinoError, reason
 from sordino.moves import build_moves
-from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
-from sordino.numerics.affine import AffineGrid
 from sordino.numerics.basis import Basis
-from sordino.numerics.packing import packed_words
-from sordino.recipe import Gptaq, Gptq, Recipe, Rtn, WeightFormat
-from sordino.round.gptq import GptqSolver
-from sordino.round.rtn import RtnSolver
+from sordino.recipe import Recipe
 from sordino.runtime.prefix import check_rotary
+from sordino.walk.linears import LinearPlan, make_solver, plan_block
 from sordino.walk.source import Source
 
 # Tokens of one forward: enough to keep the matmuls busy, few enough for activations to stay near the caches. Wide models
 # take as many as they are wide, because every forward also adds to sums of that size squared.
 _BATCH_TOKENS = 1024
 _RTN_WINDOWS = 4  # held-out windows on which the whole model rounded by RTN is followed, for the final guard
-
-
-@dataclass(frozen=True)
-class LinearPlan:
-    """How one linear is stored: its place, the resolved format and group (None: left in full precision)."""
-
-    linear: Linear
-    name: str
-    format: WeightFormat
-    group: int | None
-
-    @property
-    def bits_stored(self) -> int:
-        """Stored bits of codes, scales and zeros; the model's own bias is not the quantization's."""
-        rows, cols = self.linear.out_features, self.linear.in_features
-        if self.group is None:
-            return rows * cols * 16
-        groups, b = cols // self.group, self.format.bits
-        codes = rows * packed_words(cols, b) * 32
-        if self.format.grid == "additive":
-            return codes + rows * groups * b * 16
-        zeros = 0 if self.format.symmetric else packed_words(rows, b) * 32 * groups
-        return codes + rows * groups * 16 + zeros
 
 
 @dataclass(frozen=True)
@@ -159,35 +132,6 @@ def _group_word(x: LinearPlan) -> str:
     return "channel" if x.group == x.linear.in_features else str(x.group)
 
 
-def make_solver(fmt: WeightFormat) -> Solver:
-    """The solver of a weight format."""
-    options = fmt.solver
-    if isinstance(options, Gptq):
-        alpha = options.alpha if isinstance(options, Gptaq) else 0.0
-        whole = isinstance(options, Gptaq) and options.target == "whole"
-        return GptqSolver(
-            options.damp, options.order, options.static_groups, alpha, options.weighted, whole, options.refit, options.cap
-        )
-    return RtnSolver(options.search == "output")
-
-
-def make_grid(fmt: WeightFormat) -> Grid:
-    """The grid of a weight format."""
-    if fmt.grid == "additive":
-        return AdditiveGrid(fmt.bits, fmt.column_scale)
-    base = AffineGrid(fmt.bits, fmt.symmetric, 0 if _by_output(fmt) else fmt.search)
-    return DualScaleGrid(base) if fmt.column_scale else base
-
-
-def _by_output(fmt: WeightFormat) -> bool:
-    return isinstance(fmt.solver, Rtn) and fmt.solver.search == "output"
-
-
-def baseline_grid(fmt: WeightFormat) -> Grid:
-    """The grid that the guards' baseline rounds to: as stored, with the default search, without a column scale."""
-    return AdditiveGrid(fmt.bits, column=False) if fmt.grid == "additive" else AffineGrid(fmt.bits, fmt.symmetric)
-
-
 def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, out: Path | None) -> Plan:
     """Decide everything and refuse what cannot work.
 
@@ -208,7 +152,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
         move.check(recipe.format, anatomy, None)
     _check_prefix(moves, source)
     span = _check_blocks(blocks, anatomy)
-    linears = tuple(_plan_block(i, anatomy, recipe, span) for i in range(anatomy.n_blocks))
+    linears = tuple(plan_block(i, anatomy, recipe, span) for i in range(anatomy.n_blocks))
     if recipe.format.activations.rounded and not any(x.group for block in linears for x in block):
         raise InputError(
             f"format.activations.bits={recipe.format.activations.bits} without rounded weights: nothing would be rounded; "
@@ -295,25 +239,6 @@ def _check_blocks(blocks: tuple[int, int] | None, anatomy: Anatomy) -> tuple[int
     if not 0 <= first < last <= anatomy.n_blocks:
         raise InputError(f"--blocks {first}:{last}: this model has blocks 0:{anatomy.n_blocks}")
     return first, last
-
-
-def _plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, int]) -> tuple[LinearPlan, ...]:
-    plans = []
-    for linear in anatomy.linears:
-        name = anatomy.full_name(index, linear.name)
-        fmt = recipe.format.weights.resolve(name)
-        chosen = span[0] <= index < span[1] and fmt.bits != 16
-        if chosen and fmt.column_scale and linear.name not in anatomy.absorbable():
-            raise InputError(
-                f"{name}: no linear before it can take over a column scale, only {', '.join(anatomy.absorbable())} have one; "
-                'set column_scale in a [[format.weights.override]] that matches "*.down_proj"'
-            )
-        if chosen and _by_output(fmt) and (fmt.grid != "affine" or fmt.column_scale):
-            raise InputError(f'{name}: solver search="output" is for affine grids without a column scale; use "weight"')
-        if chosen and fmt.column_scale and recipe.format.activations.static:
-            raise InputError(f"{name}: a column scale would change the input behind its static scale; set one of them off")
-        plans.append(LinearPlan(linear, name, fmt, group_size(fmt.group, linear, name) if chosen else None))
-    return tuple(plans)
 
 
 def _check_prefix(moves: tuple[Move, ...], source: Source) -> None:

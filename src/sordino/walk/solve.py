@@ -15,7 +15,8 @@ from sordino.contract import Rounded, Stats
 from sordino.errors import SordinoError
 from sordino.numerics.threads import one_thread
 from sordino.walk.context import Context
-from sordino.walk.plan import LinearPlan, Plan, make_grid, make_solver
+from sordino.walk.linears import LinearPlan, make_grid, make_solver
+from sordino.walk.plan import Plan
 
 # Weights of one call to a solver: rows beyond that are solved in a further call.
 _STACK = 1 << 25

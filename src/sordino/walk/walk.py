@@ -31,7 +31,8 @@ from sordino.walk.ends import Ends
 from sordino.walk.finish import open_finish, rounded_block, store_finish
 from sordino.walk.inputs import round_site
 from sordino.walk.kv import round_block_kv
-from sordino.walk.plan import Plan, baseline_grid
+from sordino.walk.linears import baseline_grid
+from sordino.walk.plan import Plan
 from sordino.walk.prefix import PrefixStream
 from sordino.walk.solve import commit, solve_site
 from sordino.walk.source import Source

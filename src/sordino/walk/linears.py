@@ -1,0 +1,97 @@
+"""How each linear is stored, and the solver and grid that make it so: the part of a plan that is about single linears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sordino.anatomy import Anatomy, Linear, group_size
+from sordino.contract import Grid, Solver
+from sordino.errors import InputError
+from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
+from sordino.numerics.affine import AffineGrid
+from sordino.numerics.packing import packed_words
+from sordino.recipe import Gptaq, Gptq, Recipe, Rtn, WeightFormat
+from sordino.round.gptq import GptqSolver
+from sordino.round.rtn import RtnSolver
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How one linear is stored: its place, the resolved format and group (None: left in full precision)."""
+
+    linear: Linear
+    name: str
+    format: WeightFormat
+    group: int | None
+
+    @property
+    def bits_stored(self) -> int:
+        """Stored bits of codes, scales and zeros; the model's own bias is not the quantization's."""
+        rows, cols = self.linear.out_features, self.linear.in_features
+        if self.group is None:
+            return rows * cols * 16
+        groups, b = cols // self.group, self.format.bits
+        codes = rows * packed_words(cols, b) * 32
+        if self.format.grid == "additive":
+            return codes + rows * groups * b * 16
+        zeros = 0 if self.format.symmetric else packed_words(rows, b) * 32 * groups
+        return codes + rows * groups * 16 + zeros
+
+
+def plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, int]) -> tuple[LinearPlan, ...]:
+    """Formats of a block's linears, in site order.
+
+    Args:
+        index: of the block.
+        anatomy: where its linears are.
+        recipe: what to do.
+        span: first and last-plus-one block to quantize.
+
+    Raises:
+        InputError: if a linear cannot be stored as asked.
+    """
+    plans = []
+    for linear in anatomy.linears:
+        name = anatomy.full_name(index, linear.name)
+        fmt = recipe.format.weights.resolve(name)
+        chosen = span[0] <= index < span[1] and fmt.bits != 16
+        if chosen and fmt.column_scale and linear.name not in anatomy.absorbable():
+            raise InputError(
+                f"{name}: no linear before it can take over a column scale, only {', '.join(anatomy.absorbable())} have one; "
+                'set column_scale in a [[format.weights.override]] that matches "*.down_proj"'
+            )
+        if chosen and _by_output(fmt) and (fmt.grid != "affine" or fmt.column_scale):
+            raise InputError(f'{name}: solver search="output" is for affine grids without a column scale; use "weight"')
+        if chosen and fmt.column_scale and recipe.format.activations.static:
+            raise InputError(f"{name}: a column scale would change the input behind its static scale; set one of them off")
+        plans.append(LinearPlan(linear, name, fmt, group_size(fmt.group, linear, name) if chosen else None))
+    return tuple(plans)
+
+
+def make_solver(fmt: WeightFormat) -> Solver:
+    """The solver of a weight format."""
+    options = fmt.solver
+    if isinstance(options, Gptq):
+        alpha = options.alpha if isinstance(options, Gptaq) else 0.0
+        whole = isinstance(options, Gptaq) and options.target == "whole"
+        return GptqSolver(
+            options.damp, options.order, options.static_groups, alpha, options.weighted, whole, options.refit, options.cap
+        )
+    return RtnSolver(options.search == "output")
+
+
+def make_grid(fmt: WeightFormat) -> Grid:
+    """The grid of a weight format."""
+    if fmt.grid == "additive":
+        return AdditiveGrid(fmt.bits, fmt.column_scale)
+    base = AffineGrid(fmt.bits, fmt.symmetric, 0 if _by_output(fmt) else fmt.search)
+    return DualScaleGrid(base) if fmt.column_scale else base
+
+
+def _by_output(fmt: WeightFormat) -> bool:
+    return isinstance(fmt.solver, Rtn) and fmt.solver.search == "output"
+
+
+def baseline_grid(fmt: WeightFormat) -> Grid:
+    """The grid that the guards' baseline rounds to: as stored, with the default search, without a column scale."""
+    return AdditiveGrid(fmt.bits, column=False) if fmt.grid == "additive" else AffineGrid(fmt.bits, fmt.symmetric)
