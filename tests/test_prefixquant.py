@@ -70,8 +70,8 @@ def test_tuning_trains_the_scales_of_inputs_keys_and_values(mode: str, tmp_path:
         found[rate] = sordino.load(tmp_path / str(rate))[0].model.layers[0], manifest["blocks"][0]["moves"]["tune"]["loss"]
     (before, flat), (after, falling) = found.values()
     assert flat[1] == pytest.approx(flat[0], rel=1e-3)
-    if mode == "dynamic":  # static ones start at the best of a random block, tests/repair/test_input_spaces.py trains them
-        assert falling[1] < 0.98 * falling[0]
+    # Static ones start at the best of a random block; tests/repair/test_input_spaces.py trains them from elsewhere.
+    assert falling[1] < (0.98 if mode == "dynamic" else 1.05) * falling[0]
     changed = []
     for scale in ("self_attn.key_scale", "self_attn.value_scale", "mlp.down_proj.input_scale", "self_attn.q_proj.input_scale"):
         a, b = before.get_buffer(scale), after.get_buffer(scale)
