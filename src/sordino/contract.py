@@ -301,6 +301,7 @@ class Move:
 
     finish_windows = 0  # calibration windows that finish wants, where the text has so many; 0 is content with the walk's
     needs_survey = False  # ask for one full-precision pass before the walk
+    before_inner = False  # reshape wants channels inside the blocks as the model has them, not yet turned
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         """Preflight: raise InputError where the format or the export target cannot carry this move."""

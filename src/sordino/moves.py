@@ -18,12 +18,13 @@ from sordino.repair.mean_shift import MeanShift
 from sordino.repair.tune import Tune
 from sordino.reshape.rotate import Rotate
 from sordino.reshape.rotate_inner import RotateInner
+from sordino.reshape.smooth import Smooth
 
 MoveFactory = Callable[..., Move]
-MOVES: dict[str, MoveFactory] = {m.name: m for m in (Distill, MeanShift, Prefix, Rotate, RotateInner, Tune)}
+MOVES: dict[str, MoveFactory] = {m.name: m for m in (Distill, MeanShift, Prefix, Rotate, RotateInner, Smooth, Tune)}
 
 # Moves of the plan that no code stands behind yet; a recipe that names one is refused by name.
-PLANNED = frozenset({"system-prompt", "channels", "smooth", "permute"} | {"low-rank", "clip", "scale-search"})
+PLANNED = frozenset({"system-prompt", "channels", "permute"} | {"low-rank", "clip", "scale-search"})
 
 
 def build_moves(specs: tuple[MoveSpec, ...]) -> list[Move]:

@@ -150,7 +150,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
     moves = tuple(build_moves(recipe.moves))
     for move in moves:
         move.check(recipe.format, anatomy, None)
-    _check_prefix(moves, source)
+    _check_moves(moves, source)
     span = _check_blocks(blocks, anatomy)
     linears = tuple(plan_block(i, anatomy, recipe, span) for i in range(anatomy.n_blocks))
     if recipe.format.activations.rounded and not any(x.group for block in linears for x in block):
@@ -241,11 +241,14 @@ def _check_blocks(blocks: tuple[int, int] | None, anatomy: Anatomy) -> tuple[int
     return first, last
 
 
-def _check_prefix(moves: tuple[Move, ...], source: Source) -> None:
-    makers = having(moves, "prefix")
-    if len({m.name for m in makers}) < len(makers):
-        raise InputError(f"the move '{makers[0].name}' stands there twice; keep one of them")
-    if makers:
+def _check_moves(moves: tuple[Move, ...], source: Source) -> None:
+    curious = having(moves, "survey")
+    if len({m.name for m in curious}) < len(curious):
+        raise InputError(f"the move '{curious[0].name}' stands there twice; keep one of them")
+    for place, move in enumerate(moves):
+        if move.before_inner and (turned := next((m for m in moves[:place] if m.inner()), None)):
+            raise InputError(f"move '{move.name}' must stand before '{turned.name}', which turns the channels it works on")
+    if having(moves, "prefix"):
         check_rotary(source.config)
 
 
