@@ -13,6 +13,12 @@ from ladder import Ladder, climb
 SEEDS = [0, 1, 2]
 OFF = "guard=off"
 TURN = '{move="rotate", size="full"}, {move="rotate-inner"}'
+EVEN = '{move="smooth"}, ' + TURN  # ours: channels evened out before they are turned
+PREFIX = '{move="prefix"}'
+DYNAMIC, STATIC = "prefixquant-w4a4kv4-dynamic", "prefixquant-w4a4kv4-static"
+# What each of the parts costs alone, with evened channels, rotations and prefix, untrained; weights of 8 bits cost nothing.
+FLOOR = [OFF, f"moves=[{EVEN}, {PREFIX}]", "calibration.windows=32"]
+TUNE = '{move="tune", epochs=2}'
 
 
 def ladder(bits: int) -> Ladder:
@@ -30,10 +36,13 @@ def ladder(bits: int) -> Ladder:
         f"{name}: + rotation": (dynamic, [OFF, *plain, f"moves=[{TURN}]"], [0]),
         f"{name}: + scale search": (dynamic, [OFF, f"moves=[{TURN}]"], [0]),
         f"{name} dynamic: + prefix": (dynamic, [OFF], SEEDS),
+        f"{name} dynamic: + prefix, smooth": (dynamic, [OFF, f"moves=[{EVEN}, {PREFIX}]"], SEEDS),
         f"{name} dynamic: + tuning": (f"{dynamic}-tuned", [OFF], SEEDS),
         f"{name} static": (static, [OFF, f"moves=[{TURN}]"], [0]),
         f"{name} static: + prefix": (static, [OFF], SEEDS),
+        f"{name} static: + prefix, smooth": (static, [OFF, f"moves=[{EVEN}, {PREFIX}]"], SEEDS),
         f"{name} static: + tuning": (f"{static}-tuned", [OFF], SEEDS),
+        f"{name} static: + tuning, smooth": (f"{static}-tuned", [OFF, f"moves=[{EVEN}, {PREFIX}, {TUNE}]"], SEEDS),
     }
 
 
@@ -43,12 +52,11 @@ LADDER: Ladder = {
     **ladder(8),
     "w4a4kv4": ("w4a4kv4", [], SEEDS),
     "w4a8kv4": ("w4a8kv4", [], SEEDS),
-    "kv4 alone": ("quarot-w4a4kv4", [OFF, "format.weights.bits=16", "format.activations.bits=16"], [0]),
-    "kv4 alone, static, prefix": (
-        "prefixquant-w4a4kv4-static", [OFF, "format.weights.bits=16", "format.activations.bits=16"], [0],
-    ),
-    "w4 alone": ("prefixquant-w4a4kv4-static", [OFF, "format.kv.bits=16", "format.activations.bits=16"], [0]),
-    "a4 alone, static, prefix": ("prefixquant-w4a4kv4-static", [OFF, "format.kv.bits=16", "format.weights.bits=8"], [0]),
+    "floor: W4": (STATIC, [*FLOOR, "format.kv.bits=16", "format.activations.bits=16"], [0]),
+    "floor: KV4 dynamic": (DYNAMIC, [*FLOOR, "format.weights.bits=16", "format.activations.bits=16"], [0]),
+    "floor: KV4 static": (STATIC, [*FLOOR, "format.weights.bits=16", "format.activations.bits=16"], [0]),
+    "floor: A4 dynamic": (DYNAMIC, [*FLOOR, "format.kv.bits=16", "format.weights.bits=8"], [0]),
+    "floor: A4 static": (STATIC, [*FLOOR, "format.kv.bits=16", "format.weights.bits=8"], [0]),
 }  # fmt: skip
 
 if __name__ == "__main__":
