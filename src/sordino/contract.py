@@ -300,14 +300,16 @@ class Move:
         return 0
 
     finish_windows = 0  # calibration windows that finish wants, where the text has so many; 0 is content with the walk's
-    needs_survey = False  # ask for one full-precision pass before the walk
     before_inner = False  # reshape wants channels inside the blocks as the model has them, not yet turned
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         """Preflight: raise InputError where the format or the export target cannot carry this move."""
 
     def survey(self, index: int, block: nn.Module, inputs: SiteInputs, artifacts: dict[str, Any]) -> None:
-        """See one full-precision block before the walk; leave findings in ``artifacts``, whose "ids" are the windows [N, L]."""
+        """See one full-precision block in a pass before the walk, which is made if a move has this hook.
+
+        Findings go into ``artifacts``, whose "ids" are the windows [N, L].
+        """
 
     def prefix(self, artifacts: dict[str, Any], first: int | None) -> tuple[int, ...]:
         """Tokens whose keys and values stand before every text in full precision; after the survey.

@@ -27,7 +27,6 @@ class Diary(Move):
     """Writes down every hook it is called at."""
 
     name = "diary"
-    needs_survey = True
     needs_fp_stream = True
     entries: list[tuple[Any, ...]]
 

@@ -47,7 +47,6 @@ class Prefix(Move):
     """
 
     name = "prefix"
-    needs_survey = True
 
     def __init__(self, threshold: Threshold = 64.0) -> None:
         self.threshold = threshold

@@ -36,7 +36,6 @@ class Smooth(Move):
     """
 
     name = "smooth"
-    needs_survey = True
     before_inner = True
 
     def __init__(self, values: bool = True, down: bool = True) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sordino.contract import having
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
@@ -45,7 +46,7 @@ def survey(
     Returns:
         The tokens that moves want before every text.
     """
-    curious = [m for m in plan.moves if m.needs_survey]
+    curious = having(plan.moves, "survey")
     artifacts["ids"] = windows
     if curious:
         x = torch.cat([ends.embed(w[None], exact=True, rotated=False) for w in windows])

@@ -129,7 +129,7 @@ class Walk:
     def _find_prefix(self) -> None:
         """Let moves survey the full-precision model, and open the prefix that they ask for."""
         assert self.windows is not None
-        if not any(m.needs_survey for m in self.plan.moves):
+        if not having(self.plan.moves, "survey"):
             return
         ends, windows = Ends(self.source, self.plan), self.windows[: self.plan.recipe.calibration.windows]
         if tokens := survey(self.source, self.plan, self.factory, ends, windows, self.calls, self.artifacts, self.progress):
