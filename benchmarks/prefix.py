@@ -25,7 +25,7 @@ from sordino.corpus import eval_windows, load_text, tokenize
 from sordino.protect.prefix import token_ratios
 from sordino.recipe import MoveSpec, load_recipe
 from sordino.runtime.attention import attach
-from sordino.runtime.prefix import read_prefix
+from sordino.runtime.prefix import prefix_ids
 
 SEARCH = {"windows": 64, "seqlen": 512}
 LOOK = {"windows": 16, "seqlen": 512}
@@ -74,7 +74,7 @@ def magnitudes(name: str, text: str, prefix: Path | None) -> dict[str, list[floa
     """Ratios by block, means over windows."""
     model, tokenizer = sordino.load(name)
     if prefix is not None:
-        attach(model, read_prefix(prefix))
+        attach(model, prefix_ids(prefix))
     found: dict[str, list[list[float]]] = {}
 
     def record(key: str, index: int, x: Tensor) -> None:

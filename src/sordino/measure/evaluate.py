@@ -24,7 +24,7 @@ from sordino.measure.size import Size, size_of
 from sordino.measure.tasks import Tasks, TaskScores, open_tasks
 from sordino.numerics.divergence import token_kl
 from sordino.runtime.attention import attach
-from sordino.runtime.prefix import read_prefix
+from sordino.runtime.prefix import prefix_ids
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
 from sordino.walk.source import locate
 
@@ -158,7 +158,7 @@ def evaluate(
         windows: how many windows from the start; None for all.
         against: reference for KL, agreement and differences on tasks, usually the full-precision model; of several models
             that are held against the same one, run it once with :func:`reference`.
-        prefix_from: checkpoint whose prefix is put before every text: what the prefix alone does to a model.
+        prefix_from: checkpoint whose prefix tokens are put before every text: what they alone do to a full-precision model.
         tasks: names of tasks, or what :func:`sordino.measure.tasks.open_tasks` made of them; its other arguments follow.
         task_data: folder of local task files.
         limit: how many items of each task.
@@ -173,7 +173,7 @@ def evaluate(
     subject, tokenizer = load(model, dtype=dtype)
     ids = None if cut is None else cut.of(tokenizer, subject, model)
     if prefix_from is not None:
-        attach(subject, read_prefix(locate(prefix_from)))
+        attach(subject, prefix_ids(locate(prefix_from)))
     if against is not None and not isinstance(against, Reference):
         against = reference(
             against,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,7 +21,7 @@ from sordino.errors import InputError
 from sordino.numerics.hadamard import Rotation, rotation
 from sordino.numerics.kv import KvGrid
 from sordino.runtime.cache import enter
-from sordino.runtime.prefix import KEY, VALUE, check_rotary, give_prefix, join
+from sordino.runtime.prefix import KEY, check_rotary, give_prefix, join
 
 NAME = "sordino"
 KEY_SCALE, VALUE_SCALE = "key_scale", "value_scale"
@@ -101,23 +102,26 @@ def install(model: Any) -> None:
             decoder.register_forward_pre_hook(_positions, with_kwargs=True)
 
 
-def attach(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Give a model in full precision the prefix of a checkpoint that was made from it, see :func:`read_prefix`.
+@torch.no_grad()
+def attach(model: Any, ids: list[int]) -> None:
+    """Put tokens before every text of a model that has no prefix and rounds no keys; it makes their keys and values itself.
 
     Raises:
-        InputError: if it does not fit.
+        InputError: if it has one, or rounds or rotates keys, or lacks a token.
     """
-    paths = {n for n, m in model.named_modules() if hasattr(m, "k_proj")}
-    found = {n.rpartition(".")[0] for n in tensors}
-    if found != paths:
-        raise InputError(f"the prefix belongs to {len(found)} attention modules, this model has {len(paths)} or other ones")
-    heads = model.config.num_key_value_heads
-    for path in sorted(paths):
-        module, key, value = model.get_submodule(path), tensors[f"{path}.{KEY}"], tensors[f"{path}.{VALUE}"]
-        size = module.k_proj.out_features // heads
-        if key.shape[1] != heads or key.shape[3] != size:
-            raise InputError(f"the prefix has {key.shape[1]} key heads of {key.shape[3]}, this model {heads} of {size}")
-        give_prefix(module, key, value)
+    layers = [m for m in model.modules() if hasattr(m, "k_proj")]
+    if any(hasattr(m, KEY) or hasattr(m, "key_rotation") or getattr(m, "kv_grid", None) is not None for m in layers):
+        raise InputError("the model treats its keys and values already; a prefix is put before plain models only")
+    if max(ids) >= model.config.vocab_size:
+        raise InputError(f"the prefix has the token {max(ids)}, this model's vocabulary ends at {model.config.vocab_size - 1}")
+    check_rotary(model.config)
+    cache = DynamicCache()
+    places = torch.arange(-len(ids), 0, device=model.device)[None]
+    tokens = torch.tensor([ids], device=model.device)
+    model.get_decoder()(input_ids=tokens, position_ids=places, past_key_values=cache, use_cache=True)
+    for module in layers:
+        made = cache.layers[module.layer_idx]
+        give_prefix(module, made.keys, made.values)
     install(model)
 
 

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sordino.errors import InputError
-from sordino.numerics.hadamard import rotation
 
 KEY, VALUE = "prefix_key", "prefix_value"
 
@@ -55,20 +53,15 @@ def check_rotary(config: Any) -> None:
             raise InputError(f"a prefix cannot stand before a text whose rotary angles depend on its length ('{kind}')")
 
 
-def read_prefix(folder: Path) -> dict[str, Tensor]:
-    """The prefix tensors of a checkpoint, by full name, in the basis of the model that it was made from.
+def prefix_ids(folder: Path) -> list[int]:
+    """The prefix tokens of a checkpoint.
 
     Raises:
         InputError: if it has none.
     """
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            names = [n for n in f.keys() if n.rpartition(".")[2] in (KEY, VALUE)]  # noqa: SIM118
-            found |= {name: f.get_tensor(name) for name in names}
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found: list[int] = (config.get("quantization_config") or {}).get("prefix") or []
     if not found:
         raise InputError(f"{folder} has no prefix")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    inner = config.get("inner") or []  # checkpoints of format 1 have none
-    turned = {name for name, space in ((KEY, "keys"), (VALUE, "values")) if space in inner}
-    return {n: rotation(t.shape[-1]).apply_transpose(t) if n.rpartition(".")[2] in turned else t for n, t in found.items()}
+    return found
