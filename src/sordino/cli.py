@@ -204,7 +204,13 @@ def doctor(
 
 @app.command()
 def bench(
-    models: Annotated[list[str], typer.Argument(help="Checkpoints or models.")],
+    models: Annotated[list[str] | None, typer.Argument(help="Checkpoints or models.")] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option("--shape", help="Also random checkpoints of this shape, e.g. llama-3.2-1b.")
+    ] = None,
+    recipes: Annotated[
+        list[str] | None, typer.Option("-r", "--recipe", help="As what --shape is stored; rtn-w4 if not given.")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 32,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of every model; all cores if not given.")] = None,
@@ -212,13 +218,23 @@ def bench(
 ) -> None:
     """Measure speed and memory of checkpoints beside full precision of the same shape, all in one run.
 
-    Example: sordino bench out-w4 out-w3 --prompt-tokens 512 --new-tokens 64 --threads 2
+    Examples: sordino bench out-w4 out-w3 --prompt-tokens 512 --new-tokens 64 --threads 2
+
+    sordino bench --shape llama-3.2-1b -r rtn-w4 -r prefixquant-w4a8kv4-static
     """
     from sordino.measure.bench import bench as run
 
     _check_writable(json_)
     with Bars() as bars:
-        result = run(models, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, progress=bars)
+        result = run(
+            models or [],
+            shapes=shapes or [],
+            recipes=recipes or ["rtn-w4"],
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            threads=threads,
+            progress=bars,
+        )
     if json_:
         _write_json(json_, result.to_json())
     _print_table(result.header, result.cells())

@@ -3,7 +3,8 @@
 Every model lives in a process of its own, so that its memory is its own; they take turns, one round after another, so
 that what else the machine does falls on all of them alike. Figures are medians over rounds, ratios are medians of the
 ratios within a round. Full precision is a model of the checkpoint's shape with random weights, in bf16 and in fp32: speed
-does not depend on the numbers, and the original need not be at hand.
+does not depend on the numbers, and the original need not be at hand. So can the checkpoints be: random codes in the shape of
+a model that is too big or too far away to quantize here (measure/shapes.py).
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
+from sordino.anatomy import skeleton
 from sordino.api import load
 from sordino.errors import InputError, SordinoError
+from sordino.measure.shapes import random_checkpoint, shape, stored
 from sordino.progress import quiet_libraries
 from sordino.runtime.kernels import status
 from sordino.walk.source import locate
@@ -120,9 +124,28 @@ def _ratio(slow: list[float], fast: list[float]) -> float:
     return median(s / f for s, f in zip(slow, fast, strict=True))
 
 
+@dataclass(frozen=True, eq=False)
+class _Order:
+    """What a worker shall hold: a checkpoint by its name, or a random model of a shape (a config as JSON).
+
+    Attributes:
+        name: of the row.
+        shape: of a random model; None for a checkpoint.
+        precision: "bf16" or "fp32" for full precision.
+        storage: the quantization config of a random checkpoint.
+    """
+
+    name: str
+    shape: str | None = None
+    precision: str | None = None
+    storage: dict[str, Any] | None = None
+
+
 def bench(
-    models: Sequence[str | Path],
+    models: Sequence[str | Path] = (),
     *,
+    shapes: Sequence[str] = (),
+    recipes: Sequence[str] = ("rtn-w4",),
     prompt_tokens: int = 512,
     new_tokens: int = 32,
     threads: int | None = None,
@@ -132,29 +155,49 @@ def bench(
 
     Args:
         models: anything that :func:`sordino.load` takes.
+        shapes: names of known shapes (measure/shapes.py), of which random checkpoints are made.
+        recipes: as what they are stored.
         prompt_tokens: length of the prompt (random tokens, one text).
         new_tokens: how many tokens are decoded after it, one by one.
         threads: of every model; None for torch's own choice.
         progress: called with (what, done, total).
 
     Raises:
-        InputError: if a model cannot be loaded or has too few positions.
+        InputError: if a model cannot be loaded or has too few positions, a shape is unknown, or there is nothing to measure.
     """
-    threads = threads or torch.get_num_threads()
-    shapes = {str(m): _shape(m, prompt_tokens + new_tokens) for m in models}
-    # Models of one shape share their full-precision twins.
-    kinds = {shape: i for i, shape in enumerate(dict.fromkeys(shapes.values()))}
-    twins = {
-        (shape, p): f"{p} twin" + (f", shape {i + 1}" if len(kinds) > 1 else "")
-        for shape, i in kinds.items()
-        for p in PRECISIONS
-    }
-    orders = [(name, name, None) for name in shapes] + [(n, shape, p) for (shape, p), n in twins.items()]
+    if not models and not shapes:
+        raise InputError("nothing to measure: name a checkpoint, or give --shape")
+    threads, length = threads or torch.get_num_threads(), prompt_tokens + new_tokens
+    subjects = {_Order(str(m)): _shape(m, length) for m in models}
+    for name in shapes:
+        config = shape(name)
+        _check_length(config, length, name)
+        for recipe in recipes:
+            subjects |= {_Order(f"{name} {recipe}", json.dumps(config), None, stored(config, recipe)): json.dumps(config)}
+    twins = _twins(list(dict.fromkeys(subjects.values())))
     with ExitStack() as stack:
+        orders = [*subjects, *twins.values()]
         workers = [stack.enter_context(_Worker(order, threads, (prompt_tokens, new_tokens))) for order in orders]
         speeds = {s.name: s for s in _rounds(workers, progress)}
-    beside = {name: {p: speeds[twins[shape, p]] for p in PRECISIONS} for name, shape in shapes.items()}
-    return Bench([speeds[name] for name in shapes], beside, prompt_tokens, new_tokens, threads)
+    beside = {
+        order.name: {p: speeds[twins[kind, p].name] for p in PRECISIONS if (kind, p) in twins}
+        for order, kind in subjects.items()
+    }
+    return Bench([speeds[order.name] for order in subjects], beside, prompt_tokens, new_tokens, threads)
+
+
+def _twins(kinds: list[str]) -> dict[tuple[str, str], _Order]:
+    """Full precision of each shape, by (shape, precision); models of one shape share them, and what has no room is left out."""
+    room = 0.8 * psutil.virtual_memory().available
+    found = {}
+    for i, kind in enumerate(kinds):
+        weights = sum(p.numel() for p in skeleton(_config(kind)).parameters())
+        for precision, dtype in PRECISIONS.items():
+            room -= weights * dtype.itemsize
+            if room > 0:
+                name = f"{precision} twin" + (f", shape {i + 1}" if len(kinds) > 1 else "")
+                found[kind, precision] = _Order(name, kind, precision)
+    return found
 
 
 def _rounds(workers: list[_Worker], progress: Progress | None) -> list[Speed]:
@@ -182,19 +225,28 @@ def _shape(name: str | Path, length: int) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError(f"{folder} has no readable config.json: not a model directory") from None
-    limit = config.get("max_position_embeddings")
-    if isinstance(limit, int) and length > limit:
-        raise InputError(f"{length} tokens of prompt and answer are more than the {limit} positions of {name}")
+    _check_length(config, length, name)
     for key in ("quantization_config", "dtype", "torch_dtype", "_name_or_path", "transformers_version"):
         config.pop(key, None)
     return json.dumps(config, sort_keys=True)
 
 
+def _check_length(config: dict[str, Any], length: int, name: str | Path) -> None:
+    limit = config.get("max_position_embeddings")
+    if isinstance(limit, int) and length > limit:
+        raise InputError(f"{length} tokens of prompt and answer are more than the {limit} positions of {name}")
+
+
+def _config(kind: str) -> Any:
+    config = json.loads(kind)
+    return transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+
+
 class _Worker:
     """A process that holds one model and measures it when asked."""
 
-    def __init__(self, order: tuple[str, str, str | None], threads: int, tokens: tuple[int, int]):
-        self.name = order[0]
+    def __init__(self, order: _Order, threads: int, tokens: tuple[int, int]):
+        self.name = order.name
         context: Any = get_context("spawn" if sys.platform == "win32" else "forkserver")
         if context.get_start_method() == "forkserver":
             context.set_forkserver_preload([__name__])
@@ -226,7 +278,7 @@ class _Worker:
         return found
 
 
-def _serve(pipe: Connection, order: tuple[str, str, str | None], threads: int, tokens: tuple[int, int]) -> None:
+def _serve(pipe: Connection, order: _Order, threads: int, tokens: tuple[int, int]) -> None:
     """Load, then answer questions until the caller is gone."""
     quiet_libraries()
     torch.set_num_threads(threads)
@@ -241,14 +293,15 @@ def _serve(pipe: Connection, order: tuple[str, str, str | None], threads: int, t
         pass
 
 
-def _open(order: tuple[str, str, str | None]) -> Any:
-    """A checkpoint by its name, or a model of random weights by its config."""
-    name, source, precision = order
-    if precision is None:
-        return load(name)[0]
-    config = json.loads(source)
-    made = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
-    return transformers.AutoModelForCausalLM.from_config(made, dtype=PRECISIONS[precision]).eval()
+def _open(order: _Order) -> Any:
+    """A checkpoint by its name, or a model of random weights or codes."""
+    if order.shape is None:
+        return load(order.name)[0]
+    if order.storage is not None:
+        return random_checkpoint(json.loads(order.shape), order.storage)
+    assert order.precision is not None
+    dtype = PRECISIONS[order.precision]
+    return transformers.AutoModelForCausalLM.from_config(_config(order.shape), dtype=dtype).eval()
 
 
 @torch.inference_mode()

@@ -144,6 +144,11 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
     Raises:
         InputError: naming the tensor, the number and the remedy.
     """
+    return _check_resources(draft_plan(source, recipe, blocks), source, out)
+
+
+def draft_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None) -> Plan:
+    """What :func:`make_plan` decides, whether or not there is room for it here."""
     model, anatomy = _structure(source)
     _check_tensors(source, model, anatomy)
     _check_format(recipe, anatomy, source)
@@ -162,7 +167,7 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
     fp_moves = any(m.needs_fp_stream for m in moves)
     calibrated = bool(needs) or bool(moves) or recipe.format.activations.searched or recipe.format.kv.searched
     c = recipe.calibration
-    plan = Plan(
+    return Plan(
         recipe=recipe,
         anatomy=anatomy,
         moves=moves,
@@ -182,7 +187,6 @@ def make_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None, ou
         memory=0,
         disk=0,
     )
-    return _check_resources(plan, source, out)
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
