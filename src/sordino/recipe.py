@@ -141,11 +141,13 @@ class _Rounded(_Table):
 class ActivationFormat(_Rounded):
     """How the inputs of the rounded block linears are rounded at run time; 16 bits means not at all.
 
-    Symmetric; dynamic ones with a scale for each token (``clip`` of its largest entry), static ones with one number a site.
+    Symmetric; dynamic ones with a scale for each token (``clip`` of its largest entry) or each token and ``group`` of channels
+    ("auto": as for weights, the whole token where none divides), static ones with one number a site.
     ``clip = "search"`` chooses the share by the error of the block's output; static scales are always searched so.
     """
 
     bits: Literal[3, 4, 8, 16] = 16
+    group: Literal["token", "auto"] | PositiveInt = "token"
 
 
 class KvFormat(_Rounded):

@@ -24,6 +24,18 @@ def test_codes_are_nearest_and_simulation_equals_them(seed: int, bits: int, clip
     assert torch.equal(fake_encode(x, scale, bits), codes * scale)
 
 
+@given(st.integers(0, 10_000), st.sampled_from([3, 4, 8]), st.sampled_from([2, 3, 4, 12]), st.booleans())
+def test_groups_are_rounded_as_if_each_stood_alone(seed: int, bits: int, group: int, many: bool) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 5, 12, generator=rng) * 10 ** torch.randn(12, generator=rng)
+    clip = 0.5 + torch.rand(12 // group if many else 1, generator=rng) / 2
+    ours = fake_encode(x, token_scale(x, bits, clip, group), bits)
+    for i in range(12 // group):
+        part = x[..., i * group : (i + 1) * group]
+        alone = fake_encode(part, token_scale(part, bits, clip[i if many else 0]), bits)
+        assert torch.equal(ours[..., i * group : (i + 1) * group], alone)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_of_zeros_stays_zero(dtype: torch.dtype) -> None:
     x = torch.zeros(1, 3, 4, dtype=dtype)

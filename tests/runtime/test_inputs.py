@@ -21,7 +21,9 @@ SMALL: dict[str, Any] = {"windows": 16, "seqlen": 48}
 
 
 def recipe(mode: str, bits: int, *moves: str, base: str = "rtn-w4", group: str = "channel") -> Recipe:
-    overrides = [f"format.activations={{bits={bits}, mode='{mode}'}}", f"format.weights.group='{group}'"]
+    mode, _, parts = mode.partition(", ")
+    inputs = f", group='{parts}'" if parts else ""
+    overrides = [f"format.activations={{bits={bits}, mode='{mode}'{inputs}}}", f"format.weights.group='{group}'"]
     overrides += ["format.weights.symmetric=true"] * (group == "channel")
     made = load_recipe(base, overrides)
     return made.model_copy(update={"moves": tuple(MoveSpec(move=m) for m in moves)}) if moves else made
@@ -45,8 +47,10 @@ def test_integer_product_equals_the_simulated_one(weights: int, mode: str, bits:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2"])
-@pytest.mark.parametrize(("mode", "group", "base"), [("dynamic", "channel", "rtn-w4"), ("static", "channel", "gptq-w4"),
-                                                     ("static", "auto", "gptaq-w3"), ("dynamic", "auto", "w2")])  # fmt: skip
+@pytest.mark.parametrize(("mode", "group", "base"), [
+    ("dynamic", "channel", "rtn-w4"), ("static", "channel", "gptq-w4"), ("static", "auto", "gptaq-w3"),
+    ("dynamic", "auto", "w2"), ("dynamic, auto", "auto", "gptq-w4"), ("dynamic, auto", "channel", "w2"),
+])  # fmt: skip
 def test_what_calibration_saw_is_what_ships(mode: str, group: str, base: str, family: str, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", family, layers=2)
     moves = ("tune", "distill") if base == "w2" else ("mean-shift",) if base == "gptaq-w3" and family != "olmo2" else ()
@@ -61,6 +65,9 @@ def test_what_calibration_saw_is_what_ships(mode: str, group: str, base: str, fa
         with torch.no_grad():
             q, p = (m(windows).logits.log_softmax(-1) for m in (ours, plain))
         assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(manifest["guard"]["kl"], rel=2e-3)
+    if "auto" in mode:
+        assert ours.model.layers[1].mlp.down_proj.input_scale.shape == (3,)  # groups of 32 in 96 channels
+        assert {g["inputs"].get("group") for g in ours.config.quantization_config.groups} == {None, 32}  # 64: the whole token
     if mode == "static":
         found = [b["inputs"] for b in manifest["blocks"]]
         assert all(set(f) == {"qkv", "o", "gate_up", "down"} for f in found)

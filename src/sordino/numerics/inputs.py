@@ -1,7 +1,7 @@
 """Symmetric rounding of activations: ``x ≈ code * scale`` with codes -2^(b-1) … 2^(b-1) - 1.
 
-Dynamic scales are one a token, from its largest entry; a static scale is one number found on calibration text (PrefixQuant,
-spec section 4). Shapes: T tokens, C channels.
+Dynamic scales are one a token, or one a token and group of channels (BiSup's hosts, spec section 2), from the largest entry; a
+static scale is one number found on calibration text (PrefixQuant, spec section 4). Shapes: C channels, G groups, g = C/G.
 """
 
 from __future__ import annotations
@@ -14,10 +14,22 @@ from torch import Tensor
 _LEAST = 1e-8  # of a scale: a token of zeros has codes of zero
 
 
-def token_scale(x: Tensor, bits: int, clip: float | Tensor = 1.0) -> Tensor:
-    """Scales of tokens, [..., C] -> fp32 [..., 1]; ``clip`` is the share of the largest entry that the codes reach."""
-    peak = x.detach().abs().amax(-1, keepdim=True).float()
-    return (peak * (clip / ((1 << (bits - 1)) - 1))).clamp(min=_LEAST)
+def token_scale(x: Tensor, bits: int, clip: float | Tensor = 1.0, group: int | None = None) -> Tensor:
+    """Scales of tokens.
+
+    Args:
+        x: [..., C].
+        bits: width of a code.
+        clip: share of the largest entry that the codes reach; a number, or [G] for groups.
+        group: channels that share a scale, g; None for all of a token.
+
+    Returns:
+        fp32 [..., 1]; with groups [..., C], a channel's own.
+    """
+    size = x.shape[-1] if group is None else group
+    peak = x.detach().unflatten(-1, (-1, size)).abs().amax(-1).float()
+    scale: Tensor = (peak * (clip / ((1 << (bits - 1)) - 1))).clamp(min=_LEAST)
+    return scale if group is None else scale.repeat_interleave(size, -1)
 
 
 def encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sordino.numerics.hadamard import rotation
 from sordino.numerics.inputs import fake_encode, token_scale
-from sordino.runtime.modules import SCALE
+from sordino.runtime.modules import SCALE, input_groups
 
 
 class RotateInput:
@@ -33,27 +33,28 @@ class RoundInput:
     Attributes:
         bits: width of a code.
         static: whether the linear's ``input_scale`` is the scale; else it is the share of a token's largest entry that the
-            codes reach.
+            codes reach, one for each group of channels.
+        group: channels of a token that share a dynamic scale; None for all.
         trained: says what takes the place of ``input_scale`` while it is trained.
     """
 
-    def __init__(self, bits: int, static: bool):
-        self.bits, self.static = bits, static
+    def __init__(self, bits: int, static: bool, group: int | None = None):
+        self.bits, self.static, self.group = bits, static, group
         self.trained: Callable[[], Tensor] | None = None
 
     def __call__(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor]:
         """The input [..., C] on its grid."""
         x: Tensor = args[0]
         scale: Tensor = module.get_buffer(SCALE) if self.trained is None else self.trained()
-        return (fake_encode(x, scale if self.static else token_scale(x, self.bits, scale), self.bits),)
+        return (fake_encode(x, scale if self.static else token_scale(x, self.bits, scale, self.group), self.bits),)
 
 
-def round_inputs(linear: nn.Module, bits: int, static: bool, scale: float | None = None) -> None:
-    """Let a linear round its input from now on; ``scale``, where given, becomes its ``input_scale``."""
+def round_inputs(linear: Any, bits: int, static: bool, group: int | None, scale: float | None = None) -> None:
+    """Let a linear round its input from now on; ``scale``, where given, becomes its ``input_scale``, of every group alike."""
     if scale is not None:
-        linear.register_buffer(SCALE, torch.tensor([scale]))
+        linear.register_buffer(SCALE, torch.full((input_groups(linear.in_features, group),), scale))
     if rounding(linear) is None:
-        linear.register_forward_pre_hook(RoundInput(bits, static))
+        linear.register_forward_pre_hook(RoundInput(bits, static, group))
 
 
 def rounding(linear: nn.Module) -> RoundInput | None:

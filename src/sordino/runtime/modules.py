@@ -33,8 +33,8 @@ class QuantLinear(nn.Module):
         weight_packed: int32 [O, ceil(I*b/32)], bit stream along the input.
         weight_scale: bf16 [O, G]; [O, G, b] if the grid is additive.
         weight_zero_point: int32 [ceil(O*b/32), G], bit stream along the output; None if symmetric.
-        input_scale: fp32 [1], only there if inputs are rounded: the scale of a static input, or the share of a token's largest
-            entry that the codes of a dynamic one reach.
+        input_scale: fp32, only there if inputs are rounded: [1], the scale of a static input, or the share of a token's largest
+            entry that the codes of a dynamic one reach; with groups of channels one share each.
         bias: [O] parameter or None.
     """
 
@@ -56,7 +56,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.inputs = inputs
         if inputs is not None:
-            self.register_buffer(SCALE, torch.zeros(1, dtype=torch.float32))
+            numbers = input_groups(in_features, inputs.get("group"))
+            self.register_buffer(SCALE, torch.zeros(numbers, dtype=torch.float32))
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group, self.symmetric, self.additive = bits, group, symmetric or grid == "additive", grid == "additive"
         groups = in_features // group
@@ -103,13 +104,14 @@ class QuantLinear(nn.Module):
         if self.inputs is not None:
             bits, static = self.inputs["bits"], self.inputs["mode"] == "static"
             scale: Tensor = self._buffers[SCALE].float()  # type: ignore[union-attr]  # get_buffer takes microseconds
-            whole = self.group == self.in_features and self.symmetric and not self.additive
+            parts = self.inputs.get("group")
+            whole = self.group == self.in_features and self.symmetric and not self.additive and parts is None
             if whole:
                 clip, fixed = (1.0, scale) if static else (float(scale), None)
                 out = native.rounded_product(self._native_weight(), x, bits, clip, fixed)
                 if out is not None:
                     return out
-            scale = scale if static else token_scale(x, bits, scale)
+            scale = scale if static else token_scale(x, bits, scale, parts)
             codes = encode(x, scale, bits)
             if whole and x.device.type == "cpu":  # elsewhere torch's integer product takes few shapes
                 return self._multiply(codes, scale, x.dtype)
@@ -150,6 +152,11 @@ class QuantLinear(nn.Module):
         """What print shows."""
         kind = "symmetric" if self.symmetric else "asymmetric"
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}, {kind}"
+
+
+def input_groups(channels: int, group: int | None) -> int:
+    """How many numbers an input's ``input_scale`` has, for groups of channels or None."""
+    return 1 if group is None else channels // group
 
 
 def pack_linear(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> dict[str, Tensor]:

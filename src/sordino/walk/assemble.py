@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sordino.recipe import Recipe
+from sordino.recipe import ActivationFormat, Recipe
 from sordino.runtime.plugin import SordinoConfig, compress_names
 from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
@@ -67,16 +67,16 @@ def publish(work: Work, out: Path) -> None:
 
 def storage_config(plan: Plan, prefix: list[int]) -> SordinoConfig:
     """The ``quantization_config`` of a plan's checkpoint with some prefix tokens."""
-    kinds: dict[tuple[int, int | str, bool, str], list[str]] = {}
+    kinds: dict[tuple[int, int | str, bool, str, int | None], list[str]] = {}
     for p in plan.quantized():
         group: int | str = "channel" if p.group == p.linear.in_features else int(p.group or 0)
-        kinds.setdefault((p.format.bits, group, p.format.symmetric, p.format.grid), []).append(p.name)
+        kinds.setdefault((p.format.bits, group, p.format.symmetric, p.format.grid, p.inputs), []).append(p.name)
     fmt, anatomy = plan.recipe.format, plan.anatomy
     groups = [
         {"bits": b, "group": g, "symmetric": s, "modules": compress_names(names, anatomy.blocks, anatomy.n_blocks)}
         | ({} if grid == "affine" else {"grid": grid})
-        | ({"inputs": {"bits": fmt.activations.bits, "mode": fmt.activations.mode}} if fmt.activations.rounded else {})
-        for (b, g, s, grid), names in kinds.items()
+        | ({"inputs": _inputs(fmt.activations, of)} if fmt.activations.rounded else {})
+        for (b, g, s, grid, of), names in kinds.items()
     ]
     if fmt.head != 16 and not anatomy.tied:
         groups.append({"bits": fmt.head, "group": "channel", "symmetric": True, "modules": [anatomy.head]})
@@ -95,6 +95,10 @@ def storage_config(plan: Plan, prefix: list[int]) -> SordinoConfig:
         inner=list(plan.inner),
         kv=kv if fmt.kv.rounded else None,
     )
+
+
+def _inputs(fmt: ActivationFormat, group: int | None) -> dict[str, Any]:
+    return {"bits": fmt.bits, "mode": fmt.mode} | ({} if group is None else {"group": group})
 
 
 def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:

@@ -101,9 +101,9 @@ def rounded_block(
         )
         tensors[f"{p.linear.name}.weight"] = module.dequantize(plan.dtype)
     block = factory.assemble(index, tensors)
-    if inputs.rounded:
-        for name in solved:
-            round_inputs(block.get_submodule(name), inputs.bits, inputs.static)
+    for p in plan.linears[index]:
+        if inputs.rounded and p.group is not None:
+            round_inputs(block.get_submodule(p.linear.name), inputs.bits, inputs.static, p.inputs)
     kv = plan.recipe.format.kv
     if kv.rounded and plan.blocks[0] <= index < plan.blocks[1]:
         attention = block.get_submodule(ATTENTION)

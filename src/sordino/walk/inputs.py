@@ -24,13 +24,13 @@ _CLIPS = [0.6 + 0.05 * i for i in range(9)]
 _TOKENS = 1024  # on which the candidates are compared; more would cost more than the rest of the walk
 
 
-def round_site(ctx: Context, site: Site, names: list[str], fmt: ActivationFormat) -> dict[str, float]:
-    """Let the linears of a site round their common input; returns what is worth reporting."""
+def round_site(ctx: Context, site: Site, names: list[str], fmt: ActivationFormat, group: int | None) -> dict[str, float]:
+    """Let the linears of a site round their common input, by groups of channels or None; returns what is worth reporting."""
     linears: list[Any] = [ctx.q.get_submodule(name) for name in names]
 
     def give(scale: float) -> None:
         for linear in linears:
-            round_inputs(linear, fmt.bits, fmt.static, _stored(scale))
+            round_inputs(linear, fmt.bits, fmt.static, group, _stored(scale))
         ctx.touch(site)
 
     if not fmt.searched:

@@ -10,19 +10,28 @@ from sordino.errors import InputError
 from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
 from sordino.numerics.affine import AffineGrid
 from sordino.numerics.packing import packed_words
-from sordino.recipe import Gptaq, Gptq, Recipe, Rtn, WeightFormat
+from sordino.recipe import ActivationFormat, Gptaq, Gptq, Recipe, Rtn, WeightFormat
 from sordino.round.gptq import GptqSolver
 from sordino.round.rtn import RtnSolver
 
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """How one linear is stored: its place, the resolved format and group (None: left in full precision)."""
+    """How one linear is stored.
+
+    Attributes:
+        linear: its place in a block.
+        name: in the whole model.
+        format: of its weight, resolved.
+        group: columns that share a scale; None: left in full precision.
+        inputs: channels of its input that share a scale; None: all of a token.
+    """
 
     linear: Linear
     name: str
     format: WeightFormat
     group: int | None
+    inputs: int | None = None
 
     @property
     def bits_stored(self) -> int:
@@ -64,8 +73,16 @@ def plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, in
             raise InputError(f'{name}: solver search="output" is for affine grids without a column scale; use "weight"')
         if chosen and fmt.column_scale and recipe.format.activations.static:
             raise InputError(f"{name}: a column scale would change the input behind its static scale; set one of them off")
-        plans.append(LinearPlan(linear, name, fmt, group_size(fmt.group, linear, name) if chosen else None))
+        group = group_size(fmt.group, linear, name) if chosen else None
+        plans.append(LinearPlan(linear, name, fmt, group, _input_group(recipe.format.activations, linear, name)))
     return tuple(plans)
+
+
+def _input_group(fmt: ActivationFormat, linear: Linear, name: str) -> int | None:
+    if fmt.group == "token" or not fmt.rounded:
+        return None
+    size = group_size(fmt.group, linear, f"{name} (format.activations)")
+    return None if size == linear.in_features else size
 
 
 def make_solver(fmt: WeightFormat) -> Solver:

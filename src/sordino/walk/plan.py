@@ -24,6 +24,7 @@ from sordino.errors import InputError, SordinoError, reason
 from sordino.moves import build_moves
 from sordino.numerics.basis import Basis
 from sordino.recipe import Recipe
+from sordino.runtime.modules import input_groups
 from sordino.runtime.prefix import check_rotary
 from sordino.walk.linears import LinearPlan, make_solver, plan_block
 from sordino.walk.source import Source
@@ -116,7 +117,8 @@ class Plan:
         item = 8 * self.stored.itemsize
         caches = 2 * next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj")) * self.anatomy.n_blocks
         side = item * (sum(self.added_biases(i) for i in range(*self.blocks)) + prefix * caches)
-        side += 32 * len(chosen) * self.recipe.format.activations.rounded
+        if self.recipe.format.activations.rounded:
+            side += 32 * sum(input_groups(x.linear.in_features, x.inputs) for x in chosen)
         side += item * 2 * self.anatomy.key_heads * self.recipe.format.kv.rounded * (self.blocks[1] - self.blocks[0])
         return (sum(x.bits_stored for x in chosen) + side) / sum(x.linear.in_features * x.linear.out_features for x in chosen)
 
@@ -228,6 +230,8 @@ def _check_format(recipe: Recipe, anatomy: Anatomy, source: Source) -> None:
     for name, table in (("activations", fmt.activations), ("kv", fmt.kv)):
         if table.static and table.clip not in (1.0, "search"):
             raise InputError(f"format.{name}.clip belongs to mode=dynamic; a static scale is searched")
+    if fmt.activations.static and fmt.activations.group != "token":
+        raise InputError("format.activations.group belongs to mode=dynamic; a static scale is one number a site")
     if anatomy.tied and fmt.head not in (16, fmt.embeddings):
         raise InputError(
             f"format.head={fmt.head}: embedding and head of this model are one table, stored once; "

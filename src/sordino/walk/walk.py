@@ -285,9 +285,9 @@ class Walk:
     def _round_inputs(self, ctx: Context, site: Site, report: dict[str, Any]) -> None:
         """Let the rounded linears of a site round their input, if the format says so."""
         fmt = self.plan.recipe.format.activations
-        names = [p.linear.name for p in self.plan.linears[ctx.index] if p.linear.site == site and p.group is not None]
-        if fmt.rounded and names:
-            note = round_site(ctx, site, names, fmt)
+        linears = [p for p in self.plan.linears[ctx.index] if p.linear.site == site and p.group is not None]
+        if fmt.rounded and linears:
+            note = round_site(ctx, site, [p.linear.name for p in linears], fmt, linears[0].inputs)
             report.setdefault("inputs", {}).update({site: note} if note else {})
 
     # Guard and storage
