@@ -16,26 +16,24 @@ from typing import Any, get_type_hints
 import typer.main
 from pydantic import BaseModel, TypeAdapter
 
-import sordino.api
+import sordino
+from sordino import recipe as recipes
 from sordino.cli import app
 from sordino.moves import MOVES
-from sordino.recipe import (
-    PRESET_DIR, ActivationFormat, Calibration, Format, Gptaq, Gptq, KvFormat, Recipe, Rtn, WeightFormat, WeightOverride,
-    load_recipe, presets,
-)  # fmt: skip
+from sordino.recipe import PRESET_DIR, load_recipe, presets
 
 ROOT = Path(__file__).parents[1]
 TABLES: dict[str, type[BaseModel]] = {
-    "": Recipe,
-    "[format]": Format,
-    "[format.weights]": WeightFormat,
-    "[[format.weights.override]]": WeightOverride,
-    "format.weights.solver, name = \"rtn\"": Rtn,
-    "format.weights.solver, name = \"gptq\"": Gptq,
-    "format.weights.solver, name = \"gptaq\"": Gptaq,
-    "[format.activations]": ActivationFormat,
-    "[format.kv]": KvFormat,
-    "[calibration]": Calibration,
+    "": recipes.Recipe,
+    "[format]": recipes.Format,
+    "[format.weights]": recipes.WeightFormat,
+    "[[format.weights.override]]": recipes.WeightOverride,
+    "format.weights.solver, name = \"rtn\"": recipes.Rtn,
+    "format.weights.solver, name = \"gptq\"": recipes.Gptq,
+    "format.weights.solver, name = \"gptaq\"": recipes.Gptaq,
+    "[format.activations]": recipes.ActivationFormat,
+    "[format.kv]": recipes.KvFormat,
+    "[calibration]": recipes.Calibration,
 }  # fmt: skip
 # What mkdocstrings shows beside the package's own names.
 FURTHER = {
@@ -67,7 +65,8 @@ def cli_page() -> str:
 
 
 def _option(parameter: Any, context: Any) -> tuple[str, str, str]:
-    names = ", ".join(f"`{n}`" for n in parameter.opts) if parameter.param_type_name == "option" else f"`{parameter.name.upper()}`"
+    words = parameter.opts if parameter.param_type_name == "option" else [parameter.name.upper()]
+    names = ", ".join(f"`{word}`" for word in words)
     default = "" if callable(parameter.default) else parameter.get_default(context)
     shown = "required" if parameter.required else "" if default in (None, False, "") else f"`{default}`"
     return names, parameter.help or "", shown
@@ -80,7 +79,7 @@ def _examples(text: str) -> str:
 
 def recipe_page() -> str:
     """Every table and key of a recipe, then every move and its options."""
-    parts = ["# Recipes: every key\n", f"{_prose(_about(inspect.getmodule(Recipe)))}\n"]
+    parts = ["# Recipes: every key\n", f"{_prose(_about(recipes))}\n"]
     for title, model in TABLES.items():
         parts += [f"## `{title}`\n" if title else "## The top of the file\n", f"{_prose(_about(model))}\n"]
         hints = get_type_hints(model, include_extras=True)
@@ -98,7 +97,8 @@ def recipe_page() -> str:
 
 def _like(name: str) -> str:
     """What a key without words of its own says: overrides repeat the keys of the weights table."""
-    return WeightFormat.model_fields[name].description or "" if name in WeightFormat.model_fields else "Of the solver."
+    field = recipes.WeightFormat.model_fields.get(name)
+    return (field and field.description) or "Of the solver."
 
 
 def _move_options(move: Any) -> Iterator[tuple[str, str, str, str]]:
@@ -164,7 +164,8 @@ def presets_page() -> str:
         files.append(f"### {name}\n\n```toml\n{toml.rstrip()}\n```\n")
     head = "# Presets\n\nBits are those of weights, inputs, and keys and values; – is not rounded. What they reach is in "
     head += "[results](../results.md), which one to take in [choosing a recipe](../choosing.md).\n\n"
-    return head + _table(("preset", "bits", "group", "solver", "moves", "what it is"), rows) + "\n## Files\n\n" + "\n".join(files)
+    table = _table(("preset", "bits", "group", "solver", "moves", "what it is"), rows)
+    return f"{head}{table}\n## Files\n\n" + "\n".join(files)
 
 
 def api_page() -> str:

@@ -169,6 +169,7 @@ class ActivationFormat(_Rounded):
     bits: Literal[3, 4, 8, 16] = 16
     """Of an input's code."""
 
+
 class KvFormat(_Rounded):
     """How keys (after the rotary embedding) and values are stored in the cache; 16 bits means not rounded.
 
