@@ -57,8 +57,8 @@ def cli_page() -> str:
     parts = ["# Command line\n", "What `sordino COMMAND --help` says.\n"]
     for name, command in group.commands.items():
         context = command.make_context(f"sordino {name}", [], resilient_parsing=True)
-        usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-        parts += [f"## {name}\n", f"    {usage}\n", _examples(inspect.cleandoc(command.help or ""))]
+        pieces = re.sub(r"{(\w+)}", lambda m: m[1].upper(), " ".join(command.collect_usage_pieces(context)))
+        parts += [f"## {name}\n", f"    {context.command_path} {pieces}\n", _examples(inspect.cleandoc(command.help or ""))]
         rows = [_option(parameter, context) for parameter in command.params]
         parts.append(_table(("argument or option", "meaning", "default"), rows))
     return "\n".join(parts)

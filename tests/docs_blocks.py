@@ -38,7 +38,7 @@ class Block:
         return [words for line in kept if (words := shlex.split(line, comments=True))]
 
 
-def blocks(page: Path) -> list[Block]:
-    """All fenced blocks of a page, in order."""
-    found = _FENCE.finditer(page.read_text(encoding="utf-8"))
+def blocks(page: Path | str) -> list[Block]:
+    """All fenced blocks of a page (a file, or its text), in order."""
+    found = _FENCE.finditer(page if isinstance(page, str) else page.read_text(encoding="utf-8"))
     return [Block(m["language"], tuple(m["marks"].split()), m["body"]) for m in found]

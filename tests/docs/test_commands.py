@@ -44,6 +44,7 @@ NOT_RUN = {
     "docs/tutorial.md": ["make setup", "source .venv/bin/activate"],
 }
 
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 USAGE_ERROR: Any = typer.BadParameter.__base__  # what typer's own copy of click raises; it has no public name
 
 
@@ -112,8 +113,7 @@ def run(words: list[str]) -> None:
 def check(words: list[str]) -> Any:
     """Parse a command line of ours; its recipe with all `--set`, and the moves' options, must be valid."""
     assert words[0] == "sordino", f"not a command of ours: {' '.join(words)}"
-    command = typer.main.get_command(app).commands[words[1]]  # type: ignore[attr-defined]
-    with command.make_context(words[1], words[2:]) as context:
+    with COMMANDS[words[1]].make_context(words[1], words[2:]) as context:
         if "recipe" in context.params:
             recipe = load_recipe(context.params["recipe"], context.params["set_"] or ())
             assert recipe.moves is not None and len(build_moves(recipe.moves)) == len(recipe.moves)
@@ -126,6 +126,18 @@ def test_check_finds_what_is_wrong() -> None:
     for wrong in (["--set", "moves.0.epoch=2"], ["--set", "format.weight.bits=2"], ["--window", "3"], ["-r", "w33"]):
         with pytest.raises((SordinoError, USAGE_ERROR)):
             check([*sound, *wrong])
+
+
+def test_examples_of_the_commands_help_are_valid() -> None:
+    examples = [words for command in COMMANDS.values() for b in blocks(_fenced(command.help)) for words in b.commands]
+    assert len(examples) >= 6
+    for words in examples:
+        check(words)
+
+
+def _fenced(text: str) -> str:
+    """The help of a command with its lines "Example: …" as blocks."""
+    return "".join(f"```bash\n{line.partition('Example: ')[2]}\n```\n" for line in text.splitlines() if "Example: " in line)
 
 
 def test_make_knows_every_target_that_is_named() -> None:
