@@ -73,8 +73,8 @@ def _option(parameter: Any, context: Any) -> tuple[str, str, str]:
 
 
 def _examples(text: str) -> str:
-    """Paragraphs that begin with "Example:" as commands."""
-    return re.sub(r"^Example: (.+)$", r"```bash\n\1\n```", text, flags=re.MULTILINE) + "\n"
+    """Lines of a help that are examples as blocks of commands."""
+    return re.sub(r"^(?:Examples?: )?(sordino .+)$", r"```bash\n\1\n```", text, flags=re.MULTILINE) + "\n"
 
 
 def recipe_page() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 _FENCE = re.compile(r"^ *```(?P<language>[\w+-]*)(?P<marks>[^\n]*)\n(?P<body>.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SHELL = ("bash", "console", "sh")
-_PROGRAMS = ("sordino", "make", "python", "pip", "cd", ".venv/bin")
+_PROGRAMS = ("sordino ", "make ", "python ", "pip ", "cd ", ".venv/bin/")  # what a block without a language is known by
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Block:
         """The words of every command, without comments; of a block with output, the lines behind a ``$``."""
         lines = re.sub(r"\\\n\s*", " ", self.body).splitlines()
         prompted = any(line.startswith("$ ") for line in lines)
-        if self.language not in SHELL and not (self.language == "" and lines and lines[0].lstrip("$ ").startswith(_PROGRAMS)):
+        named = any(line.removeprefix("$ ").startswith(_PROGRAMS) for line in lines)
+        if self.language not in SHELL and not (self.language == "" and named):
             return []
         kept = [line[2:] if prompted else line for line in lines if line.startswith("$ ") or not prompted]
         return [words for line in kept if (words := shlex.split(line, comments=True))]

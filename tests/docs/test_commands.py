@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import shlex
 import tomllib
 import unittest.mock
 from pathlib import Path
@@ -114,9 +116,10 @@ def check(words: list[str]) -> Any:
     """Parse a command line of ours; its recipe with all `--set`, and the moves' options, must be valid."""
     assert words[0] == "sordino", f"not a command of ours: {' '.join(words)}"
     with COMMANDS[words[1]].make_context(words[1], words[2:]) as context:
-        if "recipe" in context.params:
-            recipe = load_recipe(context.params["recipe"], context.params["set_"] or ())
-            assert recipe.moves is not None and len(build_moves(recipe.moves)) == len(recipe.moves)
+        given = context.params.get("recipe") or context.params.get("recipes") or ()
+        for name in [given] if isinstance(given, str) else given:
+            moves = load_recipe(name, context.params.get("set_") or ()).moves
+            assert len(build_moves(moves)) == len(moves)
         return context.params
 
 
@@ -129,15 +132,11 @@ def test_check_finds_what_is_wrong() -> None:
 
 
 def test_examples_of_the_commands_help_are_valid() -> None:
-    examples = [words for command in COMMANDS.values() for b in blocks(_fenced(command.help)) for words in b.commands]
-    assert len(examples) >= 6
-    for words in examples:
-        check(words)
-
-
-def _fenced(text: str) -> str:
-    """The help of a command with its lines "Example: …" as blocks."""
-    return "".join(f"```bash\n{line.partition('Example: ')[2]}\n```\n" for line in text.splitlines() if "Example: " in line)
+    helps = "\n".join(inspect.cleandoc(command.help) for command in COMMANDS.values())
+    examples = re.findall(r"^(?:Examples?: )?(sordino .+)$", helps, re.MULTILINE)
+    assert len(examples) == helps.count("sordino ") >= 8
+    for example in examples:
+        check(shlex.split(example))
 
 
 def test_make_knows_every_target_that_is_named() -> None:
@@ -147,7 +146,7 @@ def test_make_knows_every_target_that_is_named() -> None:
 
 
 def test_no_command_hides_from_the_parser() -> None:
-    """In docs every fence names its language, and no command stands in an indented block, where no mark can be."""
+    """None stands in an indented block, where no mark can be; marks are known ones; blocks of commands have some."""
     for name, path in PAGES.items():
         for line in path.read_text(encoding="utf-8").splitlines():
             assert not line.startswith(("    sordino ", "    make ", "    pip ", "    python ")), f"{name}: fence it: {line}"
