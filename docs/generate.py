@@ -39,6 +39,7 @@ TABLES: dict[str, type[BaseModel]] = {
 FURTHER = {
     "Measuring": ("sordino.measure.compare", "sordino.measure.bench", "sordino.measure.tasks"),
     "Text": ("sordino.corpus",),
+    "Notebooks": ("sordino.report.notebook",),
     "Extending": ("sordino.contract",),
 }
 MADE = "<!-- made by docs/generate.py when the site is built -->\n\n"

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sordino.api import Result
 from sordino.errors import InputError
@@ -21,6 +23,7 @@ from sordino.report.svg import PALETTE, Series
 
 EVIL = "<script>alert(1)</script>&\"'"
 SVG = "{http://www.w3.org/2000/svg}"
+TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs", "Cn")))  # what XML can hold
 
 
 def evaluation(**figures: Any) -> Evaluation:
@@ -129,6 +132,14 @@ def test_colours_are_those_of_the_pages() -> None:
 
     page = (Path(sordino.report.__file__).parent / "templates" / "page.html").read_text(encoding="utf-8")
     assert all(f"--c{i}: {colour}" in page for i, colour in enumerate(PALETTE))
+
+
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1), TEXT)
+def test_any_text_comes_out_as_it_went_in(rows: list[tuple[str, str]], name: str) -> None:
+    assert cells(table(rows)) == [list(row) for row in rows]
+    points = [(0.0, 1.0, name), (1.0, 2.0, name)]
+    shown = [e.text or "" for e in drawn(figure([Series(name, points)], name, name, lines=False)).iter(f"{SVG}text")]
+    assert shown.count(name) >= 4  # both axes, both points
 
 
 def test_table_without_header_or_title() -> None:
