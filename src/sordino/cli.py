@@ -121,12 +121,11 @@ def evaluate(
         options = {"against": against, "prefix_from": prefix_from, "dtype": _dtype(dtype)}
         options |= {"tasks": _tasks(tasks, task_data, limit), "text": text, "seqlen": seqlen, "windows": windows}
         result = run(model, progress=bars, **options)
-    rows = result.to_json()
     if json_:
-        _write_json(json_, rows)
+        _write_json(json_, result.to_json())
     on = f" on {text or 'builtin:docstrings'}, {result.windows} windows of {result.seqlen}" if result.windows else ""
     table = Table("figure", "value", title=f"{model}{on}")
-    for name, value in (*_pretty(rows), *_task_lines(result)):
+    for name, value in result.lines():
         table.add_row(name, value)
     _out.print(table)
 
@@ -327,33 +326,6 @@ def _write_json(path: Path, data: Any) -> None:
     _write(path, json.dumps(data, indent=1) + "\n")
 
 
-def _pretty(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Figures with their standard errors, leaving out what was not asked for."""
-    lines = []
-    for name, value in row.items():
-        if value is None or name.endswith("_stderr") or isinstance(value, dict):
-            continue
-        error = row.get(f"{name}_stderr")
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        lines.append((name, shown if error is None else f"{shown} ± {error:.4f}"))
-    return lines
-
-
-def _task_lines(result: Any) -> list[tuple[str, str]]:
-    """A line for every figure on tasks, with the paired difference where there is one."""
-    if result.tasks is None:
-        return []
-    rows = result.to_json()
-    lines = []
-    for task, row in (*rows["tasks"].items(), ("tasks", rows["tasks_mean"])):
-        for metric, value in _pretty({k: v for k, v in row.items() if k != "samples" and "_difference" not in k}):
-            lines.append((f"{task}: {metric}", value))
-            ends = [row.get(f"{metric}_difference{end}") for end in ("", "_low", "_high")]
-            if ends[0] is not None:
-                lines.append(("  to the reference, 95 %", "{:+.4f} [{:+.4f}, {:+.4f}]".format(*ends)))
-    return lines
-
-
 def _print_comparison(comparison: Any) -> None:
     for header, rows in comparison.tables():
         _print_table(header, rows)
@@ -369,36 +341,7 @@ def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def _print_result(result: Any) -> None:
-    manifest, run = result.manifest, result.run
-    table = Table("figure", "value", title=f"{manifest['recipe']} → {result.out}")
-    table.add_row("coverage", manifest["coverage"])
-    table.add_row("bits per quantized weight", f"{manifest['bits_per_weight']:.3f}")
-    table.add_row("bytes", f"{manifest['bytes']:,}")
-    guard = manifest["guard"]
-    if "not_run" in guard:
-        table.add_row("final guard", f"not run: {guard['not_run']}")
-    elif guard:
-        table.add_row("KL to full precision, held out", f"{guard['kl']:.4f} (RTN of the same format: {guard['rtn_kl']:.4f})")
-    if "prefix" in manifest:
-        table.add_row("prefix", _prefix_line(manifest["prefix"]))
-    fallbacks = [str(b["block"]) for b in manifest["blocks"] if b.get("fallback")]
-    if fallbacks:
-        table.add_row("blocks where RTN was better and taken", ", ".join(fallbacks))
-    tuned = [b["moves"]["tune"]["kept"] for b in manifest["blocks"] if "tune" in b.get("moves", {})]
-    if tuned:
-        table.add_row("blocks that tuning made better", f"{sum(tuned)} of {len(tuned)}; the others keep what they had")
-    for name, note in manifest.get("finish", {}).items():
-        if "kl_before" in note:
-            change = f"{note['kl_before']:.4f} → {note['kl_after']:.4f}"
-            table.add_row(f"{name}: KL, held out", change if note["kept"] else f"{change}: not kept")
-    table.add_row("time", f"{run['seconds']:.0f} s wall, {run['cpu_seconds']:.0f} s CPU")
-    table.add_row("peak memory", f"{run['peak_memory_bytes'] / 2**30:.2f} GiB")
+    table = Table("figure", "value", title=f"{result.manifest['recipe']} → {result.out}")
+    for name, value in result.lines():
+        table.add_row(name, value)
     _out.print(table)
-
-
-def _prefix_line(found: dict[str, Any]) -> str:
-    tokens = " ".join(f"{token!r}" for token in found["tokens"]) or "none: no token stands out far enough"
-    ratios = found["outlier_ratios"]
-    return (
-        f"{tokens} (largest over median token: {max(ratios):.0f}, in block {ratios.index(max(ratios))})" if ratios else tokens
-    )

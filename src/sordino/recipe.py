@@ -37,7 +37,7 @@ class _Table(BaseModel):
     """A recipe table: frozen, unknown keys refused."""
 
     # TOML has inf and nan, so the options of a move may; by default pydantic would write None for them.
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants", use_attribute_docstrings=True)
 
 
 class Rtn(_Table):
@@ -45,6 +45,7 @@ class Rtn(_Table):
 
     name: Literal["rtn"] = "rtn"
     search: Literal["weight", "output"] = "weight"
+    """What the range of a grid is chosen by: the error of the weight, or that of the linear's output on text."""
 
 
 class Gptq(_Table):
@@ -52,11 +53,17 @@ class Gptq(_Table):
 
     name: Literal["gptq"] = "gptq"
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the mean diagonal of the Hessian that is added to it; raised tenfold until it factorizes."""
     order: Literal["gar", "none"] = "gar"
+    """Order of the columns: by falling activation inside groups that stay whole, or as stored."""
     static_groups: bool = False
+    """Fit all grids before the first column is rounded, not when their group is reached."""
     weighted: bool = False
+    """Fit grids with every column's error weighed by the diagonal of the Hessian."""
     refit: bool = False
+    """Solve for the scales of each row under the full Hessian once the codes are there."""
     cap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """A massive token counts in the sums for at most about so many median ones."""
 
 
 class Gptaq(Gptq):
@@ -64,7 +71,9 @@ class Gptaq(Gptq):
 
     name: Literal["gptaq"] = "gptaq"  # type: ignore[assignment]
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """How far to go towards the full-precision stream; 0 is GPTQ."""
     target: Literal["columns", "whole"] = "columns"
+    """Correct column by column as published, or move the whole weight to the least-squares target first."""
 
 
 def _by_name(value: Any) -> Any:
@@ -79,6 +88,7 @@ class WeightOverride(_Table):
     """Other numbers for the linears whose name matches; what is not given stays as in the weights table."""
 
     match: str
+    """Pattern of full names, with `*` and `?`, e.g. `*.down_proj`."""
     bits: Bits | None = None
     group: Group | None = None
     symmetric: bool | None = None
@@ -91,14 +101,23 @@ class WeightFormat(_Table):
     """How the block linears are stored and which solver rounds them."""
 
     bits: Bits = 16
+    """Of a code; 16 leaves the weights as they are."""
     group: Group = "auto"
+    """Columns that share a scale: a number, `channel` (a whole row), or `auto`, the largest of 128, 64, 32 that divides."""
     symmetric: bool = False
+    """No zero point."""
     grid: Literal["affine", "additive"] = "affine"
+    """Scale and zero point, or a sum of signed row scales (D²Quant; own runtime only)."""
     column_scale: bool = False
+    """One more scale for each input column, merged into up_proj (down_proj only)."""
     search: Annotated[int, Field(ge=0, le=200, strict=True)] = 24
+    """How many shrunken ranges are tried for a grid; 0 takes the full range."""
     solver: Solver = Rtn()
+    """What rounds: `"gptq"`, or a table of a name and options."""
     override: tuple[WeightOverride, ...] = ()
+    """Other numbers for some linears; later ones win."""
     ignore: tuple[str, ...] = ()
+    """Patterns of linears that stay in full precision."""
 
     def resolve(self, name: str) -> WeightFormat:
         """Format of one linear, by its full name: overrides apply in order, ignored linears stay at 16 bits."""
@@ -120,7 +139,9 @@ class _Rounded(_Table):
 
     bits: Bits = 16
     mode: Literal["static", "dynamic"] = "dynamic"
+    """Scales found once on calibration text, or taken from every token as it comes."""
     clip: Clip = 1.0
+    """Share of the largest entry that the codes reach; `search` lets calibration choose."""
 
     @property
     def rounded(self) -> bool:
@@ -147,7 +168,9 @@ class ActivationFormat(_Rounded):
     """
 
     bits: Literal[3, 4, 8, 16] = 16
+    """Of an input's code."""
     group: Literal["token", "auto"] | PositiveInt = "token"
+    """Channels of a token that share a dynamic scale: "token" for all of them, "auto", or a number."""
 
 
 class KvFormat(_Rounded):
@@ -158,24 +181,33 @@ class KvFormat(_Rounded):
     """
 
     bits: Literal[2, 3, 4, 8, 16] = 16
+    """Of a code of keys and values."""
     symmetric: bool = False
+    """No zero point."""
 
 
 class Format(_Table):
     """Every stored number."""
 
     weights: WeightFormat = WeightFormat()
+    """The linears of the blocks."""
     activations: ActivationFormat = ActivationFormat()
+    """Their inputs."""
     kv: KvFormat = KvFormat()
+    """The cache."""
     embeddings: Literal[16, 8] = 16
+    """Bits of the embedding table, one scale a row."""
     head: Literal[16, 8, 4] = 16
+    """Bits of the output head; leave it at 16 where it is the embedding table itself."""
 
 
 class Calibration(_Table):
     """How much text the run looks at; the text itself is an option of the command."""
 
     windows: PositiveInt = 128
+    """How many; `--windows` in the command. An eighth as many more, at least four, are held out for the guards."""
     seqlen: Annotated[int, Field(ge=2, strict=True)] = 512
+    """Tokens of a window; `--seqlen` in the command."""
 
 
 class MoveSpec(BaseModel):
@@ -194,11 +226,17 @@ class Recipe(_Table):
     """A number format plus an ordered list of moves."""
 
     name: str
+    """The file's name without `.toml`, if not given."""
     summary: str = ""
+    """One line for `sordino recipes`."""
     format: Format = Format()
+    """How numbers are stored."""
     calibration: Calibration = Calibration()
+    """How much text is looked at."""
     moves: tuple[MoveSpec, ...] = ()
+    """What is done around the rounding, in this order."""
     guard: Literal["on", "off"] = "on"
+    """Whether blocks and the result are held against RTN of the same format."""
 
     @property
     def digest(self) -> str:

@@ -31,6 +31,8 @@ from sordino.api import load
 from sordino.errors import InputError, SordinoError
 from sordino.measure.shapes import random_checkpoint, shape, stored
 from sordino.progress import quiet_libraries
+from sordino.report.notebook import Figure, figure, table
+from sordino.report.svg import Series
 from sordino.runtime.kernels import status
 from sordino.walk.source import locate
 
@@ -112,6 +114,15 @@ class Bench:
             )
             for row in self.to_json()["models"]
         ]  # fmt: skip
+
+    def figure(self) -> Figure:
+        """Decoded tokens a second over peak memory, full precision included."""
+        rows = self.to_json()["models"]
+        points = [(row["peak_memory_bytes"] / 2**20, row["decode_tokens_per_s"], row["model"]) for row in rows]
+        return figure([Series("decode", points)], "peak MiB", "decode tokens/s", lines=False, log_x=True)
+
+    def _repr_html_(self) -> str:
+        return table(self.cells(), self.header)
 
 
 def _phase(row: dict[str, Any], phase: str) -> list[str]:

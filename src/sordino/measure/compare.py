@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sordino.corpus import EVAL_TEXT, load_text
+from sordino.errors import InputError
 from sordino.measure.evaluate import Evaluation, evaluate, reference
 from sordino.measure.tasks import Tasks
+from sordino.report.notebook import Figure, figure, table
+from sordino.report.svg import Series
 from sordino.walk.source import locate
 
 _SIZES = 4  # columns before those of text and tasks
@@ -77,6 +80,37 @@ class Comparison:
         """The table as Markdown."""
         lines = ["| " + " | ".join(row) + " |" for row in (self.header, ("---",) * len(self.header), *self.cells())]
         return "\n".join(lines) + "\n"
+
+    def plots(self) -> dict[str, list[tuple[float, float, str]]]:
+        """Quality over size: (MiB, figure, checkpoint) for each kind of figure that was measured."""
+        kinds: dict[str, Callable[[Evaluation], float | None]] = {
+            "perplexity": lambda e: e.ppl,
+            "KL to the reference, nats a token": lambda e: e.kl,
+            "mean of tasks": lambda e: None if e.tasks is None else e.tasks.mean,
+        }
+        found = {
+            label: [(e.bytes / 2**20, value, name) for name, e in self.rows if (value := of(e)) is not None]
+            for label, of in kinds.items()
+        }
+        return {label: points for label, points in found.items() if points}
+
+    def figure(self, label: str | None = None) -> Figure:
+        """One of the plots, over MiB.
+
+        Args:
+            label: which of :meth:`plots`; the first one if not given.
+
+        Raises:
+            InputError: if that was not measured.
+        """
+        plots = self.plots()
+        label = label or next(iter(plots))
+        if label not in plots:
+            raise InputError(f"no figure '{label}'; there are {', '.join(plots)}")
+        return figure([Series(label, plots[label])], "MiB", label, lines=False, log_x=True)
+
+    def _repr_html_(self) -> str:
+        return table(self.cells(), self.header)
 
 
 def _text_cells(e: Evaluation) -> tuple[str, ...]:

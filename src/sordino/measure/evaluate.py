@@ -23,6 +23,7 @@ from sordino.errors import InputError
 from sordino.measure.size import Size, size_of
 from sordino.measure.tasks import Tasks, TaskScores, open_tasks
 from sordino.numerics.divergence import token_kl
+from sordino.report.notebook import table
 from sordino.runtime.attention import attach
 from sordino.runtime.prefix import prefix_ids
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
@@ -71,6 +72,40 @@ class Evaluation:
         tasks, other = self.tasks, self.tasks_against
         means = {} if tasks is None else {"tasks_mean": tasks.mean_to_json(other)}
         return row | {"tasks": None if tasks is None else tasks.to_json(other)} | means
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What was asked for, as (figure, value), with standard errors; then tasks, with their paired differences."""
+        return [*_pretty(self.to_json()), *_task_lines(self)]
+
+    def _repr_html_(self) -> str:
+        return table(self.lines())
+
+
+def _pretty(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Figures with their standard errors, leaving out what was not asked for."""
+    lines = []
+    for name, value in row.items():
+        if value is None or name.endswith("_stderr") or isinstance(value, dict):
+            continue
+        error = row.get(f"{name}_stderr")
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        lines.append((name, shown if error is None else f"{shown} ± {error:.4f}"))
+    return lines
+
+
+def _task_lines(result: Evaluation) -> list[tuple[str, str]]:
+    """A line for every figure on tasks, with the paired difference where there is one."""
+    if result.tasks is None:
+        return []
+    rows = result.to_json()
+    lines = []
+    for task, row in (*rows["tasks"].items(), ("tasks", rows["tasks_mean"])):
+        for metric, value in _pretty({k: v for k, v in row.items() if k != "samples" and "_difference" not in k}):
+            lines.append((f"{task}: {metric}", value))
+            ends = [row.get(f"{metric}_difference{end}") for end in ("", "_low", "_high")]
+            if ends[0] is not None:
+                lines.append(("  to the reference, 95 %", "{:+.4f} [{:+.4f}, {:+.4f}]".format(*ends)))
+    return lines
 
 
 @dataclass(frozen=True)

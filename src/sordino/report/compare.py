@@ -32,15 +32,8 @@ def comparison_page(comparison: Comparison) -> str:
 
 def _plots(comparison: Comparison) -> list[dict[str, Any]]:
     """Quality over size, one plot for each figure that was measured."""
-    found = {
-        "perplexity": [(n, e, e.ppl) for n, e in comparison.rows],
-        "KL to the reference, nats a token": [(n, e, e.kl) for n, e in comparison.rows],
-        "mean of tasks": [(n, e, None if e.tasks is None else e.tasks.mean) for n, e in comparison.rows],
-    }
     plots = []
-    for label, rows in found.items():
-        points = [(e.bytes / 2**20, value, name) for name, e, value in rows if value is not None]
-        if points:
-            drawing = plot([Series(label, points)], "MiB", label, lines=False, log_x=True)
-            plots.append({"title": f"Size and {label.partition(',')[0]}", "drawing": drawing})
+    for label, points in comparison.plots().items():
+        drawing = plot([Series(label, points)], "MiB", label, lines=False, log_x=True)
+        plots.append({"title": f"Size and {label.partition(',')[0]}", "drawing": drawing})
     return plots

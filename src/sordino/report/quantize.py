@@ -11,6 +11,8 @@ from sordino.measure.size import stored_split
 from sordino.report.page import render
 from sordino.report.svg import COLOURS, Series, plot
 
+_KINDS = {"this recipe": "error", "plain rounding (RTN)": "rtn_error"}
+
 
 def quantize_page(out: Path, model: str, manifest: dict[str, Any], run: dict[str, Any]) -> str:
     """One self-contained HTML page of a run.
@@ -34,6 +36,42 @@ def quantize_page(out: Path, model: str, manifest: dict[str, Any], run: dict[str
         run=_run_lines(run),
         recipe=(out / "recipe.toml").read_text(encoding="utf-8"),
         manifest=json.dumps({k: v for k, v in manifest.items() if k != "blocks"}, indent=1),
+    )
+
+
+def result_lines(manifest: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a terminal or a notebook shows of a run: (figure, value)."""
+    lines = [
+        ("coverage", manifest["coverage"]),
+        ("bits per quantized weight", f"{manifest['bits_per_weight']:.3f}"),
+        ("bytes", f"{manifest['bytes']:,}"),
+    ]
+    guard = manifest["guard"]
+    if "not_run" in guard:
+        lines.append(("final guard", f"not run: {guard['not_run']}"))
+    elif guard:
+        found = f"{guard['kl']:.4f} (RTN of the same format: {guard['rtn_kl']:.4f})"
+        lines.append(("KL to full precision, held out", found))
+    if "prefix" in manifest:
+        lines.append(("prefix", _prefix_line(manifest["prefix"])))
+    if fallbacks := [str(b["block"]) for b in manifest["blocks"] if b.get("fallback")]:
+        lines.append(("blocks where RTN was better and taken", ", ".join(fallbacks)))
+    if tuned := [b["moves"]["tune"]["kept"] for b in manifest["blocks"] if "tune" in b.get("moves", {})]:
+        lines.append(("blocks that tuning made better", f"{sum(tuned)} of {len(tuned)}; the others keep what they had"))
+    for name, note in manifest.get("finish", {}).items():
+        if "kl_before" in note:
+            change = f"{note['kl_before']:.4f} → {note['kl_after']:.4f}"
+            lines.append((f"{name}: KL, held out", change if note["kept"] else f"{change}: not kept"))
+    lines.append(("time", f"{run['seconds']:.0f} s wall, {run['cpu_seconds']:.0f} s CPU"))
+    lines.append(("peak memory", f"{run['peak_memory_bytes'] / 2**30:.2f} GiB"))
+    return lines
+
+
+def _prefix_line(found: dict[str, Any]) -> str:
+    tokens = " ".join(f"{token!r}" for token in found["tokens"]) or "none: no token stands out far enough"
+    ratios = found["outlier_ratios"]
+    return (
+        f"{tokens} (largest over median token: {max(ratios):.0f}, in block {ratios.index(max(ratios))})" if ratios else tokens
     )
 
 
@@ -97,12 +135,16 @@ def _split(out: Path) -> list[dict[str, Any]]:
 
 def _block_errors(manifest: dict[str, Any]) -> Any:
     """Ours against RTN over depth; None where no block was measured."""
-    kinds = {"this recipe": "error", "plain rounding (RTN)": "rtn_error"}
-    series = [
-        Series(label, [(b["block"], b[key], f"block {b['block']}: {b[key]:.4g}") for b in manifest["blocks"] if key in b])
-        for label, key in kinds.items()
-    ]
+    series = block_series(manifest)
     return plot(series, "block", "relative error", lines=True) if series[0].points else None
+
+
+def block_series(manifest: dict[str, Any]) -> list[Series]:
+    """Held-out error of every block, ours and RTN's; without points where none was measured."""
+    return [
+        Series(label, [(b["block"], b[key], f"block {b['block']}: {b[key]:.4g}") for b in manifest["blocks"] if key in b])
+        for label, key in _KINDS.items()
+    ]
 
 
 def _linear_errors(manifest: dict[str, Any]) -> Any:

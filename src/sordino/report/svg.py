@@ -11,6 +11,7 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 42
 COLOURS = 8  # classes s0 … s7 of the page's style
+PALETTE = ("#0b62c4", "#c2410c", "#15803d", "#7c3aed", "#be185d", "#0e7490", "#a16207", "#475569")  # their light colours
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,24 @@ def plot(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, l
         lines: join the points of a series; otherwise each carries its text.
         log_x: for sizes.
     """
+    drawn = draw(series, x_label, y_label, lines=lines, log_x=log_x)
+    if not drawn:
+        return Markup("<p>Nothing to draw.</p>")
+    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, f"{y_label} over {x_label}")
+    legend = Markup(" ").join(
+        Markup('<span class="key s{}">{}</span>').format(i % COLOURS, s.name) for i, s in enumerate(series) if len(series) > 1
+    )
+    return head + drawn + Markup("</svg><p>") + legend + Markup("</p>")
+
+
+def draw(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, log_x: bool) -> Markup:
+    """What stands inside the frame; empty if no point is finite. Arguments as of :func:`plot`."""
     kept = [Series(s.name, [p for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])]) for s in series]
     xs, ys = [p[0] for s in kept for p in s.points], [p[1] for s in kept for p in s.points]
     if not xs:
-        return Markup("<p>Nothing to draw.</p>")
+        return Markup("")
     across, up = _Axis.over(xs, log_x), _Axis.over(ys, min(ys) > 0 and max(ys) > 3 * min(ys))
-    parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, f"{y_label} over {x_label}")]
+    parts = []
     for value in across.ticks():
         parts.append(Markup('<text x="{:.1f}" y="{}" class="mid">{:.3g}</text>').format(_x(across, value), HEIGHT - 24, value))
     for value in up.ticks():
@@ -48,10 +61,7 @@ def plot(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, l
     parts.append(turn.format((HEIGHT - BOTTOM) / 2, y_label))
     for number, s in enumerate(kept):
         parts.append(_drawn(s, f"s{number % COLOURS}", across, up, lines))
-    legend = Markup(" ").join(
-        Markup('<span class="key s{}">{}</span>').format(i % COLOURS, s.name) for i, s in enumerate(kept) if len(kept) > 1
-    )
-    return Markup("").join(parts) + Markup("</svg><p>") + legend + Markup("</p>")
+    return Markup("").join(parts)
 
 
 def _drawn(s: Series, style: str, across: _Axis, up: _Axis, lines: bool) -> Markup:

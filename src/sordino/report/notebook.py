@@ -1,0 +1,72 @@
+"""How results show themselves in a notebook: a small table, and plots as SVG files of their own.
+
+Strings and numbers in, markup out; nothing here knows a result. Everything given is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from sordino.report.svg import HEIGHT, PALETTE, WIDTH, Series, draw
+
+_KEY = 18  # height of one line of the legend
+# Fixed colours on white: a notebook's dark theme is not known to a picture.
+_STYLE = (
+    "svg{font:12px system-ui,sans-serif;background:#fff}text{fill:#5f6872}line{stroke:#d9dee3}"
+    ".mid{text-anchor:middle}.end{text-anchor:end}polyline{fill:none;stroke:var(--c);stroke-width:1.8}"
+    "circle,rect.key{fill:var(--c)}g text{fill:#1c2024}"
+) + "".join(f".s{i}{{--c:{colour}}}" for i, colour in enumerate(PALETTE))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot; shows itself in a notebook.
+
+    Attributes:
+        svg: a whole SVG document, without scripts and without anything from a network.
+    """
+
+    svg: str
+
+    def _repr_svg_(self) -> str:
+        return self.svg
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file, which browsers and vector editors open."""
+        Path(path).write_text(self.svg, encoding="utf-8")
+
+
+def figure(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, log_x: bool = False) -> Figure:
+    """A plot by itself; see :func:`sordino.report.svg.plot` for the arguments. The legend names series if there are several."""
+    parts = [draw(series, x_label, y_label, lines=lines, log_x=log_x) or Markup('<text x="9" y="20">Nothing to draw.</text>')]
+    named = series if len(series) > 1 else ()
+    for i, s in enumerate(named):
+        y = HEIGHT + _KEY * i
+        key = Markup('<g class="s{}"><rect class="key" x="{}" y="{}" width="10" height="10"/><text x="{}" y="{}">{}</text></g>')
+        parts.append(key.format(i % len(PALETTE), 62, y, 78, y + 9, s.name))
+    size = f"0 0 {WIDTH} {HEIGHT + _KEY * len(named)}"
+    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="{}" width="{}"><style>').format(size, WIDTH)
+    return Figure(str(head + Markup(_STYLE) + Markup("</style>") + Markup("").join(parts) + Markup("</svg>\n")))
+
+
+def table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), title: str = "") -> str:
+    """An HTML table of text.
+
+    Args:
+        rows: the cells.
+        header: names of the columns; none are shown if empty.
+        title: above it.
+    """
+
+    def line(cells: Sequence[str], tag: str) -> Markup:
+        cell = Markup(f'<{tag} style="text-align:left">{{}}</{tag}>')
+        return Markup("<tr>") + Markup("").join(cell.format(c) for c in cells) + Markup("</tr>")
+
+    caption = Markup("<caption>{}</caption>").format(title) if title else Markup("")
+    head = Markup("<thead>") + line(header, "th") + Markup("</thead>") if header else Markup("")
+    body = Markup("").join(line(row, "td") for row in rows)
+    return str(Markup("<table>") + caption + head + Markup("<tbody>") + body + Markup("</tbody></table>"))
