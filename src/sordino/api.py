@@ -19,9 +19,11 @@ from torch import Tensor
 
 from sordino.corpus import DEFAULT_TEXT, Text, calibration_windows, load_text, tokenize
 from sordino.errors import InputError, SordinoError, reason
+from sordino.protect.prompt import Prompt, read_prompt, tokenize_prompt
 from sordino.recipe import Recipe, load_recipe
 from sordino.report.notebook import Figure, figure, table
 from sordino.report.quantize import block_series, quantize_page, result_lines
+from sordino.runtime.prefix import check_rotary
 from sordino.version import __version__, source_digest
 from sordino.walk.assemble import assemble, publish
 from sordino.walk.heap import keep_freed_memory
@@ -71,6 +73,7 @@ def quantize(
     overrides: tuple[str, ...] = (),
     blocks: tuple[int, int] | None = None,
     fresh: bool = False,
+    system_prompt: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Quantize a model into a folder; the same call continues an interrupted run.
@@ -86,6 +89,7 @@ def quantize(
         overrides: ``key=value`` changes to the recipe.
         blocks: range of blocks to quantize; the others keep full precision.
         fresh: start over, removing what an earlier run left in ``out``.
+        system_prompt: text, or ``@FILE``, that stands protected before every text from now on.
         progress: called with (what, done, total).
 
     Returns:
@@ -105,8 +109,9 @@ def quantize(
     chosen = load_recipe(recipe, (*overrides, *_calibration(windows, seqlen)))
     _check_owner(out)
     plan = make_plan(source, chosen, blocks, out)
+    prompt = None if system_prompt is None else _prompt(system_prompt, source, plan)
     content = load_text(text) if plan.needs_text else None
-    fingerprint = _fingerprint(source, chosen, content, seed, plan)
+    fingerprint = _fingerprint(source, chosen, content, seed, plan, prompt)
     done = None if fresh else _finished(out, fingerprint)
     if done is not None:
         return _judged(done)
@@ -117,7 +122,7 @@ def quantize(
                 _clear(out)
             work = Work(out, fingerprint)
             work.save()
-            result = _run(source, plan, work, drawn, seed, out, progress or _silent)
+            result = _run(source, plan, work, drawn, seed, out, progress or _silent, prompt)
             run = _run_facts(work.seconds, _cpu_seconds() - cpu, plan)
             write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
             write_text(out / "report.html", quantize_page(out, str(model), result, run))
@@ -174,10 +179,17 @@ def _windows(source: Source, plan: Plan, text: Text | None, seed: int) -> Tensor
 
 
 def _run(
-    source: Source, plan: Plan, work: Work, windows: Tensor | None, seed: int, out: Path, progress: Progress
+    source: Source,
+    plan: Plan,
+    work: Work,
+    windows: Tensor | None,
+    seed: int,
+    out: Path,
+    progress: Progress,
+    prompt: Prompt | None,
 ) -> dict[str, Any]:
     """Walk, check the final guard, assemble; returns the manifest."""
-    walk = Walk(source, plan, work, windows, seed, progress)
+    walk = Walk(source, plan, work, windows, seed, progress, prompt.ids if prompt else ())
     ends = walk.run()
     progress("write", 0, 1)
     guard: dict[str, Any] = dict(ends.guard)
@@ -200,6 +212,7 @@ def _run(
         "blocks": work.state["reports"],
         **({"finish": work.finished} if work.finished else {}),
         **({"prefix": _prefix_facts(walk, source)} if walk.prefix or "prefix" in walk.artifacts else {}),
+        **({"system_prompt": {"text": prompt.text, "tokens": len(prompt.ids)}} if prompt else {}),
     }
     stored = assemble(source, plan, work, ends, out, manifest)
     progress("write", 1, 1)
@@ -213,16 +226,28 @@ def _prefix_facts(walk: Walk, source: Source) -> dict[str, Any]:
     return {"ids": ids, "tokens": source.tokenizer().convert_ids_to_tokens(ids), "outlier_ratios": ratios}
 
 
+def _prompt(spec: str, source: Source, plan: Plan) -> Prompt:
+    """The system prompt as the model reads it; it must leave room for a calibration window."""
+    check_rotary(source.config)
+    text, vocabulary = read_prompt(spec), source.shape(f"{plan.anatomy.embeddings}.weight")[0]
+    limit = getattr(source.config, "max_position_embeddings", None) or 1 << 30
+    room = plan.recipe.calibration.seqlen if plan.needs_text else 1
+    return tokenize_prompt(text, source.tokenizer(), vocabulary, limit - room)
+
+
 def _calibration(windows: int | None, seqlen: int | None) -> list[str]:
     given = {"windows": windows, "seqlen": seqlen}
     return [f"calibration.{k}={v}" for k, v in given.items() if v is not None]
 
 
-def _fingerprint(source: Source, recipe: Recipe, text: Text | None, seed: int, plan: Plan) -> dict[str, Any]:
+def _fingerprint(
+    source: Source, recipe: Recipe, text: Text | None, seed: int, plan: Plan, prompt: Prompt | None
+) -> dict[str, Any]:
     return {
         "model": source.fingerprint(),
         "recipe": recipe.digest,
         "text": text.digest if text else None,
+        "system_prompt": {"text": prompt.text, "ids": list(prompt.ids)} if prompt else None,
         "seed": seed,
         "blocks": list(plan.blocks),
         "dtype": str(plan.dtype).removeprefix("torch."),

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sordino.errors import InputError, SordinoError
@@ -74,6 +75,9 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Chooses the windows; same seed, same bytes.")] = 0,
     set_: SetOption = None,
     blocks: Annotated[str | None, typer.Option(help="A:B quantizes these blocks only; the rest stays as it is.")] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT|@FILE", help="Protect this system prompt: its keys and values stay exact.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing an interrupted run.")] = False,
 ) -> None:
     """Quantize MODEL by a recipe into a folder that transformers loads.
@@ -87,7 +91,8 @@ def quantize(
     with Bars() as bars:
         result = run(
             model, recipe, out, text=text, windows=windows, seqlen=seqlen, seed=seed,
-            overrides=tuple(set_ or ()), blocks=_blocks(blocks), fresh=fresh, progress=bars,
+            overrides=tuple(set_ or ()), blocks=_blocks(blocks), fresh=fresh, system_prompt=system_prompt,
+            progress=bars,
         )  # fmt: skip
     _print_result(result)
 
@@ -343,5 +348,5 @@ def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 def _print_result(result: Any) -> None:
     table = Table("figure", "value", title=f"{result.manifest['recipe']} → {result.out}")
     for name, value in result.lines():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     _out.print(table)

@@ -54,6 +54,8 @@ def result_lines(manifest: dict[str, Any], run: dict[str, Any]) -> list[tuple[st
         lines.append(("KL to full precision, held out", found))
     if "prefix" in manifest:
         lines.append(("prefix", _prefix_line(manifest["prefix"])))
+    if "system_prompt" in manifest:
+        lines.append(("system prompt", f"{manifest['system_prompt']['tokens']} tokens at the end of the prefix"))
     if fallbacks := [str(b["block"]) for b in manifest["blocks"] if b.get("fallback")]:
         lines.append(("blocks where RTN was better and taken", ", ".join(fallbacks)))
     if tuned := [b["moves"]["tune"]["kept"] for b in manifest["blocks"] if "tune" in b.get("moves", {})]:

@@ -9,6 +9,7 @@ import torch
 
 from sordino.api import load
 from sordino.errors import InputError
+from sordino.protect.prompt import already_there
 
 
 def generate(checkpoint: str | Path, prompt: str, max_new_tokens: int = 64, chat: bool = False) -> str:
@@ -30,15 +31,32 @@ def generate(checkpoint: str | Path, prompt: str, max_new_tokens: int = 64, chat
         raise InputError("the prompt is empty")
     model, tokenizer = load(checkpoint)
     if not chat:
-        inputs = _begin_once(model, tokenizer(prompt, return_tensors="pt"))
+        inputs = own_inputs(model, tokenizer(prompt, return_tensors="pt"))
         return str(tokenizer.decode(_run(model, inputs, max_new_tokens), skip_special_tokens=True))
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{checkpoint} has no chat template; leave out --chat")
-    messages = [{"role": "user", "content": prompt}]
-    chatted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    inputs = _begin_once(model, chatted)
+    inputs = chat_inputs(model, tokenizer, [{"role": "user", "content": prompt}])
     ids = _run(model, inputs, max_new_tokens)[inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def chat_inputs(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+    """Token ids of a conversation for ``model.generate``, without the system prompt that the checkpoint holds already.
+
+    Args:
+        model: as loaded.
+        tokenizer: its tokenizer, with a chat template.
+        messages: the conversation. Without a system message, that of the protected prompt is meant; with another one, the
+            conversation is kept as it is, behind the protected prompt.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, int64 [1, L] each.
+    """
+    known = getattr(getattr(model.config, "quantization_config", None), "system_prompt", None)
+    if known and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": known["text"]}, *messages]
+    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return own_inputs(model, found)
 
 
 def _run(model: Any, inputs: Any, max_new_tokens: int) -> torch.Tensor:
@@ -46,10 +64,11 @@ def _run(model: Any, inputs: Any, max_new_tokens: int) -> torch.Tensor:
     return out
 
 
-def _begin_once(model: Any, inputs: Any) -> dict[str, torch.Tensor]:
-    """Leave out the token that begins a text where the model's prefix has begun it already."""
+def own_inputs(model: Any, inputs: Any) -> dict[str, torch.Tensor]:
+    """Inputs of one request [1, L] without what the model's protected prefix has said already: prompt, or beginning token."""
     kept = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-    prefix = getattr(getattr(model.config, "quantization_config", None), "prefix", [])
-    ids = kept["input_ids"][0]
-    begun = bool(prefix) and len(ids) > 1 and int(ids[0]) == prefix[-1] == model.config.bos_token_id
-    return {k: v[:, 1:] for k, v in kept.items()} if begun else kept
+    config = getattr(model.config, "quantization_config", None)
+    prompt = (getattr(config, "system_prompt", None) or {}).get("tokens", 0)
+    first = model.config.bos_token_id
+    drop = already_there(kept["input_ids"][0].tolist(), getattr(config, "prefix", []), prompt, first)
+    return {k: v[:, drop:] for k, v in kept.items()}

@@ -38,6 +38,7 @@ class SordinoConfig(QuantizationConfigMixin):
         head: 16 (plain), 8 or 4.
         biases: name patterns of norms and linears that have a bias which their family does not.
         prefix: ids of the tokens whose keys and values stand before every text.
+        system_prompt: its ``{"text", "tokens"}``: so many last ones of the prefix; None for none.
         basis: of the residual stream inside the blocks, ``{"size", "signs"}``; None for the model's own.
         inner: spaces inside the blocks that are turned: "values", "keys", "down" (runtime/inner.py).
         kv: how keys and values are rounded, ``{"bits", "symmetric", "static", "blocks": [first, last + 1]}``; None for not.
@@ -54,6 +55,7 @@ class SordinoConfig(QuantizationConfigMixin):
         prefix: list[int] | None = None,
         inner: list[str] | None = None,
         kv: dict[str, Any] | None = None,
+        system_prompt: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ):
@@ -65,7 +67,7 @@ class SordinoConfig(QuantizationConfigMixin):
         self.quant_method = "sordino"  # type: ignore[assignment]
         self.groups, self.embeddings, self.head = groups or [], embeddings, head
         self.biases, self.basis, self.prefix = biases or [], basis, prefix or []
-        self.inner, self.kv = inner or [], kv
+        self.inner, self.kv, self.system_prompt = inner or [], kv, system_prompt
         self.format_version = format_version
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ class SordinoConfig(QuantizationConfigMixin):
             "biases": self.biases,
             "basis": self.basis,
             "prefix": self.prefix,
+            "system_prompt": self.system_prompt,
             "inner": self.inner,
             "kv": self.kv,
         }

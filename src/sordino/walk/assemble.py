@@ -41,14 +41,16 @@ def assemble(source: Source, plan: Plan, work: Work, ends: Ends, out: Path, mani
     stored = _write_shards(source, plan, work, ends, final)
     copy_tokenizer(source.path, final)
     prefix = manifest.get("prefix", {}).get("ids", [])
-    if prefix and prefix[-1] == first_token(source.config):
+    prompt = manifest.get("system_prompt")
+    sink = prefix[-prompt["tokens"] if prompt else -1] if prefix else None
+    if prefix and sink == first_token(source.config):
         _begin_once(final / "tokenizer_config.json")
     copy_files(source.path, final, ["generation_config.json"])
     (final / "recipe.toml").write_text(plan.recipe.to_toml(), encoding="utf-8")
     (final / "README.md").write_text(model_card(plan.recipe, manifest), encoding="utf-8")
     config = json.loads(source.config.to_json_string(use_diff=True))
     config.pop("_name_or_path", None)
-    config["quantization_config"] = storage_config(plan, prefix).to_dict()
+    config["quantization_config"] = storage_config(plan, prefix, prompt).to_dict()
     names = sorted([p.name for p in final.iterdir()] + ["sordino.json", "config.json"])
     manifest = manifest | {"bytes": stored, "files": names}
     (final / "sordino.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -65,7 +67,7 @@ def publish(work: Work, out: Path) -> None:
     (work.path / "final" / "config.json").replace(out / "config.json")
 
 
-def storage_config(plan: Plan, prefix: list[int]) -> SordinoConfig:
+def storage_config(plan: Plan, prefix: list[int], prompt: dict[str, Any] | None = None) -> SordinoConfig:
     """The ``quantization_config`` of a plan's checkpoint with some prefix tokens."""
     kinds: dict[tuple[int, int | str, bool, str, int | None], list[str]] = {}
     for p in plan.quantized():
@@ -92,6 +94,7 @@ def storage_config(plan: Plan, prefix: list[int]) -> SordinoConfig:
         biases=compress_names(biases, anatomy.blocks, anatomy.n_blocks),
         basis=basis,
         prefix=prefix,
+        system_prompt=prompt,
         inner=list(plan.inner),
         kv=kv if fmt.kv.rounded else None,
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sordino.anatomy import SITES, Site, hidden_states
 from sordino.contract import Rounded, StreamName, having
 from sordino.errors import SordinoError
+from sordino.protect.prompt import join_prompt
 from sordino.round.rtn import RtnSolver
 from sordino.runtime.attention import carry_attention
 from sordino.runtime.inner import ATTENTION
@@ -56,6 +57,7 @@ class Walk:
         windows: int64 [N, L], calibration windows first; None if nothing needs text.
         seed: of the moves' random numbers.
         progress: told (what, done, total).
+        prompt: tokens of a system prompt, protected behind those that the moves ask for.
     """
 
     source: Source
@@ -64,6 +66,7 @@ class Walk:
     windows: Tensor | None
     seed: int
     progress: Progress
+    prompt: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.factory = BlockFactory(self.source, self.plan.anatomy, self.plan.dtype, self.plan.inner)
@@ -81,7 +84,8 @@ class Walk:
         first, last = self.plan.blocks
         if self.plan.needs_text and self.windows is not None:
             self.calls = self.factory.calls(self.windows.shape[1])
-            self._find_prefix()
+        self._find_prefix()
+        if self.calls:
             self._open_streams(self.work.done)
         for index in range(self.work.done, last):
             self.progress("block", index, last)
@@ -128,11 +132,16 @@ class Walk:
 
     def _find_prefix(self) -> None:
         """Let moves survey the full-precision model, and open the prefix that they ask for."""
-        assert self.windows is not None
-        if not having(self.plan.moves, "survey"):
+        surveyed = bool(having(self.plan.moves, "survey"))
+        if not surveyed and not self.prompt:
             return
-        ends, windows = Ends(self.source, self.plan), self.windows[: self.plan.recipe.calibration.windows]
-        if tokens := survey(self.source, self.plan, self.factory, ends, windows, self.calls, self.artifacts, self.progress):
+        ends = Ends(self.source, self.plan)
+        tokens: tuple[int, ...] = ()
+        if surveyed:
+            assert self.windows is not None
+            windows = self.windows[: self.plan.recipe.calibration.windows]
+            tokens = survey(self.source, self.plan, self.factory, ends, windows, self.calls, self.artifacts, self.progress)
+        if tokens := join_prompt(tokens, self.prompt):
             self.prefix = PrefixStream(tokens, self.factory, self.work, ends, self.source.dtype)
 
     @property
