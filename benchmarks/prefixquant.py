@@ -15,9 +15,10 @@ OFF = "guard=off"
 TURN = '{move="rotate", size="full"}, {move="rotate-inner"}'
 EVEN = '{move="smooth"}, ' + TURN  # ours: channels evened out before they are turned
 PREFIX = '{move="prefix"}'
+SMOOTHED = f"moves=[{EVEN}, {PREFIX}]"
 DYNAMIC, STATIC = "prefixquant-w4a4kv4-dynamic", "prefixquant-w4a4kv4-static"
 # What each of the parts costs alone, with evened channels, rotations and prefix, untrained; weights of 8 bits cost nothing.
-FLOOR = [OFF, f"moves=[{EVEN}, {PREFIX}]", "calibration.windows=32"]
+FLOOR = [OFF, SMOOTHED, "calibration.windows=32"]
 TUNE = '{move="tune", epochs=2}'
 
 
@@ -36,11 +37,11 @@ def ladder(bits: int) -> Ladder:
         f"{name}: + rotation": (dynamic, [OFF, *plain, f"moves=[{TURN}]"], [0]),
         f"{name}: + scale search": (dynamic, [OFF, f"moves=[{TURN}]"], [0]),
         f"{name} dynamic: + prefix": (dynamic, [OFF], SEEDS),
-        f"{name} dynamic: + prefix, smooth": (dynamic, [OFF, f"moves=[{EVEN}, {PREFIX}]"], SEEDS),
+        f"{name} dynamic: + prefix, smooth": (dynamic, [OFF, SMOOTHED], SEEDS),
         f"{name} dynamic: + tuning": (f"{dynamic}-tuned", [OFF], SEEDS),
         f"{name} static": (static, [OFF, f"moves=[{TURN}]"], [0]),
         f"{name} static: + prefix": (static, [OFF], SEEDS),
-        f"{name} static: + prefix, smooth": (static, [OFF, f"moves=[{EVEN}, {PREFIX}]"], SEEDS),
+        f"{name} static: + prefix, smooth": (static, [OFF, SMOOTHED], SEEDS),
         f"{name} static: + tuning": (f"{static}-tuned", [OFF], SEEDS),
         f"{name} static: + tuning, smooth": (f"{static}-tuned", [OFF, f"moves=[{EVEN}, {PREFIX}, {TUNE}]"], SEEDS),
     }

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import sordino
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2")
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -135,3 +137,20 @@ def _child(args: list[str], log: Path, env: dict[str, str], file_limit: int | No
     from sordino.cli import main
 
     main()
+
+
+def assert_same_function(model: Path, out: Path, changed: Sequence[str]) -> tuple[Any, Any, torch.Tensor]:
+    """Weights ``changed`` (paths of linears) differ between two checkpoints, what they compute does not (fp32, 1e-4).
+
+    Returns both models, and the token ids they were compared on.
+    """
+    exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ours, tokenizer = sordino.load(out, dtype=torch.float32)
+    for name in changed:
+        a, b = (m.get_submodule(name).weight for m in (exact, ours))
+        assert not torch.allclose(a, b)
+    ids = tokenizer("the function stays", return_tensors="pt").input_ids
+    with torch.no_grad():
+        a, b = exact(ids).logits, ours(ids).logits
+    assert (a - b).norm() <= 1e-4 * a.norm()
+    return exact, ours, ids

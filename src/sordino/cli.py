@@ -129,10 +129,7 @@ def evaluate(
     if json_:
         _write_json(json_, result.to_json())
     on = f" on {text or 'builtin:docstrings'}, {result.windows} windows of {result.seqlen}" if result.windows else ""
-    table = Table("figure", "value", title=f"{model}{on}")
-    for name, value in result.lines():
-        table.add_row(name, value)
-    _out.print(table)
+    _print_lines(f"{model}{on}", result.lines())
 
 
 @app.command()
@@ -346,7 +343,11 @@ def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def _print_result(result: Any) -> None:
-    table = Table("figure", "value", title=f"{result.manifest['recipe']} → {result.out}")
-    for name, value in result.lines():
+    _print_lines(f"{result.manifest['recipe']} → {result.out}", result.lines())
+
+
+def _print_lines(title: str, lines: list[tuple[str, str]]) -> None:
+    table = Table("figure", "value", title=title)
+    for name, value in lines:
         table.add_row(name, escape(value))
     _out.print(table)

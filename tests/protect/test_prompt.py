@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import sordino
 from sordino.errors import InputError
-from sordino.protect.prompt import already_there, join_prompt, read_prompt, tokenize_prompt
+from sordino.protect.prompt import join_prompt, read_prompt, tokenize_prompt
 from sordino.runtime.generate import chat_inputs, own_inputs
-from sordino.runtime.prefix import KEY, VALUE
+from sordino.runtime.prefix import KEY, VALUE, already_there
 from tiny import make_tiny, make_tokenizer
 
 TEXT = "Be kind and brief."

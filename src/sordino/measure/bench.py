@@ -29,7 +29,7 @@ import transformers
 from sordino.anatomy import skeleton
 from sordino.api import load
 from sordino.errors import InputError, SordinoError
-from sordino.measure.shapes import random_checkpoint, shape, stored
+from sordino.measure.shapes import config_of, random_checkpoint, shape, stored
 from sordino.progress import quiet_libraries
 from sordino.report.notebook import Figure, figure, table
 from sordino.report.svg import Series
@@ -183,8 +183,8 @@ def bench(
     for name in shapes:
         config = shape(name)
         _check_length(config, length, name)
-        for recipe in recipes:
-            subjects |= {_Order(f"{name} {recipe}", json.dumps(config), None, stored(config, recipe)): json.dumps(config)}
+        kind = json.dumps(config)
+        subjects |= {_Order(f"{name} {r}", kind, storage=stored(config, r)): kind for r in recipes}
     twins = _twins(list(dict.fromkeys(subjects.values())))
     with ExitStack() as stack:
         orders = [*subjects, *twins.values()]
@@ -202,7 +202,7 @@ def _twins(kinds: list[str]) -> dict[tuple[str, str], _Order]:
     room = 0.8 * psutil.virtual_memory().available
     found = {}
     for i, kind in enumerate(kinds):
-        weights = sum(p.numel() for p in skeleton(_config(kind)).parameters())
+        weights = sum(p.numel() for p in skeleton(config_of(json.loads(kind))).parameters())
         for precision, dtype in PRECISIONS.items():
             room -= weights * dtype.itemsize
             if room > 0:
@@ -246,11 +246,6 @@ def _check_length(config: dict[str, Any], length: int, name: str | Path) -> None
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int) and length > limit:
         raise InputError(f"{length} tokens of prompt and answer are more than the {limit} positions of {name}")
-
-
-def _config(kind: str) -> Any:
-    config = json.loads(kind)
-    return transformers.AutoConfig.for_model(config.pop("model_type"), **config)
 
 
 class _Worker:
@@ -308,11 +303,12 @@ def _open(order: _Order) -> Any:
     """A checkpoint by its name, or a model of random weights or codes."""
     if order.shape is None:
         return load(order.name)[0]
+    config = json.loads(order.shape)
     if order.storage is not None:
-        return random_checkpoint(json.loads(order.shape), order.storage)
+        return random_checkpoint(config, order.storage)
     assert order.precision is not None
     dtype = PRECISIONS[order.precision]
-    return transformers.AutoModelForCausalLM.from_config(_config(order.shape), dtype=dtype).eval()
+    return transformers.AutoModelForCausalLM.from_config(config_of(config), dtype=dtype).eval()
 
 
 @torch.inference_mode()

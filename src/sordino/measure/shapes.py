@@ -83,7 +83,7 @@ def stored(config: dict[str, Any], recipe: str) -> dict[str, Any]:
 
 def random_checkpoint(config: dict[str, Any], storage: dict[str, Any]) -> nn.Module:
     """A model in bf16 with random codes in memory, as `from_pretrained` would give it."""
-    made = _config(config)
+    made = config_of(config)
     with torch.device("meta"):
         model: Any = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
     quantize_skeleton(model, SordinoConfig(**storage))
@@ -114,14 +114,15 @@ def _content(key: str, held: Tensor) -> Tensor:
     return torch.randn(held.shape, dtype=held.dtype) * 0.02
 
 
-def _config(config: dict[str, Any]) -> Any:
+def config_of(config: dict[str, Any]) -> Any:
+    """Transformers' config of a ``config.json``."""
     rest = dict(config)
     return transformers.AutoConfig.for_model(rest.pop("model_type"), **rest)
 
 
 def _hollow(folder: Path, config: dict[str, Any]) -> Source:
     """A model directory whose weights take no room: a header in front of a hole."""
-    made = _config(config)
+    made = config_of(config)
     made.save_pretrained(folder)
     header: dict[str, Any] = {}
     end = 0

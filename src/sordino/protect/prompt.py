@@ -6,13 +6,13 @@ hold the prompt a second time. Shapes: P prompt tokens, L tokens of a request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from sordino.errors import InputError, reason
+from sordino.runtime.prefix import begins
 
 LARGEST = 1 << 20  # bytes of a prompt
 
@@ -112,30 +112,6 @@ def _ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
 
 
-def begins(ids: Sequence[int], start: Sequence[int]) -> bool:
-    """Whether ids begin with others."""
-    return list(ids[: len(start)]) == list(start)
-
-
 def join_prompt(outliers: tuple[int, ...], prompt: tuple[int, ...]) -> tuple[int, ...]:
     """Outlier tokens, then the prompt; a token that ends the former and begins the latter stands once."""
     return outliers + (prompt[1:] if outliers and prompt and outliers[-1] == prompt[0] else prompt)
-
-
-def already_there(ids: Sequence[int], prefix: Sequence[int], prompt: int, first: int | None) -> int:
-    """How many leading tokens of a request the protected prefix has said already.
-
-    Args:
-        ids: of the request, [L].
-        prefix: of the checkpoint.
-        prompt: how many of its last tokens are the system prompt.
-        first: the token that begins a text; None if there is none.
-
-    Returns:
-        The prompt's length, or 1 for a lone beginning token, else 0; never the whole request.
-    """
-    start = prefix[len(prefix) - prompt :] if prompt else []
-    if start and len(ids) > len(start) and begins(ids, start):
-        return len(start)
-    sink = start[0] if start else (prefix[-1] if prefix else None)
-    return int(first is not None and sink == first and len(ids) > 1 and ids[0] == first)

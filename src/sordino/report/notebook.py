@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from sordino.report.svg import HEIGHT, PALETTE, WIDTH, Series, draw
+from sordino.report.svg import COLOURS, HEIGHT, PALETTE, WIDTH, Series, draw
 
 _KEY = 18  # height of one line of the legend
 # Fixed colours on white: a notebook's dark theme is not known to a picture.
@@ -47,7 +47,7 @@ def figure(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool,
     for i, s in enumerate(named):
         y = HEIGHT + _KEY * i
         key = Markup('<g class="s{}"><rect class="key" x="{}" y="{}" width="10" height="10"/><text x="{}" y="{}">{}</text></g>')
-        parts.append(key.format(i % len(PALETTE), 62, y, 78, y + 9, s.name))
+        parts.append(key.format(i % COLOURS, 62, y, 78, y + 9, s.name))
     size = f"0 0 {WIDTH} {HEIGHT + _KEY * len(named)}"
     head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="{}" width="{}"><style>').format(size, WIDTH)
     return Figure(str(head + Markup(_STYLE) + Markup("</style>") + Markup("").join(parts) + Markup("</svg>\n")))

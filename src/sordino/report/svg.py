@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 42
-COLOURS = 8  # classes s0 … s7 of the page's style
-PALETTE = ("#0b62c4", "#c2410c", "#15803d", "#7c3aed", "#be185d", "#0e7490", "#a16207", "#475569")  # their light colours
+PALETTE = ("#0b62c4", "#c2410c", "#15803d", "#7c3aed", "#be185d", "#0e7490", "#a16207", "#475569")  # on light paper
+COLOURS = len(PALETTE)  # classes s0 … s7 of the page's style
 
 
 @dataclass(frozen=True)

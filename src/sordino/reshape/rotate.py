@@ -20,6 +20,7 @@ from sordino.contract import Move
 from sordino.errors import InputError
 from sordino.numerics.basis import Basis
 from sordino.recipe import Format
+from sordino.reshape.replace import replace
 
 
 class Rotate(Move):
@@ -61,9 +62,8 @@ class Rotate(Move):
             else:
                 weight = basis.apply(weight.T).T
                 if module.bias is not None:
-                    bias = basis.apply(module.bias.double()).to(module.bias.dtype)
-                    module.bias = nn.Parameter(bias, requires_grad=False)  # a new one: the source's own must stay as it is
-            module.weight = nn.Parameter(weight.to(module.weight.dtype).contiguous(), requires_grad=False)
+                    replace(module, basis.apply(module.bias.double()), "bias")
+            replace(module, weight)
         for name in anatomy.norms.values():
             norm: Any = block.get_submodule(name)
-            norm.weight = nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)
+            replace(norm, torch.ones_like(norm.weight))

@@ -18,6 +18,7 @@ from sordino.contract import Move
 from sordino.errors import InputError
 from sordino.numerics.hadamard import rotation
 from sordino.recipe import Format
+from sordino.reshape.replace import replace
 from sordino.runtime.inner import ATTENTION, DOWN, dress
 
 
@@ -52,16 +53,11 @@ class RotateInner(Move):
             attention: Any = block.get_submodule(ATTENTION)
             v, o, turn = attention.v_proj, attention.o_proj, rotation(attention.head_dim)
             heads = v.weight.double().unflatten(0, (-1, turn.size))  # [K, d, C]
-            _give(v, turn.apply(heads.transpose(1, 2)).transpose(1, 2).flatten(0, 1))
+            replace(v, turn.apply(heads.transpose(1, 2)).transpose(1, 2).flatten(0, 1))
             if v.bias is not None:
-                bias = turn.apply(v.bias.double().view(-1, turn.size)).flatten()
-                v.bias = nn.Parameter(bias.to(v.bias.dtype), requires_grad=False)  # a new one: the source's own must stay
-            _give(o, turn.apply(o.weight.double().unflatten(1, (-1, turn.size))).flatten(1))
+                replace(v, turn.apply(v.bias.double().view(-1, turn.size)).flatten(), "bias")
+            replace(o, turn.apply(o.weight.double().unflatten(1, (-1, turn.size))).flatten(1))
         if self.down:
             down: Any = block.get_submodule(DOWN)
-            _give(down, rotation(down.in_features).apply(down.weight.double()))
+            replace(down, rotation(down.in_features).apply(down.weight.double()))
         dress(block, self.inner())
-
-
-def _give(linear: Any, weight: torch.Tensor) -> None:
-    linear.weight = nn.Parameter(weight.to(linear.weight.dtype).contiguous(), requires_grad=False)

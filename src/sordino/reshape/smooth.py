@@ -21,6 +21,8 @@ from sordino.anatomy import Anatomy
 from sordino.contract import Move, SiteInputs
 from sordino.errors import InputError
 from sordino.recipe import Format
+from sordino.reshape.replace import replace
+from sordino.runtime.inner import ATTENTION, DOWN
 
 _WINDOWS = 16  # looked at; a mean square needs no more
 _LOUD = 1024.0  # times the median token's energy: what is louder is for the prefix to park, and is left out of the means
@@ -59,16 +61,16 @@ class Smooth(Move):
         """Scale the weights."""
         found = artifacts[self.name]
         if self.values:
-            attention: Any = block.get_submodule("self_attn")
+            attention: Any = block.get_submodule(ATTENTION)
             scale = value_scales(found[index, "values"], attention.o_proj.weight, anatomy.key_heads, attention.head_dim)
             _divide_rows(attention.v_proj, scale.flatten())
             columns = scale[:, None].expand(-1, attention.o_proj.in_features // scale.numel(), -1)
             _multiply_columns(attention.o_proj, columns.flatten())
         if self.down:
-            mlp: Any = block.get_submodule("mlp")
-            scale = even_scales(found[index, "down"], mlp.down_proj.weight.double().square().sum(0))
-            _divide_rows(mlp.up_proj, scale)
-            _multiply_columns(mlp.down_proj, scale)
+            down: Any = block.get_submodule(DOWN)
+            scale = even_scales(found[index, "down"], down.weight.double().square().sum(0))
+            _divide_rows(block.get_submodule(anatomy.absorbable()[DOWN]), scale)
+            _multiply_columns(down, scale)
 
 
 def even_scales(inputs: Tensor, weights: Tensor) -> Tensor:
@@ -115,15 +117,10 @@ def _mean_square(batches: Any) -> Tensor:
 
 
 def _divide_rows(linear: Any, scale: Tensor) -> None:
-    _give(linear, "weight", linear.weight.double() / scale[:, None])
+    replace(linear, linear.weight.double() / scale[:, None])
     if linear.bias is not None:
-        _give(linear, "bias", linear.bias.double() / scale)
+        replace(linear, linear.bias.double() / scale, "bias")
 
 
 def _multiply_columns(linear: Any, scale: Tensor) -> None:
-    _give(linear, "weight", linear.weight.double() * scale)
-
-
-def _give(linear: Any, name: str, value: Tensor) -> None:
-    """Put a new parameter in the place of an old one, which is the source's own."""
-    setattr(linear, name, nn.Parameter(value.to(getattr(linear, name).dtype).contiguous(), requires_grad=False))
+    replace(linear, linear.weight.double() * scale)

@@ -9,7 +9,7 @@ import torch
 
 from sordino.api import load
 from sordino.errors import InputError
-from sordino.protect.prompt import already_there
+from sordino.runtime.prefix import already_there
 
 
 def generate(checkpoint: str | Path, prompt: str, max_new_tokens: int = 64, chat: bool = False) -> str:

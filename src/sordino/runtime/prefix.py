@@ -8,6 +8,7 @@ begins with the prefix. Shapes: B batch, K key heads, P prefix tokens, L queries
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,30 @@ def prefix_ids(folder: Path) -> list[int]:
     if not found:
         raise InputError(f"{folder} has no prefix")
     return found
+
+
+def begins(ids: Sequence[int], start: Sequence[int]) -> bool:
+    """Whether ids begin with others."""
+    return list(ids[: len(start)]) == list(start)
+
+
+def opening(prefix: Sequence[int], prompt: int) -> int | None:
+    """The token of a prefix that stands where a text would begin: the prompt's first, or the last; None without a prefix."""
+    return prefix[len(prefix) - max(prompt, 1)] if prefix else None
+
+
+def already_there(ids: Sequence[int], prefix: Sequence[int], prompt: int, first: int | None) -> int:
+    """How many leading tokens of a request the protected prefix has said already.
+
+    Args:
+        ids: of the request, [L].
+        prefix: of the checkpoint.
+        prompt: how many of its last tokens are the system prompt.
+        first: the token that begins a text; None if there is none.
+
+    Returns:
+        The prompt's length, or 1 for a lone beginning token, else 0; never the whole request.
+    """
+    if prompt and len(ids) > prompt and begins(ids, prefix[len(prefix) - prompt :]):
+        return prompt
+    return int(first is not None and opening(prefix, prompt) == first and len(ids) > 1 and ids[0] == first)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sordino.recipe import ActivationFormat, Recipe
 from sordino.runtime.plugin import SordinoConfig, compress_names
+from sordino.runtime.prefix import opening
 from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
 from sordino.walk.prefix import first_token
@@ -42,8 +43,7 @@ def assemble(source: Source, plan: Plan, work: Work, ends: Ends, out: Path, mani
     copy_tokenizer(source.path, final)
     prefix = manifest.get("prefix", {}).get("ids", [])
     prompt = manifest.get("system_prompt")
-    sink = prefix[-prompt["tokens"] if prompt else -1] if prefix else None
-    if prefix and sink == first_token(source.config):
+    if prefix and opening(prefix, prompt["tokens"] if prompt else 0) == first_token(source.config):
         _begin_once(final / "tokenizer_config.json")
     copy_files(source.path, final, ["generation_config.json"])
     (final / "recipe.toml").write_text(plan.recipe.to_toml(), encoding="utf-8")
