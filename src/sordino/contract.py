@@ -299,6 +299,7 @@ class Move:
         """Memory that finish takes for every block weight of the whole model, in bytes; 0 if it does not load it."""
         return 0
 
+    survey_windows: int | None = None  # calibration windows that the survey is content with; None looks at all
     finish_windows = 0  # calibration windows that finish wants, where the text has so many; 0 is content with the walk's
     before_inner = False  # reshape wants channels inside the blocks as the model has them, not yet turned
 

@@ -165,6 +165,17 @@ def test_hooks_run_in_order(tmp_path: Path) -> None:
     assert got == expected
 
 
+@pytest.mark.parametrize(("wanted", "seen"), [(None, 32), (5, 5), (99, 32)])
+def test_a_survey_sees_the_windows_it_asks_for(
+    wanted: int | None, seen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Diary, "survey_windows", wanted)
+    recipe = with_moves("gptq-w4", "diary")
+    sordino.quantize(str(make_tiny(tmp_path / "model", layers=1)), recipe, tmp_path / "out", **SMALL)
+    assert [e[2] for e in Diary.entries if e[0] == "open"] == [seen]
+
+
+
 def test_a_massive_token_is_capped_in_the_sums(tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", layers=2)
     tensors = load_file(model / "model.safetensors")

@@ -39,6 +39,7 @@ class Smooth(Move):
 
     name = "smooth"
     before_inner = True
+    survey_windows = _WINDOWS
 
     def __init__(self, values: bool = True, down: bool = True) -> None:
         self.values, self.down = values, down

@@ -47,6 +47,8 @@ def survey(
         The tokens that moves want before every text.
     """
     curious = having(plan.moves, "survey")
+    wanted = [m.survey_windows or len(windows) for m in curious]
+    windows = windows[: max(wanted, default=0)]
     artifacts["ids"] = windows
     if curious:
         x = torch.cat([ends.embed(w[None], exact=True, rotated=False) for w in windows])
