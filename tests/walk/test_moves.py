@@ -175,7 +175,6 @@ def test_a_survey_sees_the_windows_it_asks_for(
     assert [e[2] for e in Diary.entries if e[0] == "open"] == [seen]
 
 
-
 def test_a_massive_token_is_capped_in_the_sums(tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", layers=2)
     tensors = load_file(model / "model.safetensors")
