@@ -48,7 +48,7 @@ def main() -> None:
     third = latest("prefixquant.jsonl")
     ladder = table(third, ["full precision", *prefixquant.LADDER], 7) if third else ""
     body += ladder and "\n## PrefixQuant (`benchmarks/prefixquant.py`)\n\n" + ladder
-    body += prefix("## The prefix on full precision (`benchmarks/prefix.py`)")
+    body += prefix("## The prefix on full precision (`benchmarks/prefix.py`)") + kv_memory()
     body += solver_options() + analyses() + large_shape()
     (ROOT / "docs" / "results.md").write_text(body)
     best = {k: v for k, v in second.items() if k[0].partition(",")[0] in presets()}
@@ -134,6 +134,23 @@ def prefix(title: str = "") -> str:
     for label, key, pick in shown:
         if key in row["before"]:
             lines.append(f"| {label} | " + " | ".join(f"{pick(row[w][key]):.2f}" for w in ("before", "after")) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def kv_memory() -> str:
+    """Section on the cache's memory, from the last row of each width."""
+    path = ROWS / "kv_memory.jsonl"
+    rows = {r["name"]: r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    if not rows:
+        return ""
+    lines = ["", "## Memory of the KV cache (`benchmarks/kv_memory.py`)", ""]
+    lines += ["Only keys and values are rounded (static, by head, behind the prefix). Bytes per token: growth of the process's"]
+    lines += ["resident size, and of the cache's tensors, from 1 to 8 texts of 2048 tokens held.", ""]
+    lines += ["| cache | resident bytes/token | tensors, bytes/token | PPL | C4 PPL |", "|---" * 5 + "|"]
+    for name, r in rows.items():
+        shown = [f"{r[k]:,.0f}" for k in ("resident_per_token", "tensors_per_token")]
+        shown += [f"{r['text']['ppl']:.2f}", spread([r["also"]["ppl"]] if r.get("also") else [], 2)]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 
