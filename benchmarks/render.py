@@ -134,6 +134,9 @@ def prefix(title: str = "") -> str:
     for label, key, pick in shown:
         if key in row["before"]:
             lines.append(f"| {label} | " + " | ".join(f"{pick(row[w][key]):.2f}" for w in ("before", "after")) + " |")
+    inside = [f"{row['later'][str(i)]:.1f} (`{t}`)" for i, t in zip(row["ids"], row["tokens"], strict=True)]
+    lines += ["", f"In the middle of a text, behind the prefix, its tokens reach {', '.join(inside)} times the median token in"]
+    lines += ["the worst block, far below the threshold of 64: later occurrences need no treatment."]
     return "\n".join(lines) + "\n"
 
 
