@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ from transformers import AutoModelForCausalLM
 import sordino
 from sordino.errors import InputError
 from sordino.protect.prompt import join_prompt, read_prompt, tokenize_prompt
-from sordino.runtime.generate import chat_inputs, own_inputs
+from sordino.runtime.generate import chat_inputs, generate, own_inputs
 from sordino.runtime.prefix import KEY, VALUE, already_there
 from tiny import make_tiny, make_tokenizer
 
 TEXT = "Be kind and brief."
 SMALL: dict[str, Any] = {"windows": 8, "seqlen": 48}
 EXACT = ("format.weights.bits=16", "guard=off")
+BEGIN = {  # as in Llama 3: the token that begins a text is put there whatever the tokenizer's config says
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+}
 TOKENS = st.lists(st.integers(0, 3), max_size=6)
 
 
@@ -76,6 +83,46 @@ def test_not_sent_twice(tmp_path: Path) -> None:
     assert chat_inputs(model, tokenizer, other)["input_ids"][0].tolist() == whole
     begun = {"input_ids": torch.tensor([model.config.quantization_config.prefix])}
     assert own_inputs(model, begun)["input_ids"].shape == begun["input_ids"].shape  # nothing would be left
+
+
+def test_turns_that_begin_like_a_text_stay_whole(tmp_path: Path) -> None:
+    """In SmolLM2's template the token that begins a text begins every turn; behind another prompt it is the turn's own."""
+    made = make_tiny(tmp_path / "m")
+    (made / "chat_template.jinja").write_text("{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    sordino.quantize(str(made), "rtn-w4", tmp_path / "out", system_prompt=TEXT, blocks=(0, 1), **SMALL)
+    model, tokenizer = sordino.load(tmp_path / "out")
+    assert model.config.quantization_config.prefix[0] == model.config.bos_token_id == 0
+    for text, kept in ((TEXT, 1), ("Be rude.", 2)):
+        talk = [{"role": "system", "content": text}, {"role": "user", "content": "Hello"}]
+        ids = chat_inputs(model, tokenizer, talk)["input_ids"][0].tolist()
+        assert ids[0] == 0 and ids.count(0) == kept
+        assert ids == tokenizer.apply_chat_template(talk[-kept:], return_dict=True)["input_ids"]
+
+
+def test_what_a_prefix_has_said() -> None:
+    prompt = (1, 8, 9, 2)
+    assert already_there([1, 8, 9, 2, 1, 7], prompt, 4, 1) == 4 and already_there([8, 9, 2, 1, 7], prompt, 4, 1) == 3
+    assert already_there([8, 9, 2, 1, 7], prompt, 4, None) == 0  # 1 begins no text, so it is part of the prompt
+    assert already_there([1, 8, 5, 2, 1, 7], prompt, 4, 1) == 0 and already_there([1, 7], prompt, 4, 1) == 0
+    assert already_there([1, 7], (5, 1), 0, 1) == 1 and already_there([5, 1, 7], (5, 1), 0, 1) == 0
+    assert already_there([1, 7], (1, 5), 0, 1) == 0 and already_there([1], (5, 1), 0, 1) == 0
+    assert already_there([1, 7], (), 0, 1) == 0 and already_there([1, 7], (5, 1), 0, None) == 0
+
+
+def test_generate_puts_it_there_once(tmp_path: Path) -> None:
+    """A plain text goes on behind the prompt, whether or not it is sent along; the same as full precision in one pass."""
+    made = make_tiny(tmp_path / "m")
+    (made / "chat_template.jinja").write_text("{% for m in messages %}<s>{{ m.content }}\n{% endfor %}")
+    file = made / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": BEGIN}))
+    sordino.quantize(str(made), "rtn-w4", tmp_path / "out", overrides=EXACT, system_prompt=TEXT, **SMALL)
+    plain, tokenizer = sordino.load(made)
+    ids = tokenizer(f"{TEXT}\none two", return_tensors="pt").input_ids
+    assert ids[0, 0] == 0
+    out = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0]
+    new = tokenizer.decode(out[ids.shape[1] :], skip_special_tokens=True)
+    for text in ("one two", f"{TEXT}\none two"):
+        assert generate(tmp_path / "out", text, 12) == "one two" + new
 
 
 def test_resume_knows_the_prompt(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def generate(checkpoint: str | Path, prompt: str, max_new_tokens: int = 64, chat
         raise InputError("the prompt is empty")
     model, tokenizer = load(checkpoint)
     if not chat:
-        inputs = own_inputs(model, tokenizer(prompt, return_tensors="pt"))
+        begins = _system_prompt(model) is None  # else the text goes on behind the system prompt
+        inputs = own_inputs(model, tokenizer(prompt, return_tensors="pt", add_special_tokens=begins))
         return str(tokenizer.decode(_run(model, inputs, max_new_tokens), skip_special_tokens=True))
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{checkpoint} has no chat template; leave out --chat")
@@ -52,7 +53,7 @@ def chat_inputs(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> d
     Returns:
         ``input_ids`` and ``attention_mask``, int64 [1, L] each.
     """
-    known = getattr(getattr(model.config, "quantization_config", None), "system_prompt", None)
+    known = _system_prompt(model)
     if known and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": known["text"]}, *messages]
     found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -67,8 +68,13 @@ def _run(model: Any, inputs: Any, max_new_tokens: int) -> torch.Tensor:
 def own_inputs(model: Any, inputs: Any) -> dict[str, torch.Tensor]:
     """Inputs of one request [1, L] without what the model's protected prefix has said already: prompt, or beginning token."""
     kept = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-    config = getattr(model.config, "quantization_config", None)
-    prompt = (getattr(config, "system_prompt", None) or {}).get("tokens", 0)
-    first = model.config.bos_token_id
-    drop = already_there(kept["input_ids"][0].tolist(), getattr(config, "prefix", []), prompt, first)
+    prefix = getattr(getattr(model.config, "quantization_config", None), "prefix", [])
+    prompt = (_system_prompt(model) or {}).get("tokens", 0)
+    drop = already_there(kept["input_ids"][0].tolist(), prefix, prompt, model.config.bos_token_id)
     return {k: v[:, drop:] for k, v in kept.items()}
+
+
+def _system_prompt(model: Any) -> dict[str, Any] | None:
+    """Text and number of tokens of a checkpoint's protected system prompt; None if it has none."""
+    found: dict[str, Any] | None = getattr(getattr(model.config, "quantization_config", None), "system_prompt", None)
+    return found

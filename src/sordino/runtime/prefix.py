@@ -81,6 +81,8 @@ def opening(prefix: Sequence[int], prompt: int) -> int | None:
 def already_there(ids: Sequence[int], prefix: Sequence[int], prompt: int, first: int | None) -> int:
     """How many leading tokens of a request the protected prefix has said already.
 
+    Behind a system prompt a lone beginning token stays: in some chat templates (SmolLM2's) it begins every turn.
+
     Args:
         ids: of the request, [L].
         prefix: of the checkpoint.
@@ -88,8 +90,12 @@ def already_there(ids: Sequence[int], prefix: Sequence[int], prompt: int, first:
         first: the token that begins a text; None if there is none.
 
     Returns:
-        The prompt's length, or 1 for a lone beginning token, else 0; never the whole request.
+        The prompt's length, with or without its beginning token; where there is no prompt, 1 for a beginning token that ends
+        the prefix; else 0. Never the whole request.
     """
-    if prompt and len(ids) > prompt and begins(ids, prefix[len(prefix) - prompt :]):
-        return prompt
-    return int(first is not None and opening(prefix, prompt) == first and len(ids) > 1 and ids[0] == first)
+    said = list(prefix[-max(prompt, 1) :])
+    begun = first is not None and opening(prefix, prompt) == first
+    if not prompt and not begun:
+        return 0
+    starts = [said, said[1:]] if begun else [said]
+    return next((len(s) for s in starts if s and len(ids) > len(s) and begins(ids, s)), 0)
