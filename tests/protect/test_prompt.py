@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,47 @@ def test_generate_puts_it_there_once(tmp_path: Path) -> None:
     new = tokenizer.decode(out[ids.shape[1] :], skip_special_tokens=True)
     for text in ("one two", f"{TEXT}\none two"):
         assert generate(tmp_path / "out", text, 12) == "one two" + new
+
+
+def test_a_batch_with_the_prompt_equals_one_without(tmp_path: Path) -> None:
+    made = make_tiny(tmp_path / "m")
+    bits = ("format.kv.bits=4", "guard=off")
+    sordino.quantize(str(made), "rtn-w4", tmp_path / "out", overrides=bits, system_prompt=TEXT, **SMALL)
+    model, tokenizer = sordino.load(tmp_path / "out")
+    talks = [[{"role": "user", "content": s}] for s in ("one", "and two of them", "the third text is a longer one")]
+    system = {"role": "system", "content": TEXT}
+
+    def new(talks: list[Any], own: bool = True) -> torch.Tensor:
+        left = {"padding": True, "return_dict": True, "return_tensors": "pt", "tokenizer_kwargs": {"padding_side": "left"}}
+        inputs = tokenizer.apply_chat_template(talks, add_generation_prompt=True, **left)
+        inputs = own_inputs(model, inputs) if own else inputs
+        out = model.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=1)
+        return out[:, inputs["input_ids"].shape[1] :]
+
+    expected = new(talks, own=False)
+    assert torch.equal(new([[system, *t] for t in talks]), expected)
+    assert torch.equal(new([[system, *talks[0]], talks[1], [system, *talks[2]]]), expected)  # every row by itself
+    for talk, row in zip(talks, expected, strict=True):
+        assert torch.equal(new([[system, *talk]])[0], row)
+    assert not torch.equal(new([[system, *t] for t in talks], own=False), expected)  # it matters
+
+
+def test_rows_are_cut_at_their_own_beginning() -> None:
+    p = [8, 9, 2]
+    config = SimpleNamespace(prefix=[5, *p], system_prompt={"text": "", "tokens": 3})
+    model = SimpleNamespace(config=SimpleNamespace(bos_token_id=0, quantization_config=config))
+
+    def own(ids: list[list[int]], mask: list[list[int]] | None = None) -> tuple[list[list[int]], list[list[int]]]:
+        given = {"input_ids": torch.tensor(ids)} | ({} if mask is None else {"attention_mask": torch.tensor(mask)})
+        found = own_inputs(model, given)
+        assert mask is None or given["attention_mask"].tolist() == mask  # what was given is left alone
+        return found["input_ids"].tolist(), found["attention_mask"].tolist()
+
+    left = own([[1, *p, 50, 51], [1, 1, 60, 61, 62, 63]], [[0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    assert left == ([[9, 2, 50, 51], [60, 61, 62, 63]], [[0, 0, 1, 1], [1, 1, 1, 1]])
+    right = own([[*p, 50, 1], [*p, 60, 61]], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    assert right == ([[50, 1], [60, 61]], [[1, 0], [1, 1]])
+    assert own([[*p, 50]]) == ([[50]], [[1]]) and own([[8, 9, 7, 50]]) == ([[8, 9, 7, 50]], [[1, 1, 1, 1]])
 
 
 def test_resume_knows_the_prompt(tmp_path: Path) -> None:

@@ -66,12 +66,28 @@ def _run(model: Any, inputs: Any, max_new_tokens: int) -> torch.Tensor:
 
 
 def own_inputs(model: Any, inputs: Any) -> dict[str, torch.Tensor]:
-    """Inputs of one request [1, L] without what the model's protected prefix has said already: prompt, or beginning token."""
-    kept = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    """Inputs without what the model's protected prefix has said already: system prompt, or beginning token.
+
+    Rows of a batch are looked at one by one. What one of them begins with is masked, as padding on the left would be, and
+    columns in front that are masked in every row are cut off.
+
+    Args:
+        model: as loaded.
+        inputs: as tokenizers make them: ``input_ids`` [B, L], and ``attention_mask`` [B, L] if rows are padded.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, int64 [B, L'] each, for ``model.generate``; answers begin at L'.
+    """
+    ids = inputs["input_ids"]
+    mask = inputs["attention_mask"].clone() if "attention_mask" in inputs else torch.ones_like(ids)
     prefix = getattr(getattr(model.config, "quantization_config", None), "prefix", [])
     prompt = (_system_prompt(model) or {}).get("tokens", 0)
-    drop = already_there(kept["input_ids"][0].tolist(), prefix, prompt, model.config.bos_token_id)
-    return {k: v[:, drop:] for k, v in kept.items()}
+    for row, seen in zip(ids, mask, strict=True):
+        places = seen.nonzero()[:, 0]
+        said = already_there(row[places].tolist(), prefix, prompt, model.config.bos_token_id)
+        seen[places[:said]] = 0
+    cut = int(mask.any(0).int().argmax())
+    return {"input_ids": ids[:, cut:], "attention_mask": mask[:, cut:]}
 
 
 def _system_prompt(model: Any) -> dict[str, Any] | None:
