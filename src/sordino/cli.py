@@ -139,6 +139,9 @@ def compare(
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     windows: WindowsOption = None,
     against: Annotated[str | None, typer.Option(help="Reference model for KL, agreement and paired differences.")] = None,
+    prefix_from: Annotated[
+        str | None, typer.Option(help="Checkpoint whose prefix stands before the full-precision models among them too.")
+    ] = None,
     tasks: TasksOption = None,
     task_data: TaskData = None,
     limit: Limit = None,
@@ -156,7 +159,8 @@ def compare(
 
     _check_writable(json_, csv, md, html)
     with Bars() as bars:
-        options: dict[str, Any] = {"against": against, "tasks": _tasks(tasks, task_data, limit) or None, "text": text}
+        options: dict[str, Any] = {"against": against, "prefix_from": prefix_from, "text": text}
+        options |= {"tasks": _tasks(tasks, task_data, limit) or None}
         comparison = run(checkpoints, seqlen=seqlen, windows=windows, progress=bars, **options)
     for path, content in ((csv, comparison.to_csv()), (md, comparison.to_markdown())):
         if path:

@@ -15,6 +15,7 @@ from sordino.measure.evaluate import Evaluation, evaluate, reference
 from sordino.measure.tasks import Tasks
 from sordino.report.notebook import Figure, figure, table
 from sordino.report.svg import Series
+from sordino.runtime.prefix import prefix_ids, quantization_of
 from sordino.walk.source import locate
 
 _SIZES = 4  # columns before those of text and tasks
@@ -152,17 +153,27 @@ def compare(
     seqlen: int = 2048,
     windows: int | None = None,
     against: str | Path | None = None,
+    prefix_from: str | Path | None = None,
     tasks: Tasks | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
-    """Measure several checkpoints; see :func:`sordino.evaluate` for the arguments and errors."""
-    for name in (*checkpoints, *([] if against is None else [against])):
-        locate(name)  # a mistyped name is found now, not after minutes of measuring the others
+    """Measure several checkpoints; see :func:`sordino.evaluate` for the arguments and errors.
+
+    ``prefix_from`` gives its prefix to full-precision models; checkpoints keep what they have.
+    """
+    # A mistyped name is found now, not after minutes of measuring the others.
+    prefixes = [None if quantization_of(locate(name)) else prefix_from for name in checkpoints]
+    if against is not None:
+        locate(against)
+    if prefix_from is not None:
+        prefix_ids(locate(prefix_from))
+        if not any(prefixes):
+            raise InputError("a prefix is put before full-precision models, and there is none among these")
     content = load_text(text or EVAL_TEXT) if text is not None or tasks is None else None
     options: dict[str, Any] = {"text": content, "seqlen": seqlen, "windows": windows, "progress": progress}
     exact = None if against is None else reference(against, tasks=tasks, **options)
     rows = []
-    for checkpoint in checkpoints:
-        figures = evaluate(checkpoint, against=exact, tasks=tasks or (), **options)
-        rows.append((str(checkpoint), figures))
+    for checkpoint, prefix in zip(checkpoints, prefixes, strict=True):
+        figures = evaluate(checkpoint, against=exact, prefix_from=prefix, tasks=tasks or (), **options)
+        rows.append((str(checkpoint) if prefix is None else f"{checkpoint} + prefix", figures))
     return Comparison(tuple(rows), None if content is None else content.spec)

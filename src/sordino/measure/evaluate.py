@@ -25,7 +25,7 @@ from sordino.measure.tasks import Tasks, TaskScores, open_tasks
 from sordino.numerics.divergence import token_kl
 from sordino.report.notebook import table
 from sordino.runtime.attention import attach
-from sordino.runtime.prefix import prefix_ids
+from sordino.runtime.prefix import prefix_ids, prefix_length
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
 from sordino.walk.source import locate
 
@@ -201,14 +201,15 @@ def evaluate(
         progress: called with (what, done, total).
 
     Raises:
-        InputError: if something cannot be loaded or the text is shorter than one window.
+        InputError: if something cannot be loaded, the text is shorter than one window, or a window behind the prefix is longer
+            than the model's positions.
     """
     suite = (tasks if isinstance(tasks, Tasks) else open_tasks(tasks, task_data, limit)) if tasks else None
     cut = Windows(load_text(text or EVAL_TEXT), seqlen, windows) if text is not None or suite is None else None
     subject, tokenizer = load(model, dtype=dtype)
-    ids = None if cut is None else cut.of(tokenizer, subject, model)
     if prefix_from is not None:
         attach(subject, prefix_ids(locate(prefix_from)))
+    ids = None if cut is None else cut.of(tokenizer, subject, model)
     if against is not None and not isinstance(against, Reference):
         against = reference(
             against,
@@ -269,8 +270,10 @@ def _check_fits(ids: Tensor, model: Any, name: str | Path) -> None:
     vocabulary, limit = model.config.vocab_size, getattr(model.config, "max_position_embeddings", None)
     if int(ids.max()) >= vocabulary:
         raise InputError(f"{name}: the text has token {int(ids.max())}, the model only {vocabulary} embeddings")
-    if limit is not None and ids.shape[1] > limit:
-        raise InputError(f"--seqlen {ids.shape[1]} is longer than the {limit} positions of {name}")
+    before = prefix_length(model)
+    if limit is not None and before + ids.shape[1] > limit:
+        taken = f", of which its prefix takes {before}" if before else ""
+        raise InputError(f"--seqlen {ids.shape[1]} is longer than the {limit} positions of {name}{taken}")
 
 
 def _watched(ids: Tensor, progress: Progress | None, what: str) -> Any:

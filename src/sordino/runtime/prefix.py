@@ -54,15 +54,28 @@ def check_rotary(config: Any) -> None:
             raise InputError(f"a prefix cannot stand before a text whose rotary angles depend on its length ('{kind}')")
 
 
+def prefix_length(model: nn.Module) -> int:
+    """How many tokens stand before every text of a model."""
+    return next((m.get_buffer(KEY).shape[2] for m in model.modules() if hasattr(m, KEY)), 0)
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint; empty for full precision, and where loading will tell what is wrong."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = config.get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found
+
+
 def prefix_ids(folder: Path) -> list[int]:
     """The prefix tokens of a checkpoint.
 
     Raises:
         InputError: if it has none.
     """
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    found: list[int] = (config.get("quantization_config") or {}).get("prefix") or []
+    found: list[int] = quantization_of(folder).get("prefix") or []
     if not found:
         raise InputError(f"{folder} has no prefix")
     return found
