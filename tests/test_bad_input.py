@@ -188,6 +188,7 @@ BAD_ARGUMENTS = [
     (["--text", "missing.txt"], ["missing.txt is missing"]),
     (["--text", "/"], ["cannot be read"]),
     (["--text", "builtin:nothing"], ["builtin:pydoc"]),
+    (["--system-prompt", "@none.txt"], ["--system-prompt @none.txt", "No such file"]),
 ]
 
 
@@ -322,6 +323,7 @@ def test_fresh_removes_nothing_before_the_input_is_good(model: Path, checkpoint:
     for args in (
         ["--blocks", "0:9"],
         ["--text", "none.txt"],
+        ["--system-prompt", "@none.txt"],
         ["--text", tmp_path / "short.txt"],
         ["--set", "format.kv.mode=static", "--set", "format.kv.bits=4"],
     ):

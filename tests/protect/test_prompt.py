@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import sordino
+from sordino.corpus import calibration_windows, load_text, tokenize
 from sordino.errors import InputError
+from sordino.protect.prefix import Prefix
 from sordino.protect.prompt import join_prompt, read_prompt, tokenize_prompt
+from sordino.recipe import MoveSpec, load_recipe
+from sordino.runtime.cache import PackedLayer
 from sordino.runtime.generate import chat_inputs, generate, own_inputs
 from sordino.runtime.prefix import KEY, VALUE, already_there
 from tiny import make_tiny, make_tokenizer
@@ -54,8 +59,38 @@ def test_equals_one_pass(tmp_path: Path) -> None:
     assert float((mine - alone).norm()) > 1e-2 * float(whole.norm())  # the prompt does something
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_behind_outlier_tokens_in_a_turned_basis(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smoothed and rotated, behind outlier tokens, quantizers off: what one pass over all of it gives (spec 11.2, 11.3)."""
+    monkeypatch.setattr(Prefix, "prefix", lambda *_: (70, 12, 0))  # random models have no outliers
+    made = make_tiny(tmp_path / "m", family)
+    moves = tuple(MoveSpec(move=m) for m in ("smooth", "rotate", "rotate-inner", "prefix"))
+    recipe = load_recipe("rtn-w4", EXACT).model_copy(update={"moves": moves})
+    manifest = sordino.quantize(str(made), recipe, tmp_path / "out", system_prompt=TEXT, **SMALL).manifest
+    before = manifest["prefix"]["ids"]
+    assert before[:3] == [70, 12, 0] and len(before) == 3 + manifest["system_prompt"]["tokens"]
+    plain, model = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("m", "out"))
+    text = torch.randint(2, 300, (3, 25))
+    whole = logits(plain, torch.cat([torch.tensor([before] * 3), text], 1))[:, len(before) :]
+    assert float((logits(model, text) - whole).norm()) <= 1e-4 * float(whole.norm())
+
+
+def test_calibration_and_training_see_it_as_past(tmp_path: Path) -> None:
+    """The final guard's divergence, measured in the walk, is what the checkpoint shows on the same windows."""
+    made = make_tiny(tmp_path / "m", layers=2)
+    recipe = load_recipe("w2").model_copy(update={"moves": tuple(MoveSpec(move=m) for m in ("tune", "distill"))})
+    manifest = sordino.quantize(str(made), recipe, tmp_path / "out", system_prompt=TEXT, text=heapq.__file__, **SMALL).manifest
+    model, tokenizer = sordino.load(tmp_path / "out")
+    plain, before = AutoModelForCausalLM.from_pretrained(made), manifest["prefix"]["ids"]
+    windows = calibration_windows(tokenize(load_text(heapq.__file__), tokenizer), 48, 8, 4, 0)[8:]
+    q = logits(model, windows).log_softmax(-1)
+    p = logits(plain, torch.cat([torch.tensor([before] * 4), windows], 1))[:, len(before) :].log_softmax(-1)
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(manifest["guard"]["kl"], rel=1e-3)
+
+
 def test_prompt_is_never_rounded(tmp_path: Path) -> None:
-    """Rounded keys and values: the prompt's stay full precision's, before and after a forward (spec 11.5)."""
+    """Rounded keys and values: the prompt's stay full precision's, before and after a forward; the text's have at most 2^b
+    levels by token and head, and the cache holds the text alone (spec 11.5)."""
     made = make_tiny(tmp_path / "m")
     bits = ("format.kv.bits=3", "guard=off")
     sordino.quantize(str(made), "rtn-w4", tmp_path / "q", overrides=bits, system_prompt=TEXT, **SMALL)
@@ -63,9 +98,17 @@ def test_prompt_is_never_rounded(tmp_path: Path) -> None:
     model, _ = sordino.load(tmp_path / "q")
     exact = {n: t for n, t in sordino.load(tmp_path / "f")[0].named_buffers() if n.rpartition(".")[2] in (KEY, VALUE)}
     assert exact
-    logits(model, torch.tensor([[70, 30, 41]]))
+    cache: Any = DynamicCache()
+    with torch.no_grad():
+        model(torch.randint(2, 300, (2, 20)), past_key_values=cache)
     for name, tensor in exact.items():
         assert torch.equal(model.get_buffer(name), tensor)
+    for layer in cache.layers:
+        assert isinstance(layer, PackedLayer) and layer.get_seq_length() == 20
+        for packed, scale in zip((layer.keys, layer.values), layer.scales, strict=True):
+            assert packed is not None
+            values = layer.grid.unpack(packed, scale, model.config.head_dim, torch.float32)
+            assert max(len(row.unique()) for row in values.flatten(0, 2)) <= 2**3
 
 
 def test_not_sent_twice(tmp_path: Path) -> None:
@@ -180,6 +223,8 @@ def test_plain_text_begins_once() -> None:
     tokenizer.chat_template = None
     ids = tokenize_prompt("Be kind.", tokenizer, 300, 100).ids
     assert ids == (0, *tokenizer("Be kind.", add_special_tokens=False)["input_ids"])
+    with pytest.raises(InputError, match=f"token {max(ids)}, the model only {max(ids)} embeddings"):
+        tokenize_prompt("Be kind.", tokenizer, max(ids), 100)
 
 
 def test_template_without_system_message() -> None:
