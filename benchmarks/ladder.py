@@ -63,8 +63,7 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
     """Measure one row and append it, unless it is there."""
     digest = load_recipe(recipe, overrides).digest if recipe else "full"
     key = {"digest": digest, "version": code_version(), "seed": seed, "windows": args.windows, "model": args.model}
-    have = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
-    if any(all(r.get(k) == v for k, v in key.items()) for r in have):
+    if there(rows, key):
         return
     work = Path(tempfile.mkdtemp(prefix="sordino-bench-"))
     result: dict[str, Any] = {"name": name, **key, "recipe": recipe, "overrides": overrides, "cores": os.cpu_count()}
@@ -86,10 +85,21 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
             result["also"] = figures(subject, args.also, 16, args.model if recipe else None)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    keep(rows, result)
+    print(f"{name} seed {seed}: PPL {result['ppl']:.3f} at {result['bits_per_weight']:.3f} bits", flush=True)
+
+
+def there(rows: Path, key: dict[str, Any]) -> bool:
+    """Whether a file has a row with these entries."""
+    have = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
+    return any(all(r.get(k) == v for k, v in key.items()) for r in have)
+
+
+def keep(rows: Path, row: dict[str, Any]) -> None:
+    """Append a row to a file."""
     rows.parent.mkdir(parents=True, exist_ok=True)
     with open(rows, "a") as f:
-        f.write(json.dumps(result) + "\n")
-    print(f"{name} seed {seed}: PPL {result['ppl']:.3f} at {result['bits_per_weight']:.3f} bits", flush=True)
+        f.write(json.dumps(row) + "\n")
 
 
 def figures(subject: str, text: str, windows: int, against: str | None) -> dict[str, Any]:
