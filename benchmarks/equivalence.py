@@ -4,7 +4,9 @@ python benchmarks/equivalence.py --calibrate wiki.valid.raw --evaluate wiki.test
 
 For each pair, in fp32 and bf16: mean divergence of the next-token distributions (nat) and how many of 64 greedily generated
 tokens are equal. The first pair is a model in which nothing is rounded, turned and behind the prefix, against the original that
-reads the prefix as text; the others are the quantized checkpoint against itself. Rows go to benchmarks/rows/equivalence.jsonl.
+reads the prefix as text; the others are the quantized checkpoint against itself. Codes that fall the other way feed on
+themselves, so the last pair, the same forward with embeddings moved by a millionth (fp32; bf16 does not see it), tells how far
+apart two correct ways are bound to be. Rows go to benchmarks/rows/equivalence.jsonl.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ def compare(original: str, exact: str, made: str, text: str, dtype: torch.dtype)
     found["padded / alone"] = apart(whole, padded(model, ids))
     with kernels.using("off"):
         found["torch / native kernels"] = apart(whole, model(ids, use_cache=False).logits)
+    found["moved by a millionth / not"] = apart(whole, moved(model, ids))
     said = [tell(made, dtype, [p])[0] for p in PROMPTS]
     others = {
         "batch of 4, padded / alone": tell(made, dtype, PROMPTS),
@@ -109,6 +112,12 @@ def padded(model: Any, ids: Tensor) -> Tensor:
         batch[i, start : start + length], mask[i, start : start + length] = ids[i], 1
     logits = model(batch, attention_mask=mask, use_cache=False).logits
     return torch.stack([row[start : start + length] for row, start in zip(logits, starts, strict=True)])
+
+
+def moved(model: Any, ids: Tensor) -> Tensor:
+    """Logits of texts whose embeddings have noise of a millionth: what rounding to few codes makes of any difference."""
+    embeddings = model.get_input_embeddings()(ids)
+    return model(inputs_embeds=embeddings * (1 + 1e-6 * torch.randn_like(embeddings)), use_cache=False).logits
 
 
 def tell(name: str, dtype: torch.dtype, prompts: list[str], **options: Any) -> list[list[int]]:
