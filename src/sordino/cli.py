@@ -208,6 +208,34 @@ def doctor(
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Model in full precision, or a checkpoint with --against.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Page to write.")],
+    text: TextSpec = "builtin:pydoc",
+    windows: Annotated[int, typer.Option(min=1, help="How many windows of text.")] = 4,
+    seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
+    against: Annotated[str | None, typer.Option(help="Full-precision model that MODEL, a checkpoint, was made from.")] = None,
+    json_: JsonFile = None,
+) -> None:
+    """Look at a model before quantizing it: outliers, sensitivity, how errors travel, which recipes suit.
+
+    Example: sordino inspect smollm2 -o look.html --text wiki.valid.raw
+
+    Example: sordino inspect out --against smollm2 -o errors.html
+    """
+    from sordino.measure.inspect import inspect as run
+    from sordino.report.inspect import inspect_page
+
+    _check_writable(out, json_)
+    with Bars() as bars:
+        found = run(model, against=against, text=text, windows=windows, seqlen=seqlen, progress=bars)
+    _write(out, inspect_page(found))
+    if json_:
+        _write_json(json_, found.to_json())
+    _print_table(("recipe", "why"), [(row.recipe or "–", row.reason) for row in found.advice])
+
+
+@app.command()
 def bench(
     models: Annotated[list[str] | None, typer.Argument(help="Checkpoints or models.")] = None,
     shapes: Annotated[

@@ -20,6 +20,11 @@ _NAMES = {
     "eval": "evaluating windows",
     "tasks": "answering tasks",
     "write": "writing",
+    "look": "looking",
+    "round": "rounding weights",
+    "sensitivity": "rounding one by one",
+    "tokens": "errors across tokens",
+    "depth": "errors along depth",
 }
 
 

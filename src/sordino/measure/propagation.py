@@ -1,0 +1,166 @@
+"""How rounding errors travel: vertically through the blocks (of a token), horizontally from token to token.
+
+Our own definitions for what BiSup's abstract names (spec section 1, a reconstruction: the paper's own are not known to us).
+Hidden states are compared in the full-precision model's basis. Shapes: N windows, L tokens, D hidden size, B rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sordino.anatomy import hidden_states
+from sordino.measure.activations import Progress, hooked
+from sordino.numerics.basis import Basis
+
+MASSIVE = 100.0  # a token whose squared norm exceeds the median token's so many times counts as massive
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A relative squared error over tokens.
+
+    Attributes:
+        mean: over all tokens.
+        ordinary: mean without the massive tokens.
+        median: over all tokens.
+    """
+
+    mean: float
+    ordinary: float
+    median: float
+
+    @staticmethod
+    def of(errors: Tensor, massive: Tensor) -> Spread:
+        """Of errors [T]; massive says which tokens are, bool [T]."""
+        kept = errors[~massive]
+        return Spread(float(errors.mean()), float(kept.mean()), float(errors.median()))
+
+
+@dataclass(frozen=True)
+class Vertical:
+    """Errors along depth; lists are by block.
+
+    Attributes:
+        accumulated: behind each block, where all before it are rounded too.
+        isolated: of each block alone, on the full-precision stream.
+        ratio: accumulated over isolated, of the medians.
+        mse: mean squared difference, all tokens.
+        cosine: similarity of accumulated and exact hidden states, mean over tokens.
+        massive: share of massive tokens.
+        single: of some blocks k rounded alone, the median error behind blocks k, k + 1, …
+    """
+
+    accumulated: list[Spread]
+    isolated: list[Spread]
+    ratio: list[float]
+    mse: list[float]
+    cosine: list[float]
+    massive: list[float]
+    single: dict[int, list[float]]
+
+
+def relative_errors(x: Tensor, exact: Tensor) -> Tensor:
+    """``|x - exact|^2 / |exact|^2`` of each token, [..., D] -> fp32 [...]."""
+    difference = (x.float() - exact.float()).square().sum(-1)
+    return difference / exact.float().square().sum(-1).clamp(min=1e-30)
+
+
+def massive_tokens(exact: Tensor) -> Tensor:
+    """Tokens whose squared norm is far above their window's median, [B, L, D] -> bool [B, L]."""
+    energy = exact.float().square().sum(-1)
+    return energy > MASSIVE * energy.median(-1, keepdim=True).values
+
+
+def run_blocks(
+    model: Any, ids: Tensor, *, feed: Sequence[Tensor] | None = None, put: dict[int, Tensor] | None = None
+) -> list[Tensor]:
+    """The residual stream [B, L, D], before the first block and behind each, in the model's own basis.
+
+    Args:
+        model: a transformers causal language model.
+        ids: int64 [B, L].
+        feed: what each block gets instead of what the one before it made.
+        put: what some blocks, by index, hand on instead of what they made.
+    """
+    seen: list[Tensor] = []
+    put = put or {}
+
+    def before(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        if i == 0:
+            seen.append(x)
+        if feed is None:
+            return None
+        return ((feed[i], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": feed[i]})
+
+    def after(i: int, out: Any) -> Any:
+        seen.append(put.get(i, hidden_states(out)))
+        if i not in put:
+            return None
+        return (put[i], *out[1:]) if isinstance(out, tuple) else put[i]
+
+    handles = []
+    for i, layer in enumerate(model.get_decoder().layers):
+        handles.append(layer.register_forward_pre_hook(lambda _, a, k, i=i: before(i, a, k), with_kwargs=True))
+        handles.append(layer.register_forward_hook(lambda _, __, out, i=i: after(i, out)))
+    with hooked(handles), torch.no_grad():
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    return seen
+
+
+def basis_of(model: Any) -> Basis | None:
+    """The rotated basis that a checkpoint's blocks work in."""
+    found = getattr(getattr(model.config, "quantization_config", None), "basis", None)
+    return None if found is None else Basis(**found)
+
+
+def vertical(
+    exact: Any, rounded: Any, windows: Tensor, singles: Sequence[int] = (), progress: Progress | None = None
+) -> Vertical:
+    """Measure along depth.
+
+    Args:
+        exact: the full-precision model, with the same prefix as ``rounded``.
+        rounded: the quantized model, of the same shape.
+        windows: token ids, int64 [N, L].
+        singles: blocks to round alone.
+        progress: told (what, done, total).
+    """
+    basis = basis_of(rounded)
+    found: list[list[list[Tensor]]] = []  # window, block, (accumulated, isolated, massive, mse, cosine)
+    alone: dict[int, list[list[Tensor]]] = {k: [] for k in singles}
+    for n, window in enumerate(windows):
+        if progress is not None:
+            progress("depth", n, len(windows))
+        ids = window[None]
+        target = run_blocks(exact, ids)
+        fed = [h if basis is None else basis.apply(h) for h in target]
+        chained, apart = ([h if basis is None else basis.undo(h) for h in run_blocks(rounded, ids, feed=f)] for f in (None, fed))
+        rows = []
+        for h, q, single in zip(target[1:], chained[1:], apart[1:], strict=True):
+            cosine = torch.cosine_similarity(q.float(), h.float(), dim=-1)
+            mse = (q.float() - h.float()).square().mean(-1)
+            rows.append([t[0] for t in (relative_errors(q, h), relative_errors(single, h), massive_tokens(h), mse, cosine)])
+        found.append(rows)
+        for k in singles:
+            behind = run_blocks(exact, ids, put={k: apart[k + 1]})
+            alone[k].append([relative_errors(q, h)[0] for q, h in zip(behind[k + 1 :], target[k + 1 :], strict=True)])
+    if progress is not None:
+        progress("depth", len(windows), len(windows))
+    blocks = [[torch.cat(parts) for parts in zip(*rows, strict=True)] for rows in zip(*found, strict=True)]
+    accumulated = [Spread.of(a, m) for a, _, m, _, _ in blocks]
+    isolated = [Spread.of(i, m) for _, i, m, _, _ in blocks]
+    return Vertical(
+        accumulated=accumulated,
+        isolated=isolated,
+        ratio=[a.median / max(i.median, 1e-30) for a, i in zip(accumulated, isolated, strict=True)],
+        mse=[float(e.mean()) for _, _, _, e, _ in blocks],
+        cosine=[float(c.mean()) for _, _, _, _, c in blocks],
+        massive=[float(m.float().mean()) for _, _, m, _, _ in blocks],
+        single={k: [float(torch.cat(parts).median()) for parts in zip(*rows, strict=True)] for k, rows in alone.items()},
+    )
