@@ -17,6 +17,7 @@ from sordino.cli import app
 from sordino.measure.compare import compare
 from sordino.measure.size import stored_split
 from sordino.report.compare import comparison_page
+from sordino.report.heat import heat
 from sordino.report.quantize import quantize_page
 from sordino.report.svg import Series, plot
 from tiny import make_tiny
@@ -26,7 +27,7 @@ VOID = {"meta"}
 PROSE = {"h1", "h2", "p", "section", "div", "span", "ul", "li", "pre", "code", "details", "summary", "footer"}
 TABLE = {"table", "thead", "tbody", "tr", "th", "td"}
 TAGS = {"html", "head", "meta", "title", "style", "body", "main"} | PROSE | TABLE
-TAGS |= {"svg", "text", "line", "g", "polyline", "circle"}
+TAGS |= {"svg", "text", "line", "g", "polyline", "circle", "rect"}
 
 
 class Page(HTMLParser):
@@ -175,3 +176,31 @@ def test_plot_places_points_in_order_and_inside() -> None:
     assert all(0 < float(v) < 640 for k, v in drawn.attributes if k == "cx")
     assert "Nothing to draw" in plot([Series("a", [(1, float("nan"), "")])], "x", "y", lines=True)
     assert plot([Series("a", [(1, 5.0, "one")])], "x", "y", lines=False).count("<circle") == 1
+
+
+def test_inspection_page(run: tuple[Path, Result], tmp_path: Path) -> None:
+    model, result = run
+    words = ["--text", heapq.__file__, "--seqlen", "24", "--windows", "2"]
+    out, figures = tmp_path / "look.html", tmp_path / "look.json"
+    done = CliRunner().invoke(
+        app, ["inspect", str(model), "-o", str(out), *words, "--json", str(figures)], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    html = out.read_text(encoding="utf-8")
+    page = harmless(html)
+    sections = {"headline", "advice", "tokens", "lower", "channels", "ranges", "sensitivity", "depth", "across"}
+    assert page.ids == sections and EVIL not in html and EVIL in page.text
+    assert page.tags.count("svg") == 12 and page.tags.count("rect") > 20
+    found = json.loads(figures.read_text())
+    assert all(row["reason"] in " ".join(page.text.split()) for row in found["advice"])
+    assert len(found["vertical"]["accumulated"]) == 3 and found["checkpoint"] is None
+    kinds = ["inspect", str(result.out), "--against", str(model), "-o", str(out), *words]
+    assert CliRunner().invoke(app, kinds, catch_exceptions=False).exit_code == 0
+    assert "Of the checkpoint" in harmless(out.read_text(encoding="utf-8")).text
+
+
+def test_map_is_empty_where_nothing_stands_out() -> None:
+    drawn = Page(str(heat([[1.0, 4.0], [float("nan"), 2.0]], "x", "y", EVIL)))
+    strengths = [float(v) for k, v in drawn.attributes if k == "fill-opacity"]
+    assert strengths == [1.0, 0.5]  # logarithmic
+    assert ("aria-label", f"{EVIL}: largest 4") in drawn.attributes

@@ -59,18 +59,17 @@ def _weights(kl: dict[tuple[str, str], float]) -> Iterator[Advice]:
     whole = kl["weights", "all"]
     parts = {where: value for (what, where), value in kl.items() if what == "weights" and where != "all"}
     worst = max(parts, key=lambda name: parts[name])
-    most = f"most of it from {worst} ({parts[worst]:.4f} alone)"
+    costs = f"Plain rounding of all weights to 4 bits costs {whole:.4f} nats a token"
+    most = f"of the projections {worst} costs most, {parts[worst]:.4f} alone"
     if whole < SMALL:
-        yield Advice("gptq-w4", f"Plain rounding of all weights to 4 bits costs {whole:.4f} nats a token: little is left to repair.")
+        yield Advice("gptq-w4", f"{costs}: little is left to repair.")
     else:
-        yield Advice("w4", f"Plain rounding of all weights to 4 bits costs {whole:.4f} nats a token, {most}: GPTQ and tuning pay.")
+        yield Advice("w4", f"{costs}; {most}: GPTQ and tuning pay.")
     if worst == "down_proj":
-        yield Advice("d2quant-w3", f"Of all projections down_proj costs most ({parts[worst]:.4f}): its column scale aims there.")
+        yield Advice("d2quant-w3", f"{most[0].upper()}{most[1:]}: its column scale aims there.")
 
 
-def _inputs(
-    kl: dict[tuple[str, str], float], plain: Activations, prefixed: Activations | None
-) -> Iterator[Advice]:
+def _inputs(kl: dict[tuple[str, str], float], plain: Activations, prefixed: Activations | None) -> Iterator[Advice]:
     bare, turned, peak = kl["inputs", "all"], kl["rotated inputs", "all"], max(plain.ratios)
     costs = f"Inputs at 4 bits cost {bare:.3f} nats a token, behind a rotation {turned:.3f}"
     if prefixed is not None:
@@ -81,7 +80,7 @@ def _inputs(
     elif bare < SMALL:
         yield Advice("w8a8", f"{costs}: neither rotation nor prefix is needed, any recipe with rounded inputs will do.")
     else:
-        yield Advice("quarot-w4a4kv4", f"{costs}; no token stands out ({peak:.1f}-fold at most), so a prefix has nothing to hold.")
+        yield Advice("quarot-w4a4kv4", f"{costs}; no token stands out ({peak:.1f}-fold at most): a prefix has nothing to hold.")
     if turned > 25 * SMALL:
         yield Advice("w4a8kv4", "Even rotated, inputs at 4 bits cost much: with 8 bits for them that loss goes away.")
 
@@ -98,7 +97,7 @@ def _depth(depth: Vertical) -> Iterator[Advice]:
         reason = f"Behind the last block the error is {ratio:.1f} times what that block makes alone: it accumulates along depth"
         yield Advice("bisup-quarot-w4a4", f"{reason}, and tuning against the full-precision stream acts on just that.")
     else:
-        yield Advice("", f"Behind the last block the error is {ratio:.1f} times that block's own: it hardly accumulates along depth.")
+        yield Advice("", f"Behind the last block the error is {ratio:.1f} times that block's own: it hardly accumulates.")
 
 
 def _tokens(across: Horizontal) -> Iterator[Advice]:

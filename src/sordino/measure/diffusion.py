@@ -79,7 +79,7 @@ class RowGrid:
     rows: Tensor
 
     def fake(self, x: Tensor, share: Tensor) -> Tensor:
-        """x [B, K, L, d] with the chosen rows rounded."""
+        """X [B, K, L, d] with the chosen rows rounded."""
         return torch.where(self.rows[:, None, :, None], self.grid.fake(x, share), x)
 
 

@@ -162,7 +162,7 @@ def inspect(
 
 def _check_plain(model: Any, name: str | Path) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
-        raise InputError(f"{name} is quantized; give it with the model it was made from: sordino inspect {name} --against MODEL")
+        raise InputError(f"{name} is quantized: give --against and the model it was made from")
 
 
 def _checkpoint(name: str | Path, cut: Windows, ids: Tensor, exact: Any, origin: str | Path) -> Any:

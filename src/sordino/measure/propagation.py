@@ -140,7 +140,9 @@ def vertical(
         ids = window[None]
         target = run_blocks(exact, ids)
         fed = [h if basis is None else basis.apply(h) for h in target]
-        chained, apart = ([h if basis is None else basis.undo(h) for h in run_blocks(rounded, ids, feed=f)] for f in (None, fed))
+        chained, apart = (
+            [h if basis is None else basis.undo(h) for h in run_blocks(rounded, ids, feed=f)] for f in (None, fed)
+        )
         rows = []
         for h, q, single in zip(target[1:], chained[1:], apart[1:], strict=True):
             cosine = torch.cosine_similarity(q.float(), h.float(), dim=-1)

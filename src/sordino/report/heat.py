@@ -15,7 +15,9 @@ def heat(rows: Sequence[Sequence[float]], x_label: str, y_label: str, title: str
     top = max((v for row in rows for v in row if math.isfinite(v)), default=1.0)
     scale = math.log(max(top, 1.0 + 1e-9))
     height = TOP + CELL * len(rows) + BOTTOM
-    parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, height, f"{title}: largest {top:.4g}")]
+    parts = [
+        Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, height, f"{title}: largest {top:.4g}")
+    ]
     parts.append(Markup('<g class="s0">'))
     for i, row in enumerate(rows):
         step = (WIDTH - LEFT) / len(row)
@@ -30,4 +32,4 @@ def heat(rows: Sequence[Sequence[float]], x_label: str, y_label: str, title: str
     parts.append(Markup('<text x="{}" y="{}" class="mid">{}</text>').format((LEFT + WIDTH) / 2, height - 12, x_label))
     turn = Markup('<text transform="translate(13 {}) rotate(-90)" class="mid">{}</text>')
     parts.append(turn.format(TOP + CELL * len(rows) / 2, y_label))
-    return Markup("").join(parts) + Markup("</svg><p class=\"soft\">full colour: {:.4g} times the median channel</p>").format(top)
+    return Markup("").join(parts) + Markup('</svg><p class="soft">full colour: {:.4g} times the median channel</p>').format(top)

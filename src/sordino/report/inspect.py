@@ -12,9 +12,9 @@ from sordino.measure.activations import Activations
 from sordino.measure.diffusion import Horizontal
 from sordino.measure.inspect import Inspection
 from sordino.measure.propagation import Spread, Vertical
+from sordino.report.heat import heat
 from sordino.report.page import render
 from sordino.report.svg import Series, plot
-from sordino.report.heat import heat
 
 _BINS = 96  # columns of a channel map: more cannot be seen
 
@@ -51,7 +51,10 @@ def _headline(found: Inspection) -> list[tuple[str, Any]]:
     lines += [
         ("text", f"{found.text}, {found.windows} windows of {found.seqlen} tokens"),
         ("largest over median token", f"{peak:.1f} at the input of down_proj, block {found.plain.ratios.index(peak)}"),
-        ("prefix that the move would choose", " ".join(map(repr, found.prefix_tokens)) or "none: no token stands out far enough"),
+        (
+            "prefix that the move would choose",
+            " ".join(map(repr, found.prefix_tokens)) or "none: no token stands out far enough",
+        ),
     ]
     if found.prefixed is not None:
         lines.append(("the same ratio behind that prefix", f"{max(found.prefixed.ratios):.1f}"))
@@ -120,7 +123,9 @@ def _depth(depth: Vertical) -> Markup:
 
 def _singles(depth: Vertical) -> Markup:
     series = [
-        Series(f"block {k} alone", [(k + j, v, f"block {k} rounded, behind block {k + j}: {v:.4g}") for j, v in enumerate(values)])
+        Series(
+            f"block {k} alone", [(k + j, v, f"block {k} rounded, behind block {k + j}: {v:.4g}") for j, v in enumerate(values)]
+        )
         for k, values in depth.single.items()
     ]
     return plot(series, "block", "relative squared error, median", lines=True)
@@ -141,7 +146,11 @@ def _sources(across: Horizontal) -> Markup:
         Series(
             name,
             [
-                (s.place, getattr(s, key), f"place {s.place} of window {s.window}: {getattr(s, key):.4g}, attention {s.attention:.4g}")
+                (
+                    s.place,
+                    getattr(s, key),
+                    f"place {s.place} of window {s.window}: {getattr(s, key):.4g}, attention {s.attention:.4g}",
+                )
                 for s in sorted(across.sources, key=lambda s: s.place)
             ],
         )
