@@ -7,6 +7,10 @@ from pathlib import Path
 import torch
 
 import sordino
+from sordino.anatomy import anatomy_of
+from sordino.corpus import load_text, tokenize
+from sordino.measure.activations import look
+from sordino.protect.prefix import THRESHOLD
 from sordino.runtime.generate import generate
 from sordino.walk.source import open_source
 
@@ -29,3 +33,15 @@ def test_gptq_on_the_first_blocks_stays_close_and_beats_rtn(tmp_path: Path) -> N
     # bf16: the checkpoint is the model that calibration saw, so a second evaluation in fp32 is nearly the same.
     exact = sordino.evaluate(tmp_path / "gptq", seqlen=256, windows=6, against="smollm2", dtype=torch.float32).kl
     assert exact is not None and abs(exact - ours) < 0.02
+
+
+def test_the_first_token_is_found_to_stand_out() -> None:
+    model, tokenizer = sordino.load("smollm2", dtype=torch.float32)
+    windows = tokenize(load_text("builtin:pydoc"), tokenizer)[:64].view(2, 32)
+    found = look(model, anatomy_of(model), windows, THRESHOLD)
+    found.name_tokens(tokenizer.convert_ids_to_tokens)
+    loudest = max(found.loudest, key=lambda t: t.ratio)
+    assert loudest.ratio > 500 and loudest.place == 0 and loudest.id in windows[:, 0]
+    assert loudest.token == tokenizer.convert_ids_to_tokens([loudest.id])[0]
+    assert set(found.tokens) & set(windows[:, 0].tolist())
+    assert max(found.rotated) < loudest.ratio / 3

@@ -232,7 +232,7 @@ def inspect(
     _write(out, inspect_page(found))
     if json_:
         _write_json(json_, found.to_json())
-    _print_table(("recipe", "why"), [(row.recipe or "–", row.reason) for row in found.advice])
+    _print_table(("recipe", "why"), [(row.recipe or "–", escape(row.reason)) for row in found.advice])
 
 
 @app.command()

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import copy
 import heapq
+import json
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from markupsafe import escape
 from torch import Tensor
 from typer.testing import CliRunner
 
 import sordino
 from sordino.anatomy import Anatomy, anatomy_of, hidden_states
 from sordino.cli import app
-from sordino.measure.activations import Activations, look
-from sordino.measure.advice import advise
+from sordino.measure.activations import Activations, Loudest, look
+from sordino.measure.advice import Advice, advise
 from sordino.measure.diffusion import Horizontal, attention_received, horizontal, last_with_rows_rounded
 from sordino.measure.inspect import inspect
 from sordino.measure.propagation import Spread, Vertical, massive_tokens, relative_errors, run_blocks, vertical
-from sordino.measure.sensitivity import Sensitivity, rounded_copy, sensitivities
+from sordino.measure.sensitivity import Sensitivity, names_of, round_weights, sensitivities, with_weights
+from sordino.numerics.affine import AffineGrid
 from sordino.protect.prefix import Prefix
 from sordino.recipe import MoveSpec, load_recipe
 from sordino.walk.attention import NAME
-from tiny import make_tiny
+from tiny import Sordino, make_tiny, make_tokenizer
 
 TEXT = heapq.__file__
 Loaded = tuple[Path, Any, Anatomy, Tensor]
@@ -37,6 +42,18 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model.set_attn_implementation(NAME)
     ids = torch.randint(2, 290, (3, 20), generator=torch.Generator().manual_seed(0))
     return path, model, anatomy_of(model), ids
+
+
+def rounded_copy(model: Any, bits: int) -> Any:
+    """What rounding weights on the fly is held against."""
+    copied, grid = copy.deepcopy(model), AffineGrid(bits)
+    for name, module in copied.get_decoder().layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            groups = 32 if module.in_features % 64 else 64
+            values = grid.nearest(module.weight.data, grid.fit_groups(module.weight.data, groups))[1]
+            assert not torch.equal(values, module.weight), name
+            module.weight.data = values
+    return copied
 
 
 @torch.no_grad()
@@ -57,28 +74,35 @@ def test_looking_finds_what_the_prefix_move_finds(loaded: Loaded) -> None:
     assert found.outliers.means == artifacts["prefix"].means
     assert found.ratios == pytest.approx(artifacts["prefix"].ratios, rel=1e-5)
     assert sum(t.times - t.first for t in found.tokens.values()) == found.outliers.seen.total()
-    assert max(t.ratio for t in found.tokens.values()) >= max(found.ratios)
+    assert max(t.ratio for t in found.tokens.values()) == max(t.ratio for t in found.loudest)
+    for i, loudest in enumerate(found.loudest):
+        peaks = seen[i][0].abs().amax(-1)
+        ratios = peaks / peaks.median(-1, keepdim=True).values
+        window, place = divmod(int(ratios.argmax()), 20)
+        assert (loudest.place, loudest.id) == (place, int(ids[window, place]))
+        assert loudest.ratio == pytest.approx(float(ratios.max()), rel=1e-5)
 
 
 @torch.no_grad()
 def test_rounding_one_kind_leaves_the_model_as_it_was(loaded: Loaded) -> None:
     _, model, anatomy, ids = loaded
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    rounded = rounded_copy(model, anatomy, 4)
-    rows = {(r.what, r.where): r for r in sensitivities(model, rounded, anatomy, ids, 4)}
+    rounded = rounded_copy(model, 4)
+    rows = {(r.what, r.where): r for r in sensitivities(model, round_weights(model, anatomy, 4), anatomy, ids, 4)}
     assert len(rows) == 8 + 5 + 5 + 1 and all(r.kl > 0 and r.error > 0 for r in rows.values())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k in before)
     p, q = (torch.log_softmax(m(input_ids=ids).logits.double(), -1) for m in (model, rounded))
     assert rows["weights", "all"].kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
-    finer = {(r.what, r.where): r for r in sensitivities(model, rounded_copy(model, anatomy, 8), anatomy, ids, 8)}
+    finer = {(r.what, r.where): r for r in sensitivities(model, round_weights(model, anatomy, 8), anatomy, ids, 8)}
     assert all(finer[key].kl < rows[key].kl for key in rows)
 
 
 @torch.no_grad()
 def test_vertical_errors_are_those_of_running_blocks_by_hand(loaded: Loaded) -> None:
     _, model, anatomy, ids = loaded
-    rounded = rounded_copy(model, anatomy, 3)
-    found = vertical(model, rounded, ids[:1], singles=(1,))
+    rounded, weights = rounded_copy(model, 3), round_weights(model, anatomy, 3)
+    simulated = partial(with_weights, model, weights, names_of(anatomy, anatomy.linears))
+    found = vertical(model, simulated, ids[:1], singles=(1,))
     # transformers' own list of hidden states; its last one is behind the final norm, so only the first two blocks.
     exact, other = (m(input_ids=ids[:1], output_hidden_states=True).hidden_states for m in (model, rounded))
     calls: list[dict[str, Any]] = []
@@ -97,7 +121,7 @@ def test_vertical_errors_are_those_of_running_blocks_by_hand(loaded: Loaded) -> 
     # One block alone equals a model in which only that block is rounded.
     mixed = copy.deepcopy(model)
     mixed.get_decoder().layers[1] = copy.deepcopy(rounded.get_decoder().layers[1])
-    single = vertical(model, mixed, ids[:1])
+    single = vertical(model, lambda: nullcontext(mixed), ids[:1])
     assert [s.median for s in single.accumulated[1:]] == pytest.approx(found.single[1], rel=1e-4)
     assert single.accumulated[0].mean == 0.0 and len(found.single[1]) == 2
 
@@ -137,7 +161,7 @@ def test_rounding_rows_reaches_later_tokens_only(loaded: Loaded) -> None:
     keep = [m for m in model.modules() if hasattr(m, "k_proj")]
     assert all(m.kv_grid is None for m in keep)
     whole = [
-        r for r in sensitivities(model, rounded_copy(model, anatomy, 4), anatomy, ids[:1], 4) if r.what == "keys and values"
+        r for r in sensitivities(model, round_weights(model, anatomy, 4), anatomy, ids[:1], 4) if r.what == "keys and values"
     ]
     norm = model.get_decoder().norm
     assert float(relative_errors(norm(every), norm(exact)).median()) == pytest.approx(whole[0].error, rel=1e-3)
@@ -163,28 +187,55 @@ def test_horizontal_figures_belong_together(loaded: Loaded) -> None:
     assert found.shares[1] == pytest.approx((first[0] / sum(first) + other[0] / sum(other)) / 2)  # every place was tried
     assert found.shares[1] <= found.shares[4] <= found.shares[16] <= 1
     assert list(found.doses) == ["first", "random", "most attended"]
-    assert all([p for p, _ in curve] == [0, 1, 2, 4, 8, 16] for curve in found.doses.values())
+    assert all([p for p, _ in curve] == [0, 1, 2, 4] for curve in found.doses.values())
     assert len({curve[0][1] for curve in found.doses.values()}) == 1
     assert all(curve[-1][1] < curve[0][1] for curve in found.doses.values())
     assert horizontal(model, anatomy, ids[:2], 4) == found  # same seed, same figures
 
 
-def _advice(*, weights: float, ratio: float, share: float, peak: float, model: Path) -> list[str]:
-    plain = Activations([peak], [2.0], {}, {}, {})
-    costs = [("weights", "all", weights), ("weights", "down_proj", 0.5), ("inputs", "all", 1.0)]
-    costs += [("rotated inputs", "all", 0.9), ("keys and values", "all", 0.001)]
+def _advice(*, weights: float, ratio: float, share: float, peak: float, model: Path) -> list[Advice]:
+    plain = Activations([1.5, peak], [1.5, 2.0], {}, {}, {}, [Loudest(3, 1, 1.5, "a"), Loudest(7, 0, peak, "the")])
+    costs = [("weights", "all", weights), ("weights", "down_proj", 0.5), ("inputs", "all", 1.25)]
+    costs += [("rotated inputs", "all", 0.875), ("keys and values", "all", 0.001)]
     rows = [Sensitivity(what, where, 0.0, kl) for what, where, kl in costs]
     depth = Vertical([], [], [ratio], [], [], [], {})
     across = Horizontal([], None, None, {4: share}, {4: share}, {}, 256)
-    return [a.recipe for a in advise(plain, None, rows, depth, across, str(model))]
+    return advise(plain, None, rows, depth, across, str(model))
 
 
-def test_advice_follows_the_figures(tmp_path: Path) -> None:
+def test_advice_follows_the_figures_and_names_them(tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", layers=2, ffn=128)
     many = _advice(weights=0.5, ratio=9.0, share=0.9, peak=2.0, model=model)
-    assert many == ["w4", "d2quant-w3", "quarot-w4a4kv4", "w4a8kv4", "", "bisup-quarot-w4a4", "prefixquant-w4a4kv4-dynamic"]
+    recipes = ["w4", "d2quant-w3", "quarot-w4a4kv4", "w4a8kv4", "", "bisup-quarot-w4a4", "prefixquant-w4a4kv4-dynamic"]
+    assert [a.recipe for a in many] == recipes
+    figures = ["0.5000 nats", "0.5000 alone", "1.250 nats", "0.875 nats", "0.0010 nats", "9.0 times", "make 90.0%"]
+    assert all(figure in a.reason for figure, a in zip(figures, many, strict=True))
     few = _advice(weights=0.001, ratio=1.0, share=0.01, peak=200.0, model=model)
-    assert few == ["gptq-w4", "d2quant-w3", "w4a4kv4", "w4a8kv4", "", "", ""]
+    assert [a.recipe for a in few] == ["gptq-w4", "d2quant-w3", "w4a4kv4", "w4a8kv4", "", "", ""]
+    assert "'the' stands out 200.0-fold at down_proj of block 1" in few[2].reason
+
+
+def test_a_recipe_that_does_not_fit_gives_way(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2, ffn=172)  # no groups of 64 in down_proj
+    first = _advice(weights=0.5, ratio=1.0, share=0.01, peak=2.0, model=model)[0]
+    assert first.recipe == "gptq-w4" and "Not w4, which this model cannot take" in first.reason and "172" in first.reason
+
+
+def test_the_command_writes_page_and_figures(tmp_path: Path) -> None:
+    model, page, figures = make_tiny(tmp_path / "model", layers=2), tmp_path / "look.html", tmp_path / "look.json"
+    arguments = ("-o", page, "--json", figures, "--text", TEXT, "--windows", 2, "--seqlen", 24)
+    done = Sordino("inspect", model, *arguments, log=tmp_path / "log").wait()
+    assert (done.code, done.err) == (0, "")
+    found, html = json.loads(figures.read_text(encoding="utf-8")), page.read_text(encoding="utf-8")
+    widths = {"qkv": 64, "o": 64, "gate_up": 64, "down": 96}
+    channels = {site: [len(block) for block in blocks] for site, blocks in found["plain"]["channels"].items()}
+    assert channels == {site: [width] * 2 for site, width in widths.items()}
+    words = make_tokenizer().convert_ids_to_tokens
+    for loudest in found["plain"]["loudest"]:
+        assert loudest["token"] == words(loudest["id"]) and escape(repr(loudest["token"])) in html
+    assert all(escape(a["reason"]) in html and a["recipe"] in done.out for a in found["advice"])
+    done = Sordino("inspect", tmp_path / "none", *arguments, log=tmp_path / "log2").wait()
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and done.err.startswith("sordino: ") and done.out == ""
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

@@ -14,10 +14,14 @@ from typer.testing import CliRunner
 import sordino
 from sordino.api import Result
 from sordino.cli import app
+from sordino.measure.activations import OutlierToken
+from sordino.measure.advice import Advice
 from sordino.measure.compare import compare
+from sordino.measure.inspect import inspect
 from sordino.measure.size import stored_split
 from sordino.report.compare import comparison_page
 from sordino.report.heat import heat
+from sordino.report.inspect import inspect_page
 from sordino.report.quantize import quantize_page
 from sordino.report.svg import Series, plot
 from tiny import make_tiny
@@ -197,6 +201,16 @@ def test_inspection_page(run: tuple[Path, Result], tmp_path: Path) -> None:
     kinds = ["inspect", str(result.out), "--against", str(model), "-o", str(out), *words]
     assert CliRunner().invoke(app, kinds, catch_exceptions=False).exit_code == 0
     assert "Of the checkpoint" in harmless(out.read_text(encoding="utf-8")).text
+
+
+def test_tokens_and_reasons_that_hold_html_do_nothing(run: tuple[Path, Result]) -> None:
+    found = inspect(run[0], text=heapq.__file__, windows=1, seqlen=24)
+    found.plain.loudest[0].token = EVIL
+    found.plain.tokens[5] = OutlierToken(5, times=2, ratio=99.0, token=EVIL)
+    html = inspect_page(replace(found, advice=[Advice("", EVIL)], prefix_tokens=[EVIL]))
+    page = harmless(html)
+    assert EVIL not in html and page.text.count(EVIL) >= 5  # model, prefix, reason, both tables of tokens
+    assert EVIL not in found._repr_html_() and "&lt;script&gt;" in found._repr_html_()
 
 
 def test_map_is_empty_where_nothing_stands_out() -> None:

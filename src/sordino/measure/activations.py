@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sordino.anatomy import SITES, Anatomy, Site
+from sordino.measure.evaluate import Progress, in_turn
 from sordino.numerics.hadamard import rotation
 from sordino.protect.prefix import Outliers, token_ratios
 
-Progress = Callable[[str, int, int], None]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -33,6 +33,7 @@ class OutlierToken:
         first: how many of these times in the first place of a window.
         ratio: its largest ratio to the median token.
         block: where that was.
+        token: what it reads; empty until it was named.
     """
 
     id: int
@@ -40,6 +41,24 @@ class OutlierToken:
     first: int = 0
     ratio: float = 0.0
     block: int = 0
+    token: str = ""
+
+
+@dataclass
+class Loudest:
+    """The token of a block with the largest ratio at the input of down_proj, an outlier or not.
+
+    Attributes:
+        id: of the token.
+        place: in its window, from 0.
+        ratio: to the window's median token.
+        token: what it reads; empty until it was named.
+    """
+
+    id: int = 0
+    place: int = 0
+    ratio: float = 0.0
+    token: str = ""
 
 
 @dataclass
@@ -50,10 +69,11 @@ class Activations:
         ratios: largest over median token at the input of down_proj, mean over windows.
         rotated: the same behind a Hadamard matrix of all its channels (R4).
         lower: median over smallest token of "queries" and "keys", mean over windows.
-        tokens: those beyond the threshold, by id.
-        outliers: the same counts as the move ``prefix`` makes, so that it would choose the same tokens.
         channels: largest magnitude of each channel of a site's input, fp32 [C] a block.
         ranges: smallest and largest entry of the outputs of q_proj, k_proj and v_proj.
+        loudest: the token that stands out most.
+        tokens: those beyond the threshold, by id.
+        outliers: what the move ``prefix`` counts to choose its tokens.
     """
 
     ratios: list[float]
@@ -61,6 +81,7 @@ class Activations:
     lower: dict[str, list[float]]
     channels: dict[Site, list[Tensor]]
     ranges: dict[str, list[tuple[float, float]]]
+    loudest: list[Loudest] = field(default_factory=list)
     tokens: dict[int, OutlierToken] = field(default_factory=dict)
     outliers: Outliers = field(default_factory=Outliers)
 
@@ -75,8 +96,35 @@ class Activations:
             lower={"queries": [0.0] * n, "keys": [0.0] * n},
             channels={site: [torch.zeros(width[site]) for _ in range(n)] for site in SITES},
             ranges={name: [(float("inf"), float("-inf"))] * n for name in PROJECTIONS},
-            outliers=Outliers(means=[0.0] * n, ratios=[0.0] * n),
+            loudest=[Loudest() for _ in range(n)],
+            outliers=Outliers(means=[0.0] * n),
         )
+
+    def name_tokens(self, words: Callable[[list[int]], list[str]]) -> None:
+        """Say what the tokens read; words is a tokenizer's ``convert_ids_to_tokens``."""
+        found: list[Loudest | OutlierToken] = [*self.loudest, *self.tokens.values()]
+        for token in found:
+            token.token = str(words([token.id])[0])
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that a reader may want to plot; maxima of channels to four digits, by site and block."""
+        maps = {
+            site: [[float(f"{v:.4g}") for v in peaks.tolist()] for peaks in blocks] for site, blocks in self.channels.items()
+        }
+        return {
+            "down_ratios": self.ratios,
+            "down_ratios_rotated": self.rotated,
+            "lower_ratios": self.lower,
+            "ranges": self.ranges,
+            "channels": maps,
+            "loudest": [asdict(t) for t in self.loudest],
+            "tokens": [asdict(t) for t in self.most_frequent()],
+            "outlier_tokens_a_window": self.outliers.means,
+        }
+
+    def most_frequent(self) -> list[OutlierToken]:
+        """Outlier tokens, most frequent first."""
+        return sorted(self.tokens.values(), key=lambda t: (-t.times, t.id))
 
 
 @contextmanager
@@ -102,14 +150,10 @@ def look(model: Any, anatomy: Anatomy, windows: Tensor, threshold: float, progre
     """
     found = Activations.nothing(anatomy)
     found.outliers.windows = len(windows)
-    for n, window in enumerate(windows):
-        if progress is not None:
-            progress("look", n, len(windows))
+    for window in in_turn(windows, progress, "look"):
         with hooked(_watch(model, anatomy, found, window, threshold)):
             model.get_decoder()(input_ids=window[None], use_cache=False)
-    if progress is not None:
-        progress("look", len(windows), len(windows))
-    for values in (found.ratios, found.rotated, *found.lower.values(), found.outliers.means, found.outliers.ratios):
+    for values in (found.ratios, found.rotated, *found.lower.values(), found.outliers.means):
         values[:] = [v / len(windows) for v in values]
     return found
 
@@ -140,19 +184,20 @@ def _see_input(found: Activations, index: int, site: Site, x: Tensor, window: Te
     torch.maximum(channels, x[0].abs().amax(0).float(), out=channels)
     if site != "down":
         return
-    ratios = token_ratios(x)
-    largest = float(ratios.max())
+    ratios = token_ratios(x)[0]
+    place = int(ratios.argmax())
+    if (largest := float(ratios[place])) > found.loudest[index].ratio:
+        found.loudest[index] = Loudest(int(window[place]), place, largest)
     found.ratios[index] += largest
     found.rotated[index] += float(token_ratios(rotation(x.shape[-1]).apply(x.float())).max())
-    hit = (ratios[0] > threshold).nonzero()[:, 0].tolist()
-    found.outliers.ratios[index] += largest
+    hit = (ratios > threshold).nonzero()[:, 0].tolist()
     found.outliers.means[index] += len(hit)
     found.outliers.seen.update(int(window[place]) for place in hit if place)
     for place in hit:
         token = found.tokens.setdefault(int(window[place]), OutlierToken(int(window[place])))
         token.times += 1
         token.first += place == 0
-        if (ratio := float(ratios[0, place])) > token.ratio:
+        if (ratio := float(ratios[place])) > token.ratio:
             token.ratio, token.block = ratio, index
 
 

@@ -10,12 +10,13 @@ from sordino.measure.activations import Activations
 from sordino.measure.diffusion import Horizontal
 from sordino.measure.propagation import Vertical
 from sordino.measure.sensitivity import Sensitivity
+from sordino.protect.prefix import THRESHOLD
 from sordino.recipe import load_recipe
 from sordino.walk.plan import make_plan
-from sordino.walk.source import open_source
+from sordino.walk.source import Source, open_source
 
 SMALL = 0.02  # nats a token that hardly anybody notices
-OUTLIER = 64.0
+_INSTEAD = {"w4": "gptq-w4", "w4a4kv4": "quarot-w4a4kv4"}  # where a recipe's groups or moves do not fit a model
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,30 @@ def advise(
     across: Horizontal,
     model: str,
 ) -> list[Advice]:
-    """Recipes in the order of what they round; one that this model cannot take is said to be refused, and why."""
+    """Recipes in the order of what they round; of one that this model cannot take is said why, and what may stand in for it."""
     kl = {(c.what, c.where): c.kl for c in costs}
     rows = [*_weights(kl), *_inputs(kl, plain, prefixed), *_cache(kl), *_depth(depth), *_tokens(across)]
-    return [_possible(row, model) for row in rows]
+    source = open_source(model)
+    return [_possible(row, source) for row in rows]
 
 
-def _possible(row: Advice, model: str) -> Advice:
-    if not row.recipe:
+def _possible(row: Advice, source: Source) -> Advice:
+    refusal = _refusal(row.recipe, source) if row.recipe else ""
+    if not refusal:
         return row
+    other = _INSTEAD.get(row.recipe, "")
+    if other and not _refusal(other, source):
+        return Advice(other, f"{row.reason} (Not {row.recipe}, which this model cannot take: {refusal}.)")
+    return Advice("", f"{row.reason} {row.recipe} would be the recipe, but this model cannot take it: {refusal}.")
+
+
+def _refusal(recipe: str, source: Source) -> str:
+    """Why a model cannot take a recipe; empty if it can."""
     try:
-        make_plan(open_source(model), load_recipe(row.recipe), None, None)
+        make_plan(source, load_recipe(recipe), None, None)
     except InputError as error:
-        return Advice("", f"{row.recipe} would be the recipe, but this model cannot take it: {error}. {row.reason}")
-    return row
+        return str(error)
+    return ""
 
 
 def _weights(kl: dict[tuple[str, str], float]) -> Iterator[Advice]:
@@ -62,7 +73,7 @@ def _weights(kl: dict[tuple[str, str], float]) -> Iterator[Advice]:
     costs = f"Plain rounding of all weights to 4 bits costs {whole:.4f} nats a token"
     most = f"of the projections {worst} costs most, {parts[worst]:.4f} alone"
     if whole < SMALL:
-        yield Advice("gptq-w4", f"{costs}: little is left to repair.")
+        yield Advice("gptq-w4", f"{costs}; {most}: little is left to repair.")
     else:
         yield Advice("w4", f"{costs}; {most}: GPTQ and tuning pay.")
     if worst == "down_proj":
@@ -71,18 +82,21 @@ def _weights(kl: dict[tuple[str, str], float]) -> Iterator[Advice]:
 
 def _inputs(kl: dict[tuple[str, str], float], plain: Activations, prefixed: Activations | None) -> Iterator[Advice]:
     bare, turned, peak = kl["inputs", "all"], kl["rotated inputs", "all"], max(plain.ratios)
+    block = plain.ratios.index(peak)
     costs = f"Inputs at 4 bits cost {bare:.3f} nats a token, behind a rotation {turned:.3f}"
+    stands = f"{plain.loudest[block].token!r} stands out {peak:.1f}-fold at down_proj of block {block}"
     if prefixed is not None:
-        stands = f"a token stands out {peak:.0f}-fold at down_proj, behind the prefix {max(prefixed.ratios):.1f}-fold"
-        yield Advice("w4a4kv4", f"{costs}; {stands}, so one scale can serve all tokens.")
-    elif peak >= OUTLIER:
-        yield Advice("w4a4kv4", f"{costs}; a token stands out {peak:.0f}-fold at down_proj.")
+        left = f"{prefixed.ratios[block]:.1f}-fold there, {max(prefixed.ratios):.1f} in the worst block"
+        yield Advice("w4a4kv4", f"{costs}; {stands}, behind the prefix a token does {left}.")
+    elif peak >= THRESHOLD:
+        yield Advice("w4a4kv4", f"{costs}; {stands}.")
     elif bare < SMALL:
         yield Advice("w8a8", f"{costs}: neither rotation nor prefix is needed, any recipe with rounded inputs will do.")
     else:
-        yield Advice("quarot-w4a4kv4", f"{costs}; no token stands out ({peak:.1f}-fold at most): a prefix has nothing to hold.")
+        yield Advice("quarot-w4a4kv4", f"{costs}; {stands}, no token more than that: a prefix has nothing to hold.")
     if turned > 25 * SMALL:
-        yield Advice("w4a8kv4", "Even rotated, inputs at 4 bits cost much: with 8 bits for them that loss goes away.")
+        worse = f"Even rotated, inputs at 4 bits cost {turned:.3f} nats a token"
+        yield Advice("w4a8kv4", f"{worse}: 8 bits take most of that away.")
 
 
 def _cache(kl: dict[tuple[str, str], float]) -> Iterator[Advice]:
@@ -104,8 +118,9 @@ def _tokens(across: Horizontal) -> Iterator[Advice]:
     share, places = across.kv_shares.get(4), 4 / across.tokens
     if share is None:
         return
-    reason = f"Of the error that rounded keys and values carry to later tokens, the first 4 places make {share:.0%}"
-    if share > max(0.25, 4 * places):
+    reason = f"Of the error that rounded keys and values carry to later tokens, the first 4 places make {share:.1%}"
+    reason += f", where they are {places:.1%} of the tokens"
+    if share > max(0.1, 4 * places):
         yield Advice("prefixquant-w4a4kv4-dynamic", f"{reason}: keep what stands there exact, by a prefix or --system-prompt.")
     else:
         yield Advice("", f"{reason}: no place to protect stands out.")

@@ -7,19 +7,21 @@ Shapes: L tokens, B rows of a batch, H query heads, K key heads, d head size.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sordino.anatomy import Anatomy
-from sordino.measure.activations import Progress, hooked
-from sordino.measure.propagation import relative_errors, run_blocks
-from sordino.measure.sensitivity import give_kv_grid, take_kv_grid
-from sordino.numerics.inputs import fake_encode, token_scale
+from sordino.measure.evaluate import Progress, in_turn
+from sordino.measure.propagation import last_states, relative_errors
+from sordino.measure.sensitivity import kv_grid, names_of, round_tokens, with_inputs, with_kv
 from sordino.numerics.kv import KvGrid
 from sordino.numerics.ranks import rank_correlation
+from sordino.walk.attention import watched
 
 FIRST, DRAWN = 16, 16  # sources: the first places, all of them, and random later ones
 DOSES = (1, 2, 4, 8, 16, 32, 64)
@@ -58,7 +60,7 @@ class Horizontal:
         shares: part of all D that the first 1, 4, 16 places carry; later places by their random sample.
         kv_shares: the same for keys and values alone.
         doses: for "first", "random" and "most attended": error with so many tokens' keys and values kept exact, all others
-            rounded (median over tokens, mean over windows); dose 0 is common to all.
+            rounded (median over the tokens behind the largest dose, mean over windows); dose 0 is common to all.
         tokens: L.
     """
 
@@ -95,48 +97,35 @@ def last_with_rows_rounded(model: Any, anatomy: Anatomy, ids: Tensor, rows: Tens
         bits: their width.
         kv_only: leave the inputs of linears.
     """
-
-    def before(_: Any, args: tuple[Any, ...]) -> tuple[Tensor]:
-        x = args[0]
-        return (torch.where(part[..., None], fake_encode(x, token_scale(x, bits), bits), x),)
-
     outs = []
-    linears = [] if kv_only else [anatomy.full_name(i, x.name) for i in range(anatomy.n_blocks) for x in anatomy.linears]
+    names = [] if kv_only else names_of(anatomy, anatomy.linears)
     for part in rows.split(_BATCH):
-        modules = give_kv_grid(model, RowGrid(KvGrid(bits, symmetric=False, static=False), part))
-        try:
-            with hooked([model.get_submodule(name).register_forward_pre_hook(before) for name in linears]):
-                outs.append(run_blocks(model, ids.expand(len(part), -1))[-1])
-        finally:
-            take_kv_grid(modules)
+        change = partial(_round_rows, rows=part, bits=bits)
+        with with_kv(model, RowGrid(kv_grid(bits), part)), with_inputs(model, change, names):
+            outs.append(last_states(model, ids.expand(len(part), -1)))
     return torch.cat(outs)
+
+
+def _round_rows(x: Tensor, rows: Tensor, bits: int) -> Tensor:
+    return torch.where(rows[..., None], round_tokens(x, bits), x)
 
 
 @torch.no_grad()
 def attention_received(model: Any, ids: Tensor) -> Tensor:
     """a(i), fp32 [L]: mean over blocks, heads and queries behind i of the attention weight of i; 0 for the last token."""
-    length, total, count = len(ids), torch.zeros(len(ids)), 0
+    length = len(ids)
     modules = [m for m in model.modules() if hasattr(m, "k_proj")]
-    later = torch.ones(length, length, dtype=torch.bool).tril(-1)
-    for module in modules:
-
-        def see(seen: Any, module: Any = module) -> None:
-            nonlocal total, count
-            query, key = (t[0].float() for t in seen[:2])
-            repeats = query.shape[0] // key.shape[0]
-            for head in range(query.shape[0]):
-                scores = query[head] @ key[head // repeats].T * module.scaling
-                weights = scores.masked_fill(~(later | torch.eye(length, dtype=torch.bool)), float("-inf")).softmax(-1)
-                total += (weights * later).sum(0)
-                count += 1
-
-        module.watcher = see
-    try:
+    with ExitStack() as stack:
+        seen = [stack.enter_context(watched(m)) for m in modules]
         model.get_decoder()(input_ids=ids[None], use_cache=False)
-    finally:
-        for module in modules:
-            del module.watcher
-    return total / count / torch.arange(length - 1, -1, -1).clamp(min=1)
+    ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
+    total = torch.zeros(length)
+    for module, [(query, key, _)] in zip(modules, seen, strict=True):
+        keys = key[0].float().repeat_interleave(query.shape[1] // key.shape[1], 0)
+        for q, k in zip(query[0].float(), keys, strict=True):
+            weights = (q @ k.T * module.scaling).masked_fill_(ahead, float("-inf")).softmax(-1)
+            total += weights.tril(-1).sum(0) / (len(modules) * len(keys))
+    return total / torch.arange(length - 1, -1, -1).clamp(min=1)
 
 
 def horizontal(
@@ -155,34 +144,39 @@ def horizontal(
     rng = torch.Generator().manual_seed(seed)
     found: list[list[Source]] = []
     doses: list[dict[str, list[tuple[int, float]]]] = []
-    for n, ids in enumerate(windows):
-        if progress is not None:
-            progress("tokens", n, len(windows))
-        exact, attention = run_blocks(model, ids[None])[-1], attention_received(model, ids)
-        found.append(_sources(model, anatomy, ids, exact, attention, bits, rng, n))
+    for ids in in_turn(windows, progress, "tokens"):
+        exact, attention = last_states(model, ids[None]), attention_received(model, ids)
+        found.append(_sources(model, anatomy, ids, exact, attention, bits, rng, len(found)))
         doses.append(_doses(model, anatomy, ids, exact, attention, bits, rng))
-    if progress is not None:
-        progress("tokens", len(windows), len(windows))
     length = windows.shape[1]
-    both = []
-    for key in ("diffused", "kv_diffused"):
-        values = [torch.tensor([getattr(s, key) for s in w], dtype=torch.float64) for w in found]
-        known = [
-            c
-            for v, w in zip(values, found, strict=True)
-            if (c := rank_correlation(v, torch.tensor([s.attention for s in w]))) is not None
-        ]
-        both.append(
-            (
-                sum(known) / len(known) if known else None,
-                {p: sum(_share(v, length, p) for v in values) / len(values) for p in (1, 4, 16) if p <= min(FIRST, length)},
-            )
-        )
-    mean = {
-        kind: [(p, sum(d[kind][j][1] for d in doses) / len(doses)) for j, (p, _) in enumerate(doses[0][kind])]
-        for kind in doses[0]
-    }
-    return Horizontal([s for w in found for s in w], both[0][0], both[1][0], both[0][1], both[1][1], mean, length)
+    return Horizontal(
+        sources=[s for window in found for s in window],
+        correlation=_correlation(found, "diffused"),
+        kv_correlation=_correlation(found, "kv_diffused"),
+        shares=_shares(found, "diffused", length),
+        kv_shares=_shares(found, "kv_diffused", length),
+        doses={
+            kind: [(curve[0][0], _mean([e for _, e in curve])) for curve in zip(*(d[kind] for d in doses), strict=True)]
+            for kind in doses[0]
+        },
+        tokens=length,
+    )
+
+
+def _correlation(found: list[list[Source]], key: str) -> float | None:
+    """Rank correlation of a figure with the attention received, mean over the windows that have one."""
+    pairs = [[torch.tensor([getattr(s, name) for s in window]).double() for name in (key, "attention")] for window in found]
+    known = [c for diffused, attention in pairs if (c := rank_correlation(diffused, attention)) is not None]
+    return _mean(known) if known else None
+
+
+def _shares(found: list[list[Source]], key: str, length: int) -> dict[int, float]:
+    values = [torch.tensor([getattr(s, key) for s in window], dtype=torch.float64) for window in found]
+    return {p: _mean([_share(v, length, p) for v in values]) for p in (1, 4, 16) if p <= min(FIRST, length)}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _sources(
@@ -214,19 +208,20 @@ def _share(diffused: Tensor, length: int, p: int) -> float:
 def _doses(
     model: Any, anatomy: Anatomy, ids: Tensor, exact: Tensor, attention: Tensor, bits: int, rng: torch.Generator
 ) -> dict[str, list[tuple[int, float]]]:
-    """Keep some tokens' keys and values, round all others'."""
+    """Keep some tokens' keys and values, round all others'; seen at the same tokens for every dose, behind the largest one."""
     length = len(ids)
     orders = {
         "first": torch.arange(length),
         "random": torch.randperm(length, generator=rng),
         "most attended": attention.argsort(descending=True),
     }
-    sizes = [p for p in DOSES if p < length]
+    sizes = [p for p in DOSES if 4 * p <= length]
     rows = torch.ones(1 + len(orders) * len(sizes), length, dtype=torch.bool)
     cases = [(kind, p) for kind in orders for p in sizes]
     for n, (kind, p) in enumerate(cases, 1):
         rows[n, orders[kind][:p]] = False
-    errors = relative_errors(last_with_rows_rounded(model, anatomy, ids, rows, bits, kv_only=True), exact).median(-1).values
+    states = last_with_rows_rounded(model, anatomy, ids, rows, bits, kv_only=True)
+    errors = relative_errors(states, exact)[:, sizes[-1] :].median(-1).values
     found: dict[str, list[tuple[int, float]]] = {kind: [(0, float(errors[0]))] for kind in orders}
     for n, (kind, p) in enumerate(cases, 1):
         found[kind].append((p, float(errors[n])))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def reference(
     if ids is None:
         return Reference(model, None, None, None, scores)
     exact.set_attn_implementation(WINDOW_ATTENTION)
-    hidden = [_hidden(exact, w) for w in _watched(ids, progress, "reference")]
+    hidden = [final_states(exact, w) for w in in_turn(ids, progress, "reference")]
     return Reference(model, ids, torch.stack(hidden), exact.lm_head, scores)
 
 
@@ -248,7 +248,7 @@ def _on_text(
         return figures, 0.0
     started = time.time()
     model.set_attn_implementation(WINDOW_ATTENTION)
-    scores = [_score(model, exact, i, w) for i, w in enumerate(_watched(ids, progress, "eval"))]
+    scores = [_score(model, exact, i, w) for i, w in enumerate(in_turn(ids, progress, "eval"))]
     nll, kl, agree = (torch.stack([s[i] for s in scores]) for i in range(3))
     ppl = math.exp(min(float(nll.mean()), 700.0))
     figures |= {"ppl": ppl, "ppl_stderr": None if (error := _stderr(nll)) is None else ppl * error}
@@ -276,19 +276,20 @@ def _check_fits(ids: Tensor, model: Any, name: str | Path) -> None:
         raise InputError(f"--seqlen {ids.shape[1]} is longer than the {limit} positions of {name}{taken}")
 
 
-def _watched(ids: Tensor, progress: Progress | None, what: str) -> Any:
-    for i, window in enumerate(ids):
+def in_turn(items: Sequence[Any] | Tensor, progress: Progress | None, what: str) -> Iterator[Any]:
+    """One item (a row of a tensor) after another, telling progress of each."""
+    for i, item in enumerate(items):
         if progress is not None:
-            progress(what, i, len(ids))
-        yield window
+            progress(what, i, len(items))
+        yield item
     if progress is not None:
-        progress(what, len(ids), len(ids))
+        progress(what, len(items), len(items))
 
 
 @torch.no_grad()
 def _score(model: Any, exact: Reference | None, index: int, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean NLL, KL and agreement of one window [L]; the last two are zero without a reference."""
-    hidden = _hidden(model, window)
+    hidden = final_states(model, window)
     nll, kl, agree = torch.zeros(3, dtype=torch.float64)
     for rows in torch.arange(len(window) - 1).split(_ROWS):
         logits = model.lm_head(hidden[rows])
@@ -302,8 +303,8 @@ def _score(model: Any, exact: Reference | None, index: int, window: Tensor) -> t
 
 
 @torch.no_grad()
-def _hidden(model: Any, window: Tensor) -> Tensor:
-    """Final hidden states of one window, [L, D]; logits are made from slices of it, never all at once."""
+def final_states(model: Any, window: Tensor) -> Tensor:
+    """Hidden states of one window behind the last norm, [L, D]; logits are made from slices of it, never all at once."""
     out: Tensor = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]
     return out
 

@@ -7,44 +7,35 @@ differences are not those of the arithmetic. Shapes: N windows of L tokens.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sordino.anatomy import SITES, Anatomy, anatomy_of
+from sordino.anatomy import anatomy_of
 from sordino.api import load
 from sordino.corpus import DEFAULT_TEXT, load_text
 from sordino.errors import InputError
-from sordino.measure.activations import Activations, Progress, look
+from sordino.measure.activations import Activations, look
 from sordino.measure.advice import Advice, advise
 from sordino.measure.diffusion import Horizontal, horizontal
-from sordino.measure.evaluate import Windows
+from sordino.measure.evaluate import Progress, Windows
 from sordino.measure.propagation import Vertical, vertical
-from sordino.measure.sensitivity import Sensitivity, rounded_copy, sensitivities
-from sordino.protect.prefix import choose
+from sordino.measure.sensitivity import Sensitivity, names_of, round_weights, sensitivities, with_weights
+from sordino.protect.prefix import THRESHOLD, choose
+from sordino.report.notebook import table
 from sordino.runtime.attention import attach
 from sordino.runtime.prefix import KEY, VALUE
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
 from sordino.walk.prefix import first_token
 
 BITS = 4
-THRESHOLD = 64.0  # as the move prefix has it
 SPREAD = (2, 256)  # windows and tokens of the interventions: they take a forward for every source
-
-
-@dataclass(frozen=True)
-class NamedToken:
-    """An outlier token, see :class:`sordino.measure.activations.OutlierToken`."""
-
-    token: str
-    id: int
-    times: int
-    first: int
-    ratio: float
-    block: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,6 @@ class Inspection:
         prefix_tokens: what they are.
         plain: activations of the model.
         prefixed: the same behind the prefix; None if there is no outlier token.
-        tokens: outlier tokens, most frequent first.
         sensitivities: what rounding each kind of operand does.
         vertical: errors along depth.
         horizontal: errors from token to token.
@@ -80,7 +70,6 @@ class Inspection:
     prefix_tokens: list[str]
     plain: Activations
     prefixed: Activations | None
-    tokens: list[NamedToken]
     sensitivities: list[Sensitivity]
     vertical: Vertical
     horizontal: Horizontal
@@ -89,14 +78,48 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """As written by ``sordino inspect --json``."""
-        row = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("plain", "prefixed")}
+        row = {k: getattr(self, k) for k in self.__dataclass_fields__}
         for name in ("vertical", "horizontal"):
             row[name] = asdict(row[name])
-        for name in ("tokens", "sensitivities", "advice"):
+        for name in ("sensitivities", "advice"):
             row[name] = [asdict(x) for x in row[name]]
-        row["plain"] = _figures(self.plain)
-        row["prefixed"] = None if self.prefixed is None else _figures(self.prefixed)
+        for name in ("plain", "prefixed"):
+            row[name] = row[name] and row[name].to_json()
         return row
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The most telling figures, as (figure, value)."""
+        kl = {(c.what, c.where): f"{c.kl:.4f}" for c in self.sensitivities}
+        peak, block = max((ratio, i) for i, ratio in enumerate(self.plain.ratios))
+        loudest = self.plain.loudest[block]
+        lines = [
+            ("full-precision model", self.model),
+            *([("checkpoint held against it", self.checkpoint)] if self.checkpoint else []),
+            ("text", f"{self.text}, {self.windows} windows of {self.seqlen} tokens"),
+            (
+                "largest over median token at the input of down_proj",
+                f"{peak:.1f} in block {block}; most of all {loudest.token!r} in place {loudest.place}, {loudest.ratio:.1f}",
+            ),
+            (
+                "prefix that the move would choose",
+                " ".join(map(repr, self.prefix_tokens)) or "none: no token stands out enough",
+            ),
+        ]
+        if self.prefixed is not None:
+            after = self.prefixed.ratios
+            lines.append(("the same behind that prefix", f"{after[block]:.1f} there, {max(after):.1f} in the worst block"))
+        lines += [
+            (f"KL, weights rounded to {self.bits} bits", kl["weights", "all"]),
+            (f"KL, inputs at {self.bits} bits", kl["inputs", "all"]),
+            (f"KL, inputs at {self.bits} bits behind a rotation", kl["rotated inputs", "all"]),
+            (f"KL, keys and values at {self.bits} bits", kl["keys and values", "all"]),
+            ("error behind the last block over that block's own", f"{self.vertical.ratio[-1]:.1f}"),
+            ("time", f"{self.seconds:.0f} s"),
+        ]
+        return lines
+
+    def _repr_html_(self) -> str:
+        return table(self.lines())
 
 
 def inspect(
@@ -131,15 +154,19 @@ def inspect(
     anatomy, ids = anatomy_of(exact), cut.of(tokenizer, exact, name)
     checkpoint = None if against is None else _checkpoint(model, cut, ids, exact, name)
     exact.set_attn_implementation(WINDOW_ATTENTION)
+    words = tokenizer.convert_ids_to_tokens
     plain = look(exact, anatomy, ids, THRESHOLD, progress)
-    prefix = list(choose(plain.outliers, first_token(exact.config)))
-    rounded = rounded_copy(exact, anatomy, BITS, progress)
+    plain.name_tokens(words)
+    prefix, prefixed = list(choose(plain.outliers, first_token(exact.config))), None
+    if prefix:
+        with _behind(exact, prefix):
+            prefixed = look(exact, anatomy, ids, THRESHOLD, progress)
+        prefixed.name_tokens(words)
+    rounded = round_weights(exact, anatomy, BITS, progress)
     costs = sensitivities(exact, rounded, anatomy, ids, BITS, progress)
     across = horizontal(exact, anatomy, ids[: SPREAD[0], : SPREAD[1]], BITS, progress=progress)
-    prefixed = _behind(exact, anatomy, prefix, ids, progress) if prefix else None
-    depth = _depth(exact, rounded if checkpoint is None else checkpoint, anatomy, ids, progress)
-    named = sorted(plain.tokens.values(), key=lambda t: (-t.times, t.id))
-    words = dict(zip([t.id for t in named], tokenizer.convert_ids_to_tokens([t.id for t in named]), strict=True))
+    simulated = partial(with_weights, exact, rounded, names_of(anatomy, anatomy.linears))
+    depth = _depth(exact, checkpoint, simulated, ids, progress)
     return Inspection(
         model=str(name),
         checkpoint=None if against is None else str(model),
@@ -148,10 +175,9 @@ def inspect(
         seqlen=seqlen,
         bits=BITS,
         prefix=prefix,
-        prefix_tokens=[str(t) for t in tokenizer.convert_ids_to_tokens(prefix)],
+        prefix_tokens=[str(t) for t in words(prefix)],
         plain=plain,
         prefixed=prefixed,
-        tokens=[NamedToken(str(words[t.id]), t.id, t.times, t.first, t.ratio, t.block) for t in named],
         sensitivities=costs,
         vertical=depth,
         horizontal=across,
@@ -177,53 +203,30 @@ def _checkpoint(name: str | Path, cut: Windows, ids: Tensor, exact: Any, origin:
     return found
 
 
-def _behind(exact: Any, anatomy: Anatomy, prefix: list[int], ids: Tensor, progress: Progress | None) -> Activations:
-    _attach(exact, prefix)
-    try:
-        return look(exact, anatomy, ids, THRESHOLD, progress)
-    finally:
-        _detach(exact)
-
-
-def _depth(exact: Any, rounded: Any, anatomy: Anatomy, ids: Tensor, progress: Progress | None) -> Vertical:
-    """Errors along depth, full precision with the checkpoint's prefix."""
-    prefix = list(getattr(getattr(rounded.config, "quantization_config", None), "prefix", []))
-    last = anatomy.n_blocks - 1
+def _depth(
+    exact: Any,
+    checkpoint: Any,
+    simulated: Callable[[], AbstractContextManager[Any]],
+    ids: Tensor,
+    progress: Progress | None,
+) -> Vertical:
+    """Errors along depth; full precision stands behind the checkpoint's prefix too."""
+    prefix = [] if checkpoint is None else list(getattr(checkpoint.config.quantization_config, "prefix", []))
+    last = exact.config.num_hidden_layers - 1
     singles = sorted({last * k // 4 for k in range(4)})
+    with _behind(exact, prefix):
+        return vertical(exact, simulated if checkpoint is None else lambda: nullcontext(checkpoint), ids, singles, progress)
+
+
+@contextmanager
+def _behind(model: Any, prefix: list[int]) -> Iterator[None]:
+    """Let tokens, if any, stand before every text for a while."""
     if prefix:
-        _attach(exact, prefix)
+        attach(model, prefix)
+        model.set_attn_implementation(WINDOW_ATTENTION)
     try:
-        return vertical(exact, rounded, ids, singles, progress)
+        yield
     finally:
-        _detach(exact)
-
-
-def _attach(model: Any, prefix: list[int]) -> None:
-    attach(model, prefix)
-    model.set_attn_implementation(WINDOW_ATTENTION)
-
-
-def _detach(model: Any) -> None:
-    for module in model.modules():
-        for name in (KEY, VALUE):
-            if name in getattr(module, "_buffers", {}):
-                delattr(module, name)
-
-
-def _figures(found: Activations) -> dict[str, Any]:
-    """Without the maxima of every channel: the largest over the median one, and which the largest are."""
-    channels: dict[str, list[dict[str, Any]]] = {}
-    for site in SITES:
-        channels[site] = []
-        for peaks in found.channels[site]:
-            top = peaks.topk(min(5, len(peaks)))
-            ratio = float(top.values[0] / peaks.median().clamp(min=1e-30))
-            channels[site].append({"ratio": ratio, "largest": float(top.values[0]), "channels": top.indices.tolist()})
-    return {
-        "down_ratios": found.ratios,
-        "down_ratios_rotated": found.rotated,
-        "lower_ratios": found.lower,
-        "ranges": found.ranges,
-        "channels": channels,
-        "outlier_tokens_a_window": found.outliers.means,
-    }
+        for module in [m for m in model.modules() if hasattr(m, KEY)]:
+            delattr(module, KEY)
+            delattr(module, VALUE)

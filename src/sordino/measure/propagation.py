@@ -6,7 +6,8 @@ Hidden states are compared in the full-precision model's basis. Shapes: N window
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sordino.anatomy import hidden_states
-from sordino.measure.activations import Progress, hooked
+from sordino.measure.activations import hooked
+from sordino.measure.evaluate import Progress, in_turn
 from sordino.numerics.basis import Basis
 
 MASSIVE = 100.0  # a token whose squared norm exceeds the median token's so many times counts as massive
@@ -119,41 +121,41 @@ def basis_of(model: Any) -> Basis | None:
     return None if found is None else Basis(**found)
 
 
+def last_states(model: Any, ids: Tensor) -> Tensor:
+    """Behind the last block, [B, L, D], of ids int64 [B, L]; nothing else is kept."""
+    seen: list[Tensor] = []
+    last = model.get_decoder().layers[-1]
+    with hooked([last.register_forward_hook(lambda _, __, out: seen.append(hidden_states(out)))]), torch.no_grad():
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    return seen[0]
+
+
 def vertical(
-    exact: Any, rounded: Any, windows: Tensor, singles: Sequence[int] = (), progress: Progress | None = None
+    exact: Any,
+    rounded: Callable[[], AbstractContextManager[Any]],
+    windows: Tensor,
+    singles: Sequence[int] = (),
+    progress: Progress | None = None,
 ) -> Vertical:
     """Measure along depth.
 
     Args:
-        exact: the full-precision model, with the same prefix as ``rounded``.
-        rounded: the quantized model, of the same shape.
+        exact: the full-precision model, with the same prefix as the quantized one.
+        rounded: a context that gives the quantized model; it may be ``exact`` itself, changed while the context lasts.
         windows: token ids, int64 [N, L].
         singles: blocks to round alone.
         progress: told (what, done, total).
     """
-    basis = basis_of(rounded)
     found: list[list[list[Tensor]]] = []  # window, block, (accumulated, isolated, massive, mse, cosine)
     alone: dict[int, list[list[Tensor]]] = {k: [] for k in singles}
-    for n, window in enumerate(windows):
-        if progress is not None:
-            progress("depth", n, len(windows))
-        ids = window[None]
-        target = run_blocks(exact, ids)
-        fed = [h if basis is None else basis.apply(h) for h in target]
-        chained, apart = (
-            [h if basis is None else basis.undo(h) for h in run_blocks(rounded, ids, feed=f)] for f in (None, fed)
-        )
-        rows = []
-        for h, q, single in zip(target[1:], chained[1:], apart[1:], strict=True):
-            cosine = torch.cosine_similarity(q.float(), h.float(), dim=-1)
-            mse = (q.float() - h.float()).square().mean(-1)
-            rows.append([t[0] for t in (relative_errors(q, h), relative_errors(single, h), massive_tokens(h), mse, cosine)])
-        found.append(rows)
+    for window in in_turn(windows, progress, "depth"):
+        target = run_blocks(exact, window[None])
+        with rounded() as model:
+            chained, apart = _chained_and_apart(model, window[None], target)
+        found.append([_figures(*states) for states in zip(target[1:], chained[1:], apart[1:], strict=True)])
         for k in singles:
-            behind = run_blocks(exact, ids, put={k: apart[k + 1]})
+            behind = run_blocks(exact, window[None], put={k: apart[k + 1]})
             alone[k].append([relative_errors(q, h)[0] for q, h in zip(behind[k + 1 :], target[k + 1 :], strict=True)])
-    if progress is not None:
-        progress("depth", len(windows), len(windows))
     blocks = [[torch.cat(parts) for parts in zip(*rows, strict=True)] for rows in zip(*found, strict=True)]
     accumulated = [Spread.of(a, m) for a, _, m, _, _ in blocks]
     isolated = [Spread.of(i, m) for _, i, m, _, _ in blocks]
@@ -166,3 +168,20 @@ def vertical(
         massive=[float(m.float().mean()) for _, _, m, _, _ in blocks],
         single={k: [float(torch.cat(parts).median()) for parts in zip(*rows, strict=True)] for k, rows in alone.items()},
     )
+
+
+def _chained_and_apart(model: Any, ids: Tensor, target: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The quantized model's streams, in the exact one's basis: each block behind the one before, and on the exact stream."""
+    basis = basis_of(model)
+    if basis is None:
+        return run_blocks(model, ids), run_blocks(model, ids, feed=target)
+    fed = [basis.apply(h) for h in target]
+    chained, apart = ([basis.undo(h) for h in run_blocks(model, ids, feed=f)] for f in (None, fed))
+    return chained, apart
+
+
+def _figures(exact: Tensor, chained: Tensor, apart: Tensor) -> list[Tensor]:
+    """Of one window behind one block, [1, L, D] each -> five of [L]."""
+    mse = (chained.float() - exact.float()).square().mean(-1)
+    cosine = torch.cosine_similarity(chained.float(), exact.float(), dim=-1)
+    return [x[0] for x in (relative_errors(chained, exact), relative_errors(apart, exact), massive_tokens(exact), mse, cosine)]

@@ -1,23 +1,28 @@
 """What rounding to a few bits does to the end of a model, one kind of operand at a time.
 
 Weights of one projection in all blocks by round-to-nearest with scale search; the inputs of one site, a symmetric scale a
-token, plain and behind a Hadamard matrix; keys and values, a range a token and head. All simulated.
-Shapes: N windows, L tokens, D hidden size, V vocabulary.
+token, plain and behind a Hadamard matrix; keys and values, a range a token and head. All is simulated, for a while, on the
+model itself.
+Shapes: N windows, L tokens, D hidden size, V vocabulary, R rows, K columns, G groups.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from sordino.anatomy import SITES, Anatomy, group_size
-from sordino.measure.activations import Progress, hooked
-from sordino.numerics.affine import AffineGrid
+from sordino.anatomy import SITES, Anatomy, Linear, group_size
+from sordino.measure.activations import hooked
+from sordino.measure.evaluate import Progress, final_states, in_turn
+from sordino.measure.propagation import relative_errors
+from sordino.numerics.affine import AffineGrid, GridParams
 from sordino.numerics.divergence import token_kl
 from sordino.numerics.hadamard import rotation
 from sordino.numerics.inputs import fake_encode, token_scale
@@ -44,129 +49,137 @@ class Sensitivity:
     kl: float
 
 
-@torch.no_grad()
-def rounded_copy(model: Any, anatomy: Anatomy, bits: int, progress: Progress | None = None) -> Any:
-    """A copy of a model whose block linears are rounded to nearest, asymmetric, in groups as ``group = "auto"`` takes them."""
-    grid, rounded = AffineGrid(bits), copy.deepcopy(model)
-    for i in range(anatomy.n_blocks):
-        if progress is not None:
-            progress("round", i, anatomy.n_blocks)
-        for linear in anatomy.linears:
-            module = rounded.get_submodule(anatomy.full_name(i, linear.name))
-            w = module.weight.float()
-            values = grid.nearest(w, grid.fit_groups(w, group_size("auto", linear, linear.name)))[1]
-            module.weight = torch.nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
-    if progress is not None:
-        progress("round", anatomy.n_blocks, anatomy.n_blocks)
-    return rounded
+@dataclass(frozen=True)
+class RoundedWeights:
+    """Weights on a grid, a byte each: a second copy of the model would be what limits its size.
 
-
-@torch.no_grad()
-def sensitivities(
-    model: Any, rounded: Any, anatomy: Anatomy, windows: Tensor, bits: int, progress: Progress | None = None
-) -> list[Sensitivity]:
-    """Round one kind of operand after another.
-
-    Args:
-        model: in full precision, with the attention function of windows; as before afterwards.
-        rounded: by :func:`rounded_copy`.
-        anatomy: of both.
-        windows: token ids, int64 [N, L].
-        bits: of inputs, keys and values.
-        progress: told (what, done, total).
+    Attributes:
+        grid: which numbers they are.
+        parts: by full name of the linear, codes uint8 [R, K] and grid parameters [R, G].
     """
-    exact = [_hidden(model, w) for w in windows]
-    kinds = [linear.name for linear in anatomy.linears]
-    cases: list[tuple[str, str, Callable[[], Callable[[], None]]]] = [
-        ("weights", name.rpartition(".")[2], lambda name=name: _weights(model, rounded, anatomy, [name]))  # type: ignore[misc]
-        for name in kinds
-    ]
-    cases.append(("weights", "all", lambda: _weights(model, rounded, anatomy, kinds)))
-    for turned, what in ((False, "inputs"), (True, "rotated inputs")):
-        for site in (*SITES, "all"):
-            sites = SITES if site == "all" else (site,)
-            cases.append((what, site, lambda s=sites, t=turned: _inputs(model, anatomy, s, bits, t)))  # type: ignore[misc]
-    cases.append(("keys and values", "all", lambda: _keys_values(model, bits)))
-    rows = []
-    for n, (what, where, begin) in enumerate(cases):
-        if progress is not None:
-            progress("sensitivity", n, len(cases))
-        undo = begin()
-        try:
-            rows.append(Sensitivity(what, where, *_distance(model, windows, exact)))
-        finally:
-            undo()
-    if progress is not None:
-        progress("sensitivity", len(cases), len(cases))
-    return rows
+
+    grid: AffineGrid
+    parts: dict[str, tuple[Tensor, GridParams]]
+
+    def values(self, name: str) -> Tensor:
+        """The rounded weight of a linear, fp32 [R, K]."""
+        codes, params = self.parts[name]
+        return self.grid.values(codes.float(), params)
 
 
-def _weights(model: Any, rounded: Any, anatomy: Anatomy, names: list[str]) -> Callable[[], None]:
-    """Exchange the weights of some projections; doing it again puts them back."""
-
-    def swap() -> None:
-        for i in range(anatomy.n_blocks):
-            for name in names:
-                a, b = (m.get_submodule(anatomy.full_name(i, name)) for m in (model, rounded))
-                a.weight, b.weight = b.weight, a.weight
-
-    swap()
-    return swap
-
-
-def _inputs(model: Any, anatomy: Anatomy, sites: tuple[Any, ...], bits: int, turned: bool) -> Callable[[], None]:
-    def before(_: Any, args: tuple[Any, ...]) -> tuple[Tensor]:
-        x, turn = args[0], rotation(args[0].shape[-1])
-        x = turn.apply(x) if turned else x
-        x = fake_encode(x, token_scale(x, bits), bits)
-        return (turn.apply_transpose(x) if turned else x,)
-
-    handles = [
-        model.get_submodule(anatomy.full_name(i, linear.name)).register_forward_pre_hook(before)
-        for i in range(anatomy.n_blocks)
-        for site in sites
-        for linear in anatomy.at(site)
-    ]
-
-    def undo() -> None:
-        with hooked(handles):
-            pass
-
-    return undo
+@torch.no_grad()
+def round_weights(model: Any, anatomy: Anatomy, bits: int, progress: Progress | None = None) -> RoundedWeights:
+    """Round the linears of all blocks to nearest, asymmetric, in groups as ``group = "auto"`` takes them."""
+    grid, parts = AffineGrid(bits), {}
+    for i in in_turn(range(anatomy.n_blocks), progress, "round"):
+        for linear in anatomy.linears:
+            name = anatomy.full_name(i, linear.name)
+            w = model.get_submodule(name).weight.float()
+            params = grid.fit_groups(w, group_size("auto", linear, name))
+            parts[name] = grid.codes(w, params).to(torch.uint8), params
+    return RoundedWeights(grid, parts)
 
 
-def _keys_values(model: Any, bits: int) -> Callable[[], None]:
-    modules = give_kv_grid(model, KvGrid(bits, symmetric=False, static=False))
-    return lambda: take_kv_grid(modules)
+def names_of(anatomy: Anatomy, linears: Iterable[Linear]) -> list[str]:
+    """Full names of linears in all blocks."""
+    return [anatomy.full_name(i, linear.name) for linear in linears for i in range(anatomy.n_blocks)]
 
 
-def give_kv_grid(model: Any, grid: Any) -> list[Any]:
-    """Let every attention module round keys and values by a grid; returns the modules."""
+@contextmanager
+def with_weights(model: Any, rounded: RoundedWeights, names: Iterable[str]) -> Iterator[Any]:
+    """Let linears of a model, by their full names, multiply with rounded weights; gives the model."""
+    modules = {name: model.get_submodule(name) for name in names}
+    for name, module in modules.items():
+        module.forward = partial(_multiply, module, partial(rounded.values, name))
+    try:
+        yield model
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
+def _multiply(module: Any, weight: Callable[[], Tensor], x: Tensor) -> Tensor:
+    return F.linear(x, weight().to(x.dtype), module.bias)
+
+
+@contextmanager
+def with_inputs(model: Any, change: Callable[[Tensor], Tensor], names: Iterable[str]) -> Iterator[None]:
+    """Change what linears of a model, by their full names, get: [B, L, K] to the same."""
+    with hooked([model.get_submodule(n).register_forward_pre_hook(lambda _, args: (change(args[0]),)) for n in names]):
+        yield
+
+
+@contextmanager
+def with_kv(model: Any, grid: Any) -> Iterator[None]:
+    """Let every attention module round keys and values by a grid, whose ``fake`` is all that is asked for."""
     modules = [m for m in model.modules() if hasattr(m, "k_proj")]
     shares = torch.ones(model.config.num_key_value_heads)
     for module in modules:
         round_kv(module, grid, shares, shares)
-    return modules
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.kv_grid = None
 
 
-def take_kv_grid(modules: list[Any]) -> None:
-    """Undo :func:`give_kv_grid`."""
-    for module in modules:
-        module.kv_grid = None
+def kv_grid(bits: int) -> KvGrid:
+    """A range a token and head."""
+    return KvGrid(bits, symmetric=False, static=False)
 
 
-def _hidden(model: Any, window: Tensor) -> Tensor:
-    """Final hidden states of one window behind the last norm, [L, D]."""
-    out: Tensor = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]
-    return out
+def round_tokens(x: Tensor, bits: int, turned: bool = False) -> Tensor:
+    """X [..., K] rounded by one symmetric scale a token; turned: behind a Hadamard matrix, and turned back."""
+    turn = rotation(x.shape[-1])
+    x = turn.apply(x) if turned else x
+    x = fake_encode(x, token_scale(x, bits), bits)
+    return turn.apply_transpose(x) if turned else x
+
+
+@torch.no_grad()
+def sensitivities(
+    model: Any, rounded: RoundedWeights, anatomy: Anatomy, windows: Tensor, bits: int, progress: Progress | None = None
+) -> list[Sensitivity]:
+    """Round one kind of operand after another.
+
+    Args:
+        model: in full precision, with an attention function of ours; as before afterwards.
+        rounded: its weights, by :func:`round_weights`.
+        anatomy: of it.
+        windows: token ids, int64 [N, L].
+        bits: of inputs, keys and values.
+        progress: told (what, done, total).
+    """
+    exact = [final_states(model, w) for w in windows]
+    rows = []
+    for what, where, case in in_turn(_cases(model, rounded, anatomy, bits), progress, "sensitivity"):
+        with case():
+            rows.append(Sensitivity(what, where, *_distance(model, windows, exact)))
+    return rows
+
+
+def _cases(
+    model: Any, rounded: RoundedWeights, anatomy: Anatomy, bits: int
+) -> list[tuple[str, str, Callable[[], AbstractContextManager[Any]]]]:
+    """What is rounded, where, and a context in which it is."""
+    kinds = {x.name.rpartition(".")[2]: [x] for x in anatomy.linears} | {"all": list(anatomy.linears)}
+    sites = {str(site): list(anatomy.at(site)) for site in SITES} | {"all": list(anatomy.linears)}
+    cases: list[tuple[str, str, Callable[[], AbstractContextManager[Any]]]] = [
+        ("weights", where, partial(with_weights, model, rounded, names_of(anatomy, linears)))
+        for where, linears in kinds.items()
+    ]
+    for turned, what in ((False, "inputs"), (True, "rotated inputs")):
+        change = partial(round_tokens, bits=bits, turned=turned)
+        cases += [(what, where, partial(with_inputs, model, change, names_of(anatomy, x))) for where, x in sites.items()]
+    return [*cases, ("keys and values", "all", partial(with_kv, model, kv_grid(bits)))]
 
 
 def _distance(model: Any, windows: Tensor, exact: list[Tensor]) -> tuple[float, float]:
     """Median relative error of the final hidden state, mean KL."""
     errors, kl = [], torch.zeros((), dtype=torch.float64)
     for window, target in zip(windows, exact, strict=True):
-        hidden = _hidden(model, window)
-        errors.append((hidden - target).float().square().sum(-1) / target.float().square().sum(-1).clamp(min=1e-30))
+        hidden = final_states(model, window)
+        errors.append(relative_errors(hidden, target))
         for ours, theirs in zip(hidden.split(_ROWS), target.split(_ROWS), strict=True):
             log_q, log_p = (torch.log_softmax(model.lm_head(h).float(), -1) for h in (ours, theirs))
             kl += token_kl(log_p, log_q).sum().double()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sordino.contract import Move, SiteInputs
 
 Threshold = Annotated[float, Field(gt=1)]
+THRESHOLD = 64.0  # a token is an outlier where its largest entry exceeds the median token's so many times
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Prefix(Move):
 
     name = "prefix"
 
-    def __init__(self, threshold: Threshold = 64.0) -> None:
+    def __init__(self, threshold: Threshold = THRESHOLD) -> None:
         self.threshold = threshold
 
     def survey(self, index: int, block: nn.Module, inputs: SiteInputs, artifacts: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from sordino.anatomy import SITES
 from sordino.measure.activations import Activations
 from sordino.measure.diffusion import Horizontal
 from sordino.measure.inspect import Inspection
-from sordino.measure.propagation import Spread, Vertical
+from sordino.measure.propagation import Vertical
 from sordino.report.heat import heat
 from sordino.report.page import render
 from sordino.report.svg import Series, plot
@@ -26,12 +26,14 @@ def inspect_page(found: Inspection) -> str:
         "inspect.html",
         title=f"Inspection of {subject}",
         found=found,
-        headline=_headline(found),
+        headline=found.lines(),
         ratios=_ratios(found),
+        loudest=_loudest(found),
+        tokens=[[repr(t.token), t.id, t.times, t.first, t.ratio, t.block] for t in found.plain.most_frequent()],
         lower=_lower(found),
         maps=[{"site": site, "drawing": _map(found.plain.channels[site], site)} for site in SITES],
         ranges=_ranges(found.plain),
-        sensitivity=_sensitivity(found),
+        sensitivity=[[c.what, c.where, c.kl, c.error] for c in found.sensitivities],
         depth=_depth(found.vertical),
         ratio=_over_depth({"accumulated over isolated": found.vertical.ratio}, "ratio"),
         singles=_singles(found.vertical),
@@ -40,33 +42,6 @@ def inspect_page(found: Inspection) -> str:
         doses=_doses(found.horizontal),
         shares=_shares(found.horizontal),
     )
-
-
-def _headline(found: Inspection) -> list[tuple[str, Any]]:
-    costs = {(c.what, c.where): c.kl for c in found.sensitivities}
-    lines: list[tuple[str, Any]] = [("full-precision model", found.model)]
-    if found.checkpoint:
-        lines.append(("checkpoint held against it", found.checkpoint))
-    peak = max(found.plain.ratios)
-    lines += [
-        ("text", f"{found.text}, {found.windows} windows of {found.seqlen} tokens"),
-        ("largest over median token", f"{peak:.1f} at the input of down_proj, block {found.plain.ratios.index(peak)}"),
-        (
-            "prefix that the move would choose",
-            " ".join(map(repr, found.prefix_tokens)) or "none: no token stands out far enough",
-        ),
-    ]
-    if found.prefixed is not None:
-        lines.append(("the same ratio behind that prefix", f"{max(found.prefixed.ratios):.1f}"))
-    lines += [
-        (f"KL, weights rounded to {found.bits} bits", costs["weights", "all"]),
-        (f"KL, inputs at {found.bits} bits", costs["inputs", "all"]),
-        (f"KL, inputs at {found.bits} bits behind a rotation", costs["rotated inputs", "all"]),
-        (f"KL, keys and values at {found.bits} bits", costs["keys and values", "all"]),
-        ("error behind the last block over that block's own", found.vertical.ratio[-1]),
-        ("time", f"{found.seconds:.0f} s"),
-    ]
-    return lines
 
 
 def _over_depth(lines: dict[str, list[float]], label: str) -> Markup:
@@ -83,6 +58,15 @@ def _ratios(found: Inspection) -> Markup:
     if found.prefixed is not None:
         lines |= {"behind the prefix": found.prefixed.ratios, "behind the prefix, rotated": found.prefixed.rotated}
     return _over_depth(lines, "largest over median token")
+
+
+def _loudest(found: Inspection) -> list[list[Any]]:
+    """By block: the token that stands out most, as it is and behind the prefix."""
+    sides = [side.loudest for side in (found.plain, found.prefixed) if side is not None]
+    return [
+        [block, *(cell for t in row for cell in (repr(t.token), t.place, t.ratio))]
+        for block, row in enumerate(zip(*sides, strict=True))
+    ]
 
 
 def _lower(found: Inspection) -> Markup:
@@ -103,22 +87,16 @@ def _ranges(found: Activations) -> Markup:
     return _over_depth(lines, "largest magnitude")
 
 
-def _sensitivity(found: Inspection) -> list[dict[str, Any]]:
-    most = max((c.kl for c in found.sensitivities), default=0.0) or 1.0
-    return [
-        {"what": c.what, "where": c.where, "kl": c.kl, "error": c.error, "width": max(0.5, 100 * c.kl / most)}
-        for c in found.sensitivities
-    ]
-
-
 def _depth(depth: Vertical) -> Markup:
-    def median(rows: list[Spread]) -> list[float]:
-        return [s.median for s in rows]
-
-    lines = {"accumulated, median": median(depth.accumulated), "isolated, median": median(depth.isolated)}
-    lines["accumulated, mean without massive tokens"] = [s.ordinary for s in depth.accumulated]
-    lines["accumulated, mean of all"] = [s.mean for s in depth.accumulated]
-    return _over_depth(lines, "relative squared error")
+    return _over_depth(
+        {
+            "accumulated, median": [s.median for s in depth.accumulated],
+            "isolated, median": [s.median for s in depth.isolated],
+            "accumulated, mean without massive tokens": [s.ordinary for s in depth.accumulated],
+            "accumulated, mean of all": [s.mean for s in depth.accumulated],
+        },
+        "relative squared error",
+    )
 
 
 def _singles(depth: Vertical) -> Markup:
@@ -141,21 +119,14 @@ def _blocks(depth: Vertical) -> list[list[Any]]:
 
 
 def _sources(across: Horizontal) -> Markup:
-    lines = {"all activations": "diffused", "keys and values alone": "kv_diffused"}
-    series = [
-        Series(
-            name,
-            [
-                (
-                    s.place,
-                    getattr(s, key),
-                    f"place {s.place} of window {s.window}: {getattr(s, key):.4g}, attention {s.attention:.4g}",
-                )
-                for s in sorted(across.sources, key=lambda s: s.place)
-            ],
-        )
-        for name, key in lines.items()
-    ]
+    """Over places; windows that tried the same place are averaged."""
+    series = []
+    for name, key in (("all activations", "diffused"), ("keys and values alone", "kv_diffused")):
+        at: dict[int, list[float]] = {}
+        for s in across.sources:
+            at.setdefault(s.place, []).append(getattr(s, key))
+        means = [(place, sum(values) / len(values)) for place, values in sorted(at.items())]
+        series.append(Series(name, [(place, mean, f"place {place}: {mean:.4g}") for place, mean in means]))
     return plot(series, "place of the rounded token", "error of all later tokens", lines=True)
 
 
