@@ -14,6 +14,7 @@ import pytest
 import torch
 from markupsafe import escape
 from torch import Tensor
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import sordino
@@ -29,9 +30,10 @@ from sordino.numerics.affine import AffineGrid
 from sordino.protect.prefix import Prefix
 from sordino.recipe import MoveSpec, load_recipe
 from sordino.walk.attention import NAME
-from tiny import Sordino, make_tiny, make_tokenizer
+from tiny import Sordino, make_tiny
 
 TEXT = heapq.__file__
+STORIES = Path(__file__).parents[1] / "data" / "stories260k"
 Loaded = tuple[Path, Any, Anatomy, Tensor]
 
 
@@ -221,16 +223,15 @@ def test_a_recipe_that_does_not_fit_gives_way(tmp_path: Path) -> None:
     assert first.recipe == "gptq-w4" and "Not w4, which this model cannot take" in first.reason and "172" in first.reason
 
 
-def test_the_command_writes_page_and_figures(tmp_path: Path) -> None:
-    model, page, figures = make_tiny(tmp_path / "model", layers=2), tmp_path / "look.html", tmp_path / "look.json"
-    arguments = ("-o", page, "--json", figures, "--text", TEXT, "--windows", 2, "--seqlen", 24)
-    done = Sordino("inspect", model, *arguments, log=tmp_path / "log").wait()
+def test_the_command_on_a_trained_model(tmp_path: Path) -> None:
+    page, figures = tmp_path / "look.html", tmp_path / "look.json"
+    arguments = ("-o", page, "--json", figures, "--text", TEXT, "--windows", 2, "--seqlen", 64)
+    done = Sordino("inspect", STORIES, *arguments, log=tmp_path / "log").wait()
     assert (done.code, done.err) == (0, "")
     found, html = json.loads(figures.read_text(encoding="utf-8")), page.read_text(encoding="utf-8")
-    widths = {"qkv": 64, "o": 64, "gate_up": 64, "down": 96}
     channels = {site: [len(block) for block in blocks] for site, blocks in found["plain"]["channels"].items()}
-    assert channels == {site: [width] * 2 for site, width in widths.items()}
-    words = make_tokenizer().convert_ids_to_tokens
+    assert channels == {"qkv": [64] * 5, "o": [64] * 5, "gate_up": [64] * 5, "down": [172] * 5}
+    words = AutoTokenizer.from_pretrained(STORIES).convert_ids_to_tokens
     for loudest in found["plain"]["loudest"]:
         assert loudest["token"] == words(loudest["id"]) and escape(repr(loudest["token"])) in html
     assert all(escape(a["reason"]) in html and a["recipe"] in done.out for a in found["advice"])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sordino.anatomy import anatomy_of
+from sordino.anatomy import Anatomy, anatomy_of
 from sordino.api import load
 from sordino.corpus import DEFAULT_TEXT, load_text
 from sordino.errors import InputError
@@ -155,13 +155,7 @@ def inspect(
     checkpoint = None if against is None else _checkpoint(model, cut, ids, exact, name)
     exact.set_attn_implementation(WINDOW_ATTENTION)
     words = tokenizer.convert_ids_to_tokens
-    plain = look(exact, anatomy, ids, THRESHOLD, progress)
-    plain.name_tokens(words)
-    prefix, prefixed = list(choose(plain.outliers, first_token(exact.config))), None
-    if prefix:
-        with _behind(exact, prefix):
-            prefixed = look(exact, anatomy, ids, THRESHOLD, progress)
-        prefixed.name_tokens(words)
+    plain, prefix, prefixed = _look(exact, anatomy, ids, words, progress)
     rounded = round_weights(exact, anatomy, BITS, progress)
     costs = sensitivities(exact, rounded, anatomy, ids, BITS, progress)
     across = horizontal(exact, anatomy, ids[: SPREAD[0], : SPREAD[1]], BITS, progress=progress)
@@ -201,6 +195,21 @@ def _checkpoint(name: str | Path, cut: Windows, ids: Tensor, exact: Any, origin:
         raise InputError(f"{name} was not made from {origin}: it has another shape or another tokenizer")
     found.set_attn_implementation(WINDOW_ATTENTION)
     return found
+
+
+def _look(
+    exact: Any, anatomy: Anatomy, ids: Tensor, words: Callable[[list[int]], list[str]], progress: Progress | None
+) -> tuple[Activations, list[int], Activations | None]:
+    """Activations as they are, the prefix that the move would choose, and activations behind it."""
+    plain = look(exact, anatomy, ids, THRESHOLD, progress)
+    plain.name_tokens(words)
+    prefix = list(choose(plain.outliers, first_token(exact.config)))
+    if not prefix:
+        return plain, prefix, None
+    with _behind(exact, prefix):
+        prefixed = look(exact, anatomy, ids, THRESHOLD, progress)
+    prefixed.name_tokens(words)
+    return plain, prefix, prefixed
 
 
 def _depth(
