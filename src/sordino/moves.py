@@ -24,7 +24,7 @@ MoveFactory = Callable[..., Move]
 MOVES: dict[str, MoveFactory] = {m.name: m for m in (Distill, MeanShift, Prefix, Rotate, RotateInner, Smooth, Tune)}
 
 # Moves of the plan that no code stands behind yet; a recipe that names one is refused by name.
-PLANNED = frozenset({"system-prompt", "channels", "permute"} | {"low-rank", "clip", "scale-search"})
+PLANNED = frozenset({"channels", "permute"} | {"low-rank", "clip", "scale-search"})
 
 
 def build_moves(specs: tuple[MoveSpec, ...]) -> list[Move]:
