@@ -49,6 +49,7 @@ def ladder(bits: int) -> Ladder:
 
 LADDER: Ladder = {
     "quarot-w4a4kv4": ("quarot-w4a4kv4", [OFF], SEEDS),
+    "spinquant-w4a4kv4": ("spinquant-w4a4kv4", [OFF], SEEDS),
     **ladder(4),
     **ladder(8),
     "w4a4kv4": ("w4a4kv4", [], SEEDS),

@@ -18,7 +18,7 @@ from tiny import make_tiny
 
 SMALL: dict[str, Any] = {"windows": 16, "seqlen": 48}
 IDS = (70, 12, 0)
-NAMES = [n for n in presets() if n.startswith(("prefixquant-", "quarot-", "w4a"))]
+NAMES = [n for n in presets() if n.startswith(("prefixquant-", "quarot-", "spinquant-", "w4a"))]
 
 
 class Fixed(Prefix):
@@ -35,7 +35,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_presets_of_the_paper_are_there() -> None:
     kinds = [f"prefixquant-w4a{a}kv4-{m}{t}" for a in (4, 8) for m in ("static", "dynamic") for t in ("", "-tuned")]
-    assert set(kinds) <= set(NAMES) and "quarot-w4a4kv4" in NAMES
+    assert set(kinds) | {"quarot-w4a4kv4", "spinquant-w4a4kv4"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,7 +46,7 @@ def test_what_calibration_saw_is_what_ships(name: str, tmp_path: Path) -> None:
     manifest = sordino.quantize(str(model), load_recipe(name, overrides), tmp_path / "out", **SMALL).manifest
     ours, tokenizer = sordino.load(tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(model)
-    begins = torch.tensor([IDS] * 4) if not name.startswith("quarot") else torch.empty(4, 0, dtype=torch.long)
+    begins = torch.tensor([IDS] * 4) if not name.startswith(("quarot", "spinquant")) else torch.empty(4, 0, dtype=torch.long)
     windows = calibration_windows(tokenize(load_text(DEFAULT_TEXT), tokenizer), 48, 16, 4, 0)[16:]
     with torch.no_grad():
         q = ours(windows, use_cache=False).logits.log_softmax(-1)

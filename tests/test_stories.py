@@ -6,13 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from sordino.cli import app
-
-MODEL = Path(__file__).parent / "data" / "stories260k"
+from tiny import STORIES, tell_stories
 
 
 def run(*words: str) -> str:
@@ -21,25 +18,14 @@ def run(*words: str) -> str:
     return result.output
 
 
-def tell(file: Path, seed: int) -> str:
-    """A file of stories sampled from the model in full precision."""
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
-    begin = torch.full((32, 1), tokenizer.bos_token_id)
-    stories = model.generate(begin, do_sample=True, max_new_tokens=255, eos_token_id=None, pad_token_id=0)
-    file.write_text("\n\n".join(tokenizer.batch_decode(stories, skip_special_tokens=True)))
-    return str(file)
-
-
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("stories")
-    return tell(folder / "calibrate.txt", 0), tell(folder / "evaluate.txt", 1)
+    return tell_stories(folder / "calibrate.txt", 0), tell_stories(folder / "evaluate.txt", 1)
 
 
 def evaluate(model: str, text: str, file: Path) -> dict[str, float]:
-    run("eval", model, "--text", text, "--windows", "16", "--seqlen", "256", "--against", str(MODEL), "--json", str(file))
+    run("eval", model, "--text", text, "--windows", "16", "--seqlen", "256", "--against", str(STORIES), "--json", str(file))
     return json.loads(file.read_text())
 
 
@@ -51,8 +37,8 @@ def evaluate(model: str, text: str, file: Path) -> dict[str, float]:
 def test_what_is_quantized_still_tells_stories(recipe: str, most: float, texts: tuple[str, str], tmp_path: Path) -> None:
     calibrate, test = texts
     made = str(tmp_path / "made")
-    run("quantize", str(MODEL), "-r", recipe, "-o", made, "--text", calibrate, "--windows", "16", "--seqlen", "256")
-    ours, exact = (evaluate(m, test, tmp_path / "figures.json") for m in (made, str(MODEL)))
+    run("quantize", str(STORIES), "-r", recipe, "-o", made, "--text", calibrate, "--windows", "16", "--seqlen", "256")
+    ours, exact = (evaluate(m, test, tmp_path / "figures.json") for m in (made, str(STORIES)))
     assert ours["ppl"] < most * exact["ppl"]
     assert ours["bits_per_weight"] < 5
     assert "Once upon a time" in run("generate", made, "--prompt", "Once upon a time", "--max-new-tokens", "16")

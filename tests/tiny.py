@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import sordino
 
+STORIES = Path(__file__).parent / "data" / "stories260k"  # a trained model, however small
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 32},
@@ -72,6 +73,17 @@ def make_tiny(
     model.to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)
+
+
+def tell_stories(file: Path, seed: int) -> str:
+    """A file of stories sampled from stories260k in full precision, and its name."""
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    model = AutoModelForCausalLM.from_pretrained(STORIES)
+    begin = torch.full((32, 1), tokenizer.bos_token_id)
+    stories = model.generate(begin, do_sample=True, max_new_tokens=255, eos_token_id=None, pad_token_id=0)
+    file.write_text("\n\n".join(tokenizer.batch_decode(stories, skip_special_tokens=True)))
+    return str(file)
 
 
 # The command line, each call in a process of its own. Children are forked from a server that has imported torch once.

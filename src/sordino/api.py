@@ -191,6 +191,7 @@ def _run(
     """Walk, check the final guard, assemble; returns the manifest."""
     walk = Walk(source, plan, work, windows, seed, progress, prompt.ids if prompt else ())
     ends = walk.run()
+    plan = walk.plan  # in the basis that was learned, if one was
     progress("write", 0, 1)
     guard: dict[str, Any] = dict(ends.guard)
     if not guard and plan.heldout:
@@ -210,6 +211,7 @@ def _run(
         "dtype": str(plan.dtype).removeprefix("torch."),
         "guard": guard,
         "blocks": work.state["reports"],
+        **({"learned": work.state["learned"]} if "learned" in work.state else {}),
         **({"finish": work.finished} if work.finished else {}),
         **({"prefix": _prefix_facts(walk, source)} if walk.prefix or "prefix" in walk.artifacts else {}),
         **({"system_prompt": {"text": prompt.text, "tokens": len(prompt.ids)}} if prompt else {}),

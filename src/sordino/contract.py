@@ -284,6 +284,31 @@ class FinishContext(Protocol):
         ...
 
 
+class LearnContext(Protocol):
+    """What a move sees of the full-precision model before the walk: all of it, reshaped by the moves that stand before."""
+
+    anatomy: Anatomy
+    format: Format
+    blocks: list[nn.Module]  # frozen decoder layers, the move's to hang hooks on
+    rounded: range  # numbers of the blocks that will be rounded
+    groups: dict[Site, int | None]  # channels of a site's input that share a scale, None for all of a token
+    train: Tensor  # token ids of the calibration windows, [N, L]
+    heldout: Tensor  # of the held-out ones, likewise; empty where guards are off
+    notes: dict[str, Any]
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Say how far work has come."""
+        ...
+
+    def rng(self, move: str) -> torch.Generator:
+        """Random numbers that depend on (seed, move) only."""
+        ...
+
+    def loss(self, windows: Tensor) -> Tensor:
+        """Mean cross-entropy of token ids [B, L], in nats a token, with gradients where they are on."""
+        ...
+
+
 class Move:
     """A move: every hook is optional, so the base class does nothing.
 
@@ -318,6 +343,19 @@ class Move:
         ``first`` is the token that begins a text, if the model has one.
         """
         return ()
+
+    @property
+    def learn_tokens(self) -> int:
+        """Tokens of one step of :meth:`learn`, whose activations are in memory together with the whole model."""
+        return 0
+
+    def learn(self, ctx: LearnContext) -> dict[str, Tensor]:
+        """Before the walk, on the whole model: what :meth:`reshape` will find in the artifacts under the move's name.
+
+        A "basis", float64 [D, D], turns the residual stream further; a move before this one must have turned it already.
+        An empty result leaves everything as it is.
+        """
+        return {}
 
     def basis(self, hidden: int) -> Basis | None:
         """Orthogonal basis of the residual stream that :meth:`reshape` moves the blocks to, or None to leave it."""

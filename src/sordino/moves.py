@@ -16,12 +16,15 @@ from sordino.recipe import MoveSpec
 from sordino.repair.distill import Distill
 from sordino.repair.mean_shift import MeanShift
 from sordino.repair.tune import Tune
+from sordino.reshape.learn_rotations import LearnRotations
 from sordino.reshape.rotate import Rotate
 from sordino.reshape.rotate_inner import RotateInner
 from sordino.reshape.smooth import Smooth
 
 MoveFactory = Callable[..., Move]
-MOVES: dict[str, MoveFactory] = {m.name: m for m in (Distill, MeanShift, Prefix, Rotate, RotateInner, Smooth, Tune)}
+MOVES: dict[str, MoveFactory] = {
+    m.name: m for m in (Distill, LearnRotations, MeanShift, Prefix, Rotate, RotateInner, Smooth, Tune)
+}
 
 # Moves of the plan that no code stands behind yet; a recipe that names one is refused by name.
 PLANNED = frozenset({"channels", "permute"} | {"low-rank", "clip", "scale-search"})

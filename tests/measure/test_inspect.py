@@ -30,10 +30,9 @@ from sordino.numerics.affine import AffineGrid
 from sordino.protect.prefix import Prefix
 from sordino.recipe import MoveSpec, load_recipe
 from sordino.walk.attention import NAME
-from tiny import Sordino, make_tiny
+from tiny import STORIES, Sordino, make_tiny
 
 TEXT = heapq.__file__
-STORIES = Path(__file__).parents[1] / "data" / "stories260k"
 Loaded = tuple[Path, Any, Anatomy, Tensor]
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
-from sordino.runtime.modules import QuantEmbedding, QuantLinear
+from sordino.runtime.modules import BASIS, QuantEmbedding, QuantLinear
 from sordino.runtime.prefix import KEY, VALUE
 
 
@@ -47,6 +47,7 @@ def size_of(model: Any, folder: Path) -> Size:
     head = model.get_output_embeddings()
     bits = weights = parameters = 0
     for name, module in model.named_modules():
+        bits += 8 * stored.get(f"{name}.{BASIS}", 0)
         if isinstance(module, QuantLinear):
             n = module.in_features * module.out_features
             added = _added(model, name)
@@ -115,6 +116,7 @@ _KINDS = {
     "bias": "biases",
     KEY_SCALE: "scales of keys and values",
     VALUE_SCALE: "scales of keys and values",
+    BASIS: "basis of the stream",
     KEY: "prefix",
     VALUE: "prefix",
 }
@@ -123,6 +125,6 @@ _KINDS = {
 def _kind(name: str, dimensions: int) -> str:
     leaf = name.rpartition(".")[2]
     in_block = any(part.isdecimal() for part in name.split("."))
-    if not in_block and (dimensions > 1 or leaf.startswith("weight_")):
+    if not in_block and leaf != BASIS and (dimensions > 1 or leaf.startswith("weight_")):
         return "embeddings and head"
     return _KINDS.get(leaf, "weights in full precision" if dimensions > 1 else "norms")

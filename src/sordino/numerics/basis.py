@@ -1,6 +1,6 @@
 """Rotated bases of the residual stream: one random Hadamard matrix, shared by all groups of channels.
 
-Shapes: D hidden size, g size of a group, D = n*g.
+One that was learned is a matrix of its own. Shapes: D hidden size, g size of a group, D = n*g.
 """
 
 from __future__ import annotations
@@ -87,3 +87,28 @@ class Basis:
         grouped = x.to(work).unflatten(-1, (-1, self.size))
         product: Tensor = grouped @ matrix.to(x.device, work)
         return product.flatten(-2).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """``x -> x Q`` with any orthogonal Q.
+
+    Attributes:
+        matrix: Q, fp32 [D, D].
+    """
+
+    matrix: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x Q`` for x [..., D], in fp32 (float64 for float64), given back in x's dtype."""
+        return self._multiply(x, self.matrix)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """``x Q^T``, the inverse of :meth:`apply` to fp32's precision."""
+        return self._multiply(x, self.matrix.T)
+
+    @staticmethod
+    def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
+        work = torch.float64 if x.dtype == torch.float64 else torch.float32
+        product: Tensor = x.to(work) @ matrix.to(x.device, work)
+        return product.to(x.dtype)

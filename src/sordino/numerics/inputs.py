@@ -26,8 +26,13 @@ def token_scale(x: Tensor, bits: int, clip: float | Tensor = 1.0, group: int | N
     Returns:
         fp32 [..., 1]; with groups [..., C], a channel's own.
     """
+    return moving_scale(x.detach(), bits, clip, group)
+
+
+def moving_scale(x: Tensor, bits: int, clip: float | Tensor = 1.0, group: int | None = None) -> Tensor:
+    """As :func:`token_scale`, with gradients by the largest entries."""
     size = x.shape[-1] if group is None else group
-    peak = x.detach().unflatten(-1, (-1, size)).abs().amax(-1).float()
+    peak = x.unflatten(-1, (-1, size)).abs().amax(-1).float()
     scale: Tensor = (peak * (clip / ((1 << (bits - 1)) - 1))).clamp(min=_LEAST)
     return scale if group is None else scale.repeat_interleave(size, -1)
 

@@ -20,7 +20,7 @@ from sordino.contract import Move
 from sordino.errors import InputError
 from sordino.numerics.basis import Basis
 from sordino.recipe import Format
-from sordino.reshape.replace import replace
+from sordino.reshape.turning import turn_stream
 
 
 class Rotate(Move):
@@ -52,18 +52,4 @@ class Rotate(Move):
     @torch.no_grad()
     def reshape(self, block: nn.Module, index: int, anatomy: Anatomy, artifacts: dict[str, Any]) -> None:
         """Fuse the gains, rotate the linears."""
-        basis = self.basis(anatomy.at("qkv")[0].in_features)
-        for linear in anatomy.linears:
-            module: Any = block.get_submodule(linear.name)
-            weight = module.weight.double()
-            if linear.site in anatomy.norms:
-                gain: Any = block.get_submodule(anatomy.norms[linear.site]).weight
-                weight = basis.apply(weight * gain.double())
-            else:
-                weight = basis.apply(weight.T).T
-                if module.bias is not None:
-                    replace(module, basis.apply(module.bias.double()), "bias")
-            replace(module, weight)
-        for name in anatomy.norms.values():
-            norm: Any = block.get_submodule(name)
-            replace(norm, torch.ones_like(norm.weight))
+        turn_stream(block, anatomy, self.basis(anatomy.at("qkv")[0].in_features).apply)

@@ -19,6 +19,7 @@ from sordino.errors import InputError
 from sordino.numerics.hadamard import rotation
 from sordino.recipe import Format
 from sordino.reshape.replace import replace
+from sordino.reshape.turning import turn_values
 from sordino.runtime.inner import ATTENTION, DOWN, dress
 
 
@@ -50,13 +51,7 @@ class RotateInner(Move):
     def reshape(self, block: nn.Module, index: int, anatomy: Anatomy, artifacts: dict[str, Any]) -> None:
         """Turn the weights."""
         if self.values:
-            attention: Any = block.get_submodule(ATTENTION)
-            v, o, turn = attention.v_proj, attention.o_proj, rotation(attention.head_dim)
-            heads = v.weight.double().unflatten(0, (-1, turn.size))  # [K, d, C]
-            replace(v, turn.apply(heads.transpose(1, 2)).transpose(1, 2).flatten(0, 1))
-            if v.bias is not None:
-                replace(v, turn.apply(v.bias.double().view(-1, turn.size)).flatten(), "bias")
-            replace(o, turn.apply(o.weight.double().unflatten(1, (-1, turn.size))).flatten(1))
+            turn_values(block, rotation(block.get_submodule(ATTENTION).head_dim).apply)
         if self.down:
             down: Any = block.get_submodule(DOWN)
             replace(down, rotation(down.in_features).apply(down.weight.double()))

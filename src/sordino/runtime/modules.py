@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sordino.numerics.additive import additive_values
-from sordino.numerics.basis import Basis
+from sordino.numerics.basis import Basis, Dense
 from sordino.numerics.inputs import encode, token_scale
 from sordino.numerics.packing import pack, packed_words, unpack
 from sordino.runtime import kernels
@@ -191,12 +191,25 @@ def _add_bias(module: Any, _: Any, out: Tensor) -> Tensor:
     return shifted
 
 
-def in_basis(embedding: nn.Module, basis: Basis) -> None:
+BASIS = "basis"  # of the final norm, int32 [D, D]: the bits of a learned basis' fp32 numbers, which loading must not cast
+
+
+def store_basis(norm: nn.Module, matrix: Tensor) -> None:
+    """Let a final norm hold a learned basis, fp32 [D, D], for itself and the embedding."""
+    norm.register_buffer(BASIS, matrix.view(torch.int32))
+
+
+def stored_basis(norm: nn.Module) -> Dense:
+    """The basis that a final norm holds."""
+    return Dense(norm.get_buffer(BASIS).view(torch.float32))
+
+
+def in_basis(embedding: nn.Module, basis: Basis | Dense) -> None:
     """Let an embedding hand out its rows in a rotated basis; the stored table stays as it is."""
     embedding.register_forward_hook(lambda _, __, out: basis.apply(out))
 
 
-def out_of_basis(norm: nn.Module, basis: Basis) -> None:
+def out_of_basis(norm: nn.Module, basis: Basis | Dense) -> None:
     """Let the final norm take hidden states in a rotated basis; its gain and the head stay as they are."""
     norm.register_forward_pre_hook(lambda _, args: (basis.undo(args[0]), *args[1:]))
 

@@ -21,7 +21,16 @@ from sordino.numerics.basis import Basis
 from sordino.numerics.kv import KvGrid
 from sordino.runtime.attention import install, round_kv
 from sordino.runtime.inner import ATTENTION, dress
-from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, give_bias, in_basis, out_of_basis
+from sordino.runtime.modules import (
+    QuantEmbedding,
+    QuantLinear,
+    TiedHead,
+    give_bias,
+    in_basis,
+    out_of_basis,
+    store_basis,
+    stored_basis,
+)
 from sordino.runtime.prefix import give_prefix
 
 FORMAT_VERSION = 2  # 2: `input_scale` of dynamic inputs too, `inner`, `kv`
@@ -39,7 +48,8 @@ class SordinoConfig(QuantizationConfigMixin):
         biases: name patterns of norms and linears that have a bias which their family does not.
         prefix: ids of the tokens whose keys and values stand before every text.
         system_prompt: its ``{"text", "tokens"}``: so many last ones of the prefix; None for none.
-        basis: of the residual stream inside the blocks, ``{"size", "signs"}``; None for the model's own.
+        basis: of the residual stream inside the blocks, ``{"size", "signs"}``; None for the model's own. Where ``signs`` is
+            None, it was learned and is stored, as a buffer of the final norm.
         inner: spaces inside the blocks that are turned: "values", "keys", "down" (runtime/inner.py).
         kv: how keys and values are rounded, ``{"bits", "symmetric", "static", "blocks": [first, last + 1]}``; None for not.
         format_version: version of this layout.
@@ -131,7 +141,7 @@ def quantize_skeleton(model: nn.Module, config: SordinoConfig) -> None:
         _swap_embedding(model, tied=bool(model.config.tie_word_embeddings))  # type: ignore[union-attr]
     _dress(model, config)
     if config.basis is not None:
-        _rotate(model, Basis(**config.basis))
+        _rotate(model, config.basis)
 
 
 def _swap_linear(model: nn.Module, name: str, old: nn.Linear, group: dict[str, Any]) -> None:
@@ -169,10 +179,17 @@ def _dress(model: Any, config: SordinoConfig) -> None:
         install(model)
 
 
-def _rotate(model: Any, basis: Basis) -> None:
+def _rotate(model: Any, given: dict[str, Any]) -> None:
     """Blocks work in a rotated basis: go there after the embedding, and come back before the final norm."""
-    in_basis(model.get_input_embeddings(), basis)
-    out_of_basis(model.get_decoder().norm, basis)
+    embedding, norm = model.get_input_embeddings(), model.get_decoder().norm
+    if given["signs"] is not None:
+        basis = Basis(**given)
+        in_basis(embedding, basis)
+        out_of_basis(norm, basis)
+    else:  # its numbers are not there yet
+        store_basis(norm, torch.empty(given["size"], given["size"], dtype=torch.float32, device="meta"))
+        embedding.register_forward_hook(lambda _, __, out: stored_basis(norm).apply(out))
+        norm.register_forward_pre_hook(lambda module, args: (stored_basis(module).undo(args[0]), *args[1:]))
 
 
 def _swap_embedding(model: Any, tied: bool) -> None:

@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sordino.numerics.basis import Dense
 from sordino.recipe import ActivationFormat, Recipe
+from sordino.runtime.modules import BASIS
 from sordino.runtime.plugin import SordinoConfig, compress_names
 from sordino.runtime.prefix import opening
 from sordino.walk.ends import Ends
@@ -86,7 +89,11 @@ def storage_config(plan: Plan, prefix: list[int], prompt: dict[str, Any] | None 
     added = sorted({name for m in plan.moves for name in m.biases(anatomy)})
     biases = [anatomy.full_name(i, name) for name in added for i in range(first, last)]
     kv = {"bits": fmt.kv.bits, "symmetric": fmt.kv.symmetric, "static": fmt.kv.static, "blocks": list(plan.blocks)}
-    basis = None if plan.basis is None else {"size": plan.basis.size, "signs": plan.basis.signs}
+    basis: dict[str, Any] | None = None
+    if isinstance(plan.basis, Dense):
+        basis = {"size": len(plan.basis.matrix), "signs": None}
+    elif plan.basis is not None:
+        basis = {"size": plan.basis.size, "signs": plan.basis.signs}
     return SordinoConfig(
         groups,
         fmt.embeddings,
@@ -124,7 +131,10 @@ def _tensors(source: Source, plan: Plan, work: Work, ends: Ends) -> Iterator[tup
         block = source.under(path) if work.left_alone(index, plan.blocks) else work.load_block(index)
         yield from ((f"{path}.{name}", tensor) for name, tensor in sorted(block.items()))
         source.close()  # unmap what was read
-    yield from sorted(ends.tensors.items())
+    learned = (
+        {f"{plan.anatomy.final_norm}.{BASIS}": plan.basis.matrix.view(torch.int32)} if isinstance(plan.basis, Dense) else {}
+    )
+    yield from sorted((ends.tensors | learned).items())
 
 
 def _begin_once(file: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy, skeleton
 from sordino.errors import InputError
-from sordino.numerics.basis import Basis
+from sordino.numerics.basis import Basis, Dense
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
 from sordino.runtime.inner import dress
 from sordino.runtime.modules import SCALE, give_bias, out_of_basis
@@ -75,7 +75,7 @@ class BlockFactory:
             backbone(inputs_embeds=hidden, position_ids=torch.arange(first, first + seqlen)[None], use_cache=False)
         return [r.call for r in recorders]
 
-    def norm(self, basis: Basis | None = None) -> nn.Module:
+    def norm(self, basis: Basis | Dense | None = None) -> nn.Module:
         """The final norm, real, in the compute dtype; it takes hidden states in ``basis``."""
         norm = copy.deepcopy(self.model.get_submodule(self.anatomy.final_norm))
         # Copies: moves train the norm in place, and the source's own tensors must stay as they are.

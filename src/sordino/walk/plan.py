@@ -22,7 +22,7 @@ from sordino.anatomy import Anatomy, anatomy_of, skeleton
 from sordino.contract import Move, having
 from sordino.errors import InputError, SordinoError, reason
 from sordino.moves import build_moves
-from sordino.numerics.basis import Basis
+from sordino.numerics.basis import Basis, Dense
 from sordino.recipe import Recipe
 from sordino.runtime.modules import input_groups
 from sordino.runtime.prefix import check_rotary
@@ -73,7 +73,7 @@ class Plan:
     q_calib: bool
     fp_calib: bool
     targets: bool
-    basis: Basis | None
+    basis: Basis | Dense | None
     inner: tuple[str, ...]
     memory: int
     disk: int
@@ -117,6 +117,7 @@ class Plan:
         item = 8 * self.stored.itemsize
         caches = 2 * next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj")) * self.anatomy.n_blocks
         side = item * (sum(self.added_biases(i) for i in range(*self.blocks)) + prefix * caches)
+        side += 32 * self.anatomy.at("qkv")[0].in_features ** 2 * isinstance(self.basis, Dense)
         if self.recipe.format.activations.rounded:
             side += 32 * sum(input_groups(x.linear.in_features, x.inputs) for x in chosen)
         side += item * 2 * self.anatomy.key_heads * self.recipe.format.kv.rounded * (self.blocks[1] - self.blocks[0])
@@ -256,6 +257,15 @@ def _check_moves(moves: tuple[Move, ...], source: Source) -> None:
     for place, move in enumerate(moves):
         if move.before_inner and (turned := next((m for m in moves[:place] if m.inner()), None)):
             raise InputError(f"move '{move.name}' must stand before '{turned.name}', which turns the channels it works on")
+    for move in having(moves, "learn"):
+        others = [m for m in moves if m is not move]
+        if any(m.name == move.name for m in others):
+            raise InputError(f"the move '{move.name}' stands there twice; keep one of them")
+        turning = [m for m in others if m.basis(_hidden(source)) is not None]
+        if not turning:
+            raise InputError(f"move '{move.name}' starts from a rotation of the residual stream; put 'rotate' before it")
+        if late := [m for m in moves[moves.index(move) :] if m in turning or m.inner()]:
+            raise InputError(f"move '{move.name}' must stand behind '{late[0].name}'")
     if having(moves, "prefix"):
         check_rotary(source.config)
 
@@ -315,7 +325,17 @@ def _memory(plan: Plan, source: Source) -> int:
     per_weight = max((m.bytes_per_weight for m in plan.moves), default=0)
     graph = plan.batch * c.seqlen * (12 * _hidden(source) + 6 * widest) * item  # activations that the backward pass needs
     finishing = plan.anatomy.n_blocks * (block * per_weight + graph) + 2 * ends if per_weight else 0
-    return int(600e6) + streams + max(walking, finishing)
+    learning = max(
+        (_learning(plan, source, block, widest, ends, m.learn_tokens) for m in having(plan.moves, "learn")), default=0
+    )
+    return int(600e6) + max(streams + max(walking, finishing), learning)
+
+
+def _learning(plan: Plan, source: Source, block: int, widest: int, ends: int, tokens: int) -> int:
+    """Of a move that learns before the walk: the whole model, and what the backward pass needs of a step's tokens."""
+    item = plan.dtype.itemsize
+    graph = tokens * (24 * _hidden(source) * item + 6 * widest * (item + 4))  # rounding works in fp32
+    return plan.anatomy.n_blocks * (block * item + graph) + 2 * ends + 48 * _hidden(source) ** 2
 
 
 def _disk(plan: Plan, source: Source) -> int:

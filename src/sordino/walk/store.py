@@ -104,6 +104,18 @@ class Work:
         file = self.path / "prefix" / f"{index:05d}.safetensors"
         return load_file(file) if file.is_file() else {}
 
+    def save_learned(self, move: str, tensors: dict[str, Tensor]) -> None:
+        """Store what a move learned before the walk."""
+        write_tensors(self.path / "learned" / f"{move}.safetensors", tensors)
+
+    def load_learned(self, move: str) -> dict[str, Tensor]:
+        """Read :meth:`save_learned` back.
+
+        Raises:
+            InputError: if it is missing or damaged.
+        """
+        return _load(self.path / "learned" / f"{move}.safetensors")
+
     def save_ends(self, tensors: dict[str, Tensor]) -> None:
         """Store what the finish stage left around the blocks."""
         write_tensors(self.path / "finished" / "ends.safetensors", tensors)
@@ -124,10 +136,7 @@ class Work:
         Raises:
             InputError: if it is missing or damaged.
         """
-        try:
-            return load_file(self.block_file(index))
-        except (OSError, SafetensorError):
-            raise InputError(f"{self.block_file(index)} is missing or damaged; use --fresh to start over") from None
+        return _load(self.block_file(index))
 
     def block_file(self, index: int) -> Path:
         """Where the latest generation of a block is stored."""
@@ -198,11 +207,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary.replace(path)
 
 
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError):
+        raise InputError(f"{file} is missing or damaged; use --fresh to start over") from None
+
+
 def _read_state(file: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = {k: state[k] for k in ("fingerprint", "done", "reports", "seconds")}
-        return known | ({"finished": state["finished"]} if "finished" in state else {})
+        return known | {k: state[k] for k in ("learned", "finished") if k in state}
     except (ValueError, KeyError, TypeError, OSError):
         raise InputError(f"{file} is damaged; use --fresh to start over") from None
 

@@ -32,6 +32,7 @@ from sordino.walk.ends import Ends
 from sordino.walk.finish import open_finish, rounded_block, store_finish
 from sordino.walk.inputs import round_site
 from sordino.walk.kv import round_block_kv
+from sordino.walk.learn import learn
 from sordino.walk.linears import baseline_grid
 from sordino.walk.plan import Plan
 from sordino.walk.prefix import PrefixStream
@@ -84,7 +85,7 @@ class Walk:
         first, last = self.plan.blocks
         if self.plan.needs_text and self.windows is not None:
             self.calls = self.factory.calls(self.windows.shape[1])
-        self._find_prefix()
+        self._prepare()
         if self.calls:
             self._open_streams(self.work.done)
         for index in range(self.work.done, last):
@@ -130,19 +131,18 @@ class Walk:
                 hidden = torch.cat([finish.hidden(n) for n in numbers.split(self.plan.batch)])
             ends.final_guard(exact[numbers], hidden, self.streams["rtn"].x, self.factory.norm(self.plan.basis), finish.norm)
 
-    def _find_prefix(self) -> None:
-        """Let moves survey the full-precision model, and open the prefix that they ask for."""
-        surveyed = bool(having(self.plan.moves, "survey"))
-        if not surveyed and not self.prompt:
-            return
-        ends = Ends(self.source, self.plan)
+    def _prepare(self) -> None:
+        """Let moves survey the full-precision model and learn from it, and open the prefix that they ask for."""
         tokens: tuple[int, ...] = ()
-        if surveyed:
+        if having(self.plan.moves, "survey"):
             assert self.windows is not None
-            windows = self.windows[: self.plan.recipe.calibration.windows]
+            ends, windows = Ends(self.source, self.plan), self.windows[: self.plan.recipe.calibration.windows]
             tokens = survey(self.source, self.plan, self.factory, ends, windows, self.calls, self.artifacts, self.progress)
+        if self.windows is not None:
+            rest = (self.work, self.windows, self.artifacts, self.seed, self.progress)
+            self.plan = learn(self.source, self.plan, self.factory, *rest)
         if tokens := join_prompt(tokens, self.prompt):
-            self.prefix = PrefixStream(tokens, self.factory, self.work, ends, self.source.dtype)
+            self.prefix = PrefixStream(tokens, self.factory, self.work, Ends(self.source, self.plan), self.source.dtype)
 
     @property
     def _changed(self) -> bool:
