@@ -4,9 +4,10 @@ python benchmarks/equivalence.py --calibrate wiki.valid.raw --evaluate wiki.test
 
 For each pair, in fp32 and bf16: mean divergence of the next-token distributions (nat) and how many of 64 greedily generated
 tokens are equal. The first pair is a model in which nothing is rounded, turned and behind the prefix, against the original that
-reads the prefix as text; the others are the quantized checkpoint against itself. Codes that fall the other way feed on
-themselves, so the last pair, the same forward with embeddings moved by a millionth (fp32; bf16 does not see it), tells how far
-apart two correct ways are bound to be. Rows go to benchmarks/rows/equivalence.jsonl.
+reads the prefix as text (its turned weights are stored in bf16); the second tells what the dtype alone does to the original. The
+others are the quantized checkpoint against itself. Codes that fall the other way feed on themselves, so the last pair, the same
+forward with embeddings moved by a millionth (fp32; bf16 does not see it), tells how far apart two correct ways are bound to be.
+Rows go to benchmarks/rows/equivalence.jsonl.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from sordino.corpus import eval_windows, load_text, tokenize
 from sordino.recipe import load_recipe
 from sordino.runtime import kernels
 
-EXACT = ["format.weights.bits=16", "format.activations.bits=16", "format.kv.bits=16", "guard=off", "calibration.windows=16"]
+EXACT = [
+    "format.embeddings=16",
+    "format.weights.bits=16",
+    "format.activations.bits=16",
+    "format.kv.bits=16",
+    "guard=off",
+    "calibration.windows=16",
+]
 PROMPTS = ["The capital of France is", "Once upon a time", "In the year 1999, the city of Paris saw its first", "Music"]
 LENGTH, WINDOWS, NEW = 256, 4, 64
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
@@ -66,7 +74,9 @@ def compare(original: str, exact: str, made: str, text: str, dtype: torch.dtype)
     before = torch.tensor(turned.config.quantization_config.prefix, dtype=torch.long)
     as_text = torch.cat([before.expand(len(ids), -1), ids], 1)
     found = {"prefix in a turned basis / as text": apart(plain(as_text).logits[:, len(before) :], turned(ids).logits)}
-    del plain, turned
+    finer, _ = sordino.load(original, dtype=torch.float32)
+    found["original in fp32 / in this dtype"] = apart(finer(as_text).logits, plain(as_text).logits)
+    del plain, turned, finer
     model, _ = sordino.load(made, dtype=dtype)
     whole = model(ids, use_cache=False).logits
     found["token by token through the cache / one forward"] = apart(whole, through_the_cache(model, ids))
