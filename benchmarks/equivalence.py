@@ -4,10 +4,10 @@ python benchmarks/equivalence.py --calibrate wiki.valid.raw --evaluate wiki.test
 
 For each pair, in fp32 and bf16: mean divergence of the next-token distributions (nat) and how many of 64 greedily generated
 tokens are equal. The first pair is a model in which nothing is rounded, turned and behind the prefix, against the original that
-reads the prefix as text (its turned weights are stored in bf16); the second tells what the dtype alone does to the original. The
-others are the quantized checkpoint against itself. Codes that fall the other way feed on themselves, so the last pair, the same
-forward with embeddings moved by a millionth (fp32; bf16 does not see it), tells how far apart two correct ways are bound to be.
-Rows go to benchmarks/rows/equivalence.jsonl.
+reads the prefix as text (turned weights are stored in bf16); the second tells what the dtype alone does to the original. The
+others are the quantized checkpoint against itself. Codes that fall the other way feed on themselves, so the last pair, the
+same forward with embeddings moved by a millionth (fp32; bf16 does not see it), tells how far apart two correct ways are bound
+to be. Rows go to benchmarks/rows/equivalence.jsonl.
 """
 
 from __future__ import annotations
