@@ -12,7 +12,7 @@ from sordino.repair.input_spaces import Trained
 
 
 def descend(trained: Trained, error: object) -> None:
-    optimizer = torch.optim.Adam([trained.growth], lr=0.02)
+    optimizer = torch.optim.Adam([trained.parameter], lr=0.02)
     for _ in range(300):
         optimizer.zero_grad()
         error(trained()).sum().backward()  # type: ignore[operator]

@@ -20,6 +20,7 @@ def descend(
     steps: int,
     backward: Callable[[Tensor], float],
     tick: Callable[[int, int], None] = lambda done, total: None,
+    limit: float | None = None,
 ) -> list[float]:
     """Train.
 
@@ -29,6 +30,7 @@ def descend(
         steps: how many steps; the cosine ends there.
         backward: computes the loss of some windows, its gradients, and returns its value.
         tick: told (steps done, steps) before each.
+        limit: norm that the gradients of a step are cut to.
 
     Returns:
         Loss of every step.
@@ -54,6 +56,8 @@ def descend(
                 raise SordinoError(f"the training loss is not finite at step {len(losses)}; lower the learning rates")
             for s in spaces:
                 s.collect()
+            if limit is not None:
+                torch.nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], limit)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

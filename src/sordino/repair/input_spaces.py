@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from sordino.anatomy import SITES, Anatomy
 from sordino.contract import Rounded
+from sordino.numerics.kv import KvGrid
+from sordino.repair.clip import Clip
 from sordino.repair.spaces import grown
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
 from sordino.runtime.inner import ATTENTION
@@ -25,16 +27,20 @@ class Trained:
 
     Attributes:
         first: its value before training.
-        growth: logarithm of its value over the first one.
+        parameter: logarithm of its value over the first one.
     """
 
     def __init__(self, first: Tensor):
         self.first = first.detach().float().clone()
-        self.growth = nn.Parameter(torch.zeros_like(self.first))
+        self.parameter = nn.Parameter(torch.zeros_like(self.first))
 
     def __call__(self) -> Tensor:
         """The value as it will be stored, with gradients as if it were not rounded."""
-        return grown(self.first, self.growth)
+        return grown(self.first, self.parameter)
+
+
+def _trained(first: Tensor, share: bool) -> Trained | Clip:
+    return Clip(first, first) if share else Trained(first)
 
 
 class InputSpace:
@@ -44,30 +50,33 @@ class InputSpace:
         block: the decoder layer.
         anatomy: of its family.
         rate: learning rate of the scales' logarithms; 0 trains nothing.
+        clips: train the shares of dynamic ones by bounded factors instead (repair/clip.py).
     """
 
-    def __init__(self, block: nn.Module, anatomy: Anatomy, rate: float):
+    def __init__(self, block: nn.Module, anatomy: Anatomy, rate: float, clips: bool = False):
         self.rate = rate
-        self.sites: list[tuple[list[tuple[nn.Module, RoundInput]], Trained]] = []
+        self.sites: list[tuple[list[tuple[nn.Module, RoundInput]], Trained | Clip]] = []
         self.attention = block.get_submodule(ATTENTION)
-        self.kv: dict[str, Trained] = {}
+        self.kv: dict[str, Trained | Clip] = {}
         if rate == 0:
             return
         for site in SITES:
             linears = [block.get_submodule(x.name) for x in anatomy.at(site)]
             pairs = [(m, hook) for m in linears if (hook := rounding(m)) is not None]
             if pairs:
-                trained = Trained(pairs[0][0].get_buffer(SCALE))
+                trained = _trained(pairs[0][0].get_buffer(SCALE), clips and not pairs[0][1].static)
                 self.sites.append((pairs, trained))
                 for _, hook in pairs:
                     hook.trained = trained
-        if getattr(self.attention, "kv_grid", None) is not None:
-            self.kv = {name: Trained(self.attention.get_buffer(name)) for name in (KEY_SCALE, VALUE_SCALE)}
+        grid: KvGrid | None = getattr(self.attention, "kv_grid", None)
+        if grid is not None:
+            bounded = clips and not grid.static
+            self.kv = {name: _trained(self.attention.get_buffer(name), bounded) for name in (KEY_SCALE, VALUE_SCALE)}
             self._train_kv(self.kv)
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer."""
-        members = [t.growth for _, t in self.sites] + [t.growth for t in self.kv.values()]
+        members = [t.parameter for _, t in self.sites] + [t.parameter for t in self.kv.values()]
         return [{"params": members, "lr": self.rate}] if members else []
 
     def collect(self) -> None:
@@ -86,7 +95,7 @@ class InputSpace:
         """After :meth:`fold`: put the first values back."""
         self._give(lambda trained: trained.first)
 
-    def _train_kv(self, scales: dict[str, Trained]) -> None:
+    def _train_kv(self, scales: dict[str, Trained | Clip]) -> None:
         attention: Any = self.attention
         attention.trained_scales = scales
 

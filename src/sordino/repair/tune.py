@@ -6,22 +6,31 @@ its output on the quantized stream comes near to what the full-precision model h
 BRECQ, AutoRound, EfficientQAT and PrefixQuant (spec section on block-wise fine-tuning); what is ours: latent weights
 start where GPTQ's error compensation left them, so that step 0 equals the solved block, and tokens are weighted such
 that a massive one counts for no more than a median one.
+
+Instead of roundings and scales, the parameter-efficient spaces of the BiSup-style reconstruction can be trained: clips
+(repair/clip.py) and a low-rank update that is merged before rounding (repair/low_rank.py).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sordino.anatomy import Anatomy, hidden_states
+from sordino.anatomy import SITES, Anatomy, hidden_states
 from sordino.contract import BlockContext, Move, ParameterSpace
+from sordino.errors import InputError
 from sordino.numerics.divergence import token_weights
-from sordino.recipe import PositiveInt, Rate
+from sordino.recipe import Format, Natural, PositiveInt, Rate
+from sordino.repair.clip import ClipSpace, rounded_from
 from sordino.repair.descent import descend, first_and_last, shuffled
 from sordino.repair.input_spaces import InputSpace
+from sordino.repair.low_rank import error_directions
 from sordino.repair.spaces import GainSpace, WeightSpace
+
+_LIMIT = 0.3  # of the gradients' norm, for the parameter-efficient spaces: IntactKV's and PrefixQuant's value
 
 
 class Tune(Move):
@@ -35,6 +44,12 @@ class Tune(Move):
         gains: learning rate of norm gains (and norm biases, where there are some), as a share of the gains' size.
         inputs: learning rate of the logarithms of the scales (or clips) of rounded inputs, keys and values.
         biases: give every norm a bias to train.
+        clips: learning rate of the clips of weight groups, input groups, keys and values; takes the place of weights, scales
+            and inputs, which must be 0.
+        rank: of the update that is merged into every linear, likewise; 0 for none.
+        updates: learning rate of that update, in steps of the grid.
+        target: the full-precision block's output on the full-precision stream, or ("quantized") on the quantized one, which
+            leaves the error of earlier blocks alone.
     """
 
     name = "tune"
@@ -50,9 +65,26 @@ class Tune(Move):
         gains: Rate = 0.003,
         inputs: Rate = 0.003,
         biases: bool = False,
+        clips: Rate = 0.0,
+        rank: Natural = 0,
+        updates: Rate = 0.01,
+        target: Literal["full", "quantized"] = "full",
     ) -> None:
         self.epochs, self.batch, self.rates = epochs, batch, (weights, scales)
         self.gains, self.inputs, self.with_biases = gains, inputs, biases
+        self.clips, self.rank, self.updates, self.target = clips, rank, updates, target
+
+    @property
+    def efficient(self) -> bool:
+        """Whether the parameter-efficient spaces are trained instead of roundings and scales."""
+        return self.clips > 0 or self.rank > 0
+
+    def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
+        """Clips and updates decide the codes that weights and scales would train."""
+        if self.efficient and any(self.rates):
+            raise InputError("move 'tune': clips and rank take the place of weights and scales; set weights=0 and scales=0")
+        if self.clips > 0 and self.inputs > 0:
+            raise InputError("move 'tune': clips takes the place of inputs; set inputs=0")
 
     def biases(self, anatomy: Anatomy) -> tuple[str, ...]:
         """The norms of a block, if they get one."""
@@ -65,24 +97,23 @@ class Tune(Move):
         for norm in self.biases(ctx.anatomy):
             ctx.shift(norm, torch.zeros(()))
         before, state = ctx.error(), ctx.snapshot()
-        x, target = ctx.stream("q"), ctx.target()
-        norms = [ctx.q.get_submodule(n) for n in ctx.anatomy.norms.values()]
-        spaces: list[ParameterSpace] = [
-            InputSpace(ctx.q, ctx.anatomy, self.inputs),  # first: a stand-in takes over the hooks of its linear
-            WeightSpace(ctx.q, ctx.solved, *self.rates),
-            GainSpace(norms, self.gains, ctx.stored),
-        ]
+        x, target = ctx.stream("q"), self._target(ctx)
+        spaces = self._spaces(ctx)
+        start: list[float] = []
 
         def backward(windows: Tensor) -> float:
             t = target[windows].float()
             weight = token_weights(t)
             y = hidden_states(ctx.q(x[windows], **ctx.call)).float()
             loss: Tensor = ((y - t).square().sum(-1) * weight).sum() / (t.square().sum(-1) * weight).sum()
-            loss.backward()
-            return loss.item()
+            start.append(loss.item())
+            # Relative to the first one, so that the bound on the gradients means the same in every block.
+            (loss / max(start[0], 1e-12) if self.efficient else loss).backward()
+            return start[-1]
 
+        limit = _LIMIT if self.efficient else None
         steps = self.epochs * -(-x.shape[0] // self.batch)
-        losses = descend(spaces, shuffled(x.shape[0], self.batch, ctx.rng(self.name)), steps, backward)
+        losses = descend(spaces, shuffled(x.shape[0], self.batch, ctx.rng(self.name)), steps, backward, limit=limit)
         for space in spaces:
             for linear, rounded in space.fold().items():
                 ctx.commit(linear, rounded)
@@ -94,3 +125,33 @@ class Tune(Move):
             ctx.restore(state)
         errors = {} if unguarded else {"before": before, "after": after}
         ctx.notes[self.name] = {**errors, "kept": kept, "loss": first_and_last(losses)}
+
+    def _target(self, ctx: BlockContext) -> Tensor:
+        """What the block should put out, [N, L, D]."""
+        if self.target == "full":
+            return ctx.target()
+        return torch.cat([y for _, y in ctx.run("fp", "q")])
+
+    def _spaces(self, ctx: BlockContext) -> list[ParameterSpace]:
+        """What is trained."""
+        norms = [ctx.q.get_submodule(n) for n in ctx.anatomy.norms.values()]
+        directions = self._directions(ctx)  # before any stand-in is there
+        # Inputs first: a stand-in takes over the hooks of its linear.
+        inputs = InputSpace(ctx.q, ctx.anatomy, self.clips or self.inputs, clips=self.clips > 0)
+        if self.efficient:
+            weights: ParameterSpace = ClipSpace(ctx.q, ctx.solved, self.clips, directions, self.updates)
+        else:
+            weights = WeightSpace(ctx.q, ctx.solved, *self.rates)
+        return [inputs, weights, GainSpace(norms, self.gains, ctx.stored)]
+
+    def _directions(self, ctx: BlockContext) -> dict[str, Tensor]:
+        """What each linear's update starts with."""
+        found: dict[str, Tensor] = {}
+        for site in SITES if self.rank else ():
+            stats = ctx.stats(site, frozenset({"H"}))
+            for linear in ctx.anatomy.at(site):
+                rounded = ctx.solved.get(linear.name)
+                if rounded is not None and rounded.grid == "affine":
+                    error = rounded_from(rounded) - rounded.values()
+                    found[linear.name] = error_directions(error, stats.h, stats.tokens, self.rank)
+        return found
