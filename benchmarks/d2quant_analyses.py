@@ -214,18 +214,22 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         out = Path(folder) / "out"
         sordino.quantize(args.model, load_recipe("d2quant-w2", ["guard=off"]), out, text=args.calibrate, windows=args.windows)
         model, _ = sordino.load(out, dtype=torch.float32)
-    ppl = {}
-    for label in ("as stored", "before rounding"):
-        with torch.no_grad():
-            ppl[label] = float(torch.stack([model(input_ids=w[None], labels=w[None]).loss for w in held]).mean().exp())
-            for layer, scale in zip(model.model.layers, scales, strict=True):
-                up = layer.mlp.up_proj
-                exact = nn.Linear(up.in_features, up.out_features, bias=False)
-                steps = up.codes().float().view(*scale.shape, -1) - up.zeros().float()[..., None]
-                exact.weight = nn.Parameter((steps * scale[..., None]).view(up.out_features, -1))
-                layer.mlp.up_proj = exact
+    ppl = {"as stored": perplexity(model, held)}
+    for layer, scale in zip(model.model.layers, scales, strict=True):
+        up = layer.mlp.up_proj
+        exact = nn.Linear(up.in_features, up.out_features, bias=False)
+        steps = up.codes().float().view(*scale.shape, -1) - up.zeros().float()[..., None]
+        exact.weight = nn.Parameter((steps * scale[..., None]).view(up.out_features, -1))
+        layer.mlp.up_proj = exact
+    ppl["before rounding"] = perplexity(model, held)
     change = ppl["as stored"] / ppl["before rounding"] - 1
     return {"ppl": ppl, "change": change}
+
+
+@torch.no_grad()
+def perplexity(model: Any, ids: Tensor) -> float:
+    """Of all windows together."""
+    return float(torch.stack([model(input_ids=w[None], labels=w[None]).loss for w in ids]).mean().exp())
 
 
 def windows(args: argparse.Namespace, text: str) -> Tensor:
