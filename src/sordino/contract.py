@@ -18,6 +18,7 @@ from sordino.anatomy import Anatomy, Site
 from sordino.numerics.additive import additive_values
 from sordino.numerics.affine import GridParams
 from sordino.numerics.basis import Basis
+from sordino.numerics.kept import Kept, with_kept
 from sordino.recipe import Format
 
 StreamName = Literal["fp", "q"]
@@ -87,6 +88,7 @@ class Rounded:
         notes: what the solver wants to have said (damping raised, dead columns).
         latent: fp32 [R, C], what was rounded: the weight with the errors of earlier columns moved into it. Only kept
             where a move asks for it; it tells how near each code was to its neighbour.
+        kept: the last columns at 8 bits, whose codes above are ignored; None for none.
     """
 
     codes: Tensor
@@ -99,6 +101,7 @@ class Rounded:
     latent: Tensor | None = None
     grid: Literal["affine", "additive"] = "affine"
     column: Tensor | None = None
+    kept: Kept | None = None
 
     @staticmethod
     def of(codes: Tensor, params: GridParams, grid: Grid, group: int, **rest: Any) -> Rounded:
@@ -110,6 +113,10 @@ class Rounded:
 
     def values(self) -> Tensor:
         """Dequantized weight, fp32 [R, C]."""
+        return self.low_values() if self.kept is None else with_kept(self.low_values(), self.kept.values())
+
+    def low_values(self) -> Tensor:
+        """What the codes alone say, fp32 [R, C]."""
         rows, groups = self.zero.shape
         codes = self.codes.view(rows, groups, -1)
         if self.grid == "additive":
@@ -121,7 +128,8 @@ class Rounded:
     def rows(self, span: slice) -> Rounded:
         """Some of the rows; notes go along."""
         latent = None if self.latent is None else self.latent[span]
-        return replace(self, codes=self.codes[span], scale=self.scale[span], zero=self.zero[span], latent=latent)
+        kept = None if self.kept is None else self.kept.rows(span)
+        return replace(self, codes=self.codes[span], scale=self.scale[span], zero=self.zero[span], latent=latent, kept=kept)
 
     @staticmethod
     def join(parts: list[Rounded]) -> Rounded:
@@ -130,7 +138,9 @@ class Rounded:
             return parts[0]
         codes, scale, zero = (torch.cat([getattr(p, k) for p in parts]) for k in ("codes", "scale", "zero"))
         latents = [p.latent for p in parts if p.latent is not None]
-        return replace(parts[0], codes=codes, scale=scale, zero=zero, latent=torch.cat(latents) if latents else None)
+        kept = [p.kept for p in parts if p.kept is not None]
+        latent = torch.cat(latents) if latents else None
+        return replace(parts[0], codes=codes, scale=scale, zero=zero, latent=latent, kept=Kept.join(kept) if kept else None)
 
 
 class Solver(Protocol):
@@ -327,6 +337,8 @@ class Move:
     survey_windows: int | None = None  # calibration windows that the survey is content with; None looks at all
     finish_windows = 0  # calibration windows that finish wants, where the text has so many; 0 is content with the walk's
     before_inner = False  # reshape wants channels inside the blocks as the model has them, not yet turned
+    reshapes_alone = False  # what its survey found is of blocks that no other move reshapes
+    kept = 0  # input channels of every rounded linear, its last ones, that stay at 8 bits
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         """Preflight: raise InputError where the format or the export target cannot carry this move."""
@@ -362,7 +374,7 @@ class Move:
         return None
 
     def inner(self) -> tuple[str, ...]:
-        """Spaces inside a block that :meth:`reshape` turns: "values", "keys", "down" (runtime/inner.py)."""
+        """Spaces inside a block that :meth:`reshape` turns or puts in order: "values", "keys", "down", "channels"."""
         return ()
 
     def biases(self, anatomy: Anatomy) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from sordino.contract import Move
 from sordino.errors import InputError
+from sordino.protect.channels import Channels
 from sordino.protect.prefix import Prefix
 from sordino.recipe import MoveSpec
 from sordino.repair.distill import Distill
@@ -23,11 +24,11 @@ from sordino.reshape.smooth import Smooth
 
 MoveFactory = Callable[..., Move]
 MOVES: dict[str, MoveFactory] = {
-    m.name: m for m in (Distill, LearnRotations, MeanShift, Prefix, Rotate, RotateInner, Smooth, Tune)
+    m.name: m for m in (Channels, Distill, LearnRotations, MeanShift, Prefix, Rotate, RotateInner, Smooth, Tune)
 }
 
 # Moves of the plan that no code stands behind yet; a recipe that names one is refused by name.
-PLANNED = frozenset({"channels", "permute"} | {"low-rank", "clip", "scale-search"})
+PLANNED = frozenset({"permute"} | {"low-rank", "clip", "scale-search"})
 
 
 def build_moves(specs: tuple[MoveSpec, ...]) -> list[Move]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sordino.contract import Rounded
 from sordino.numerics.affine import round_scale
 from sordino.numerics.inputs import fake_round
+from sordino.numerics.kept import with_kept
 from sordino.repair.low_rank import LowRank
 from sordino.runtime.inputs import carry_inputs
 
@@ -79,7 +80,8 @@ class ClippedLinear(nn.Module):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight as it will be stored, [R, C]."""
         rounded = fake_round(self.value(), self.clip()[..., None], -self.zero, self.top - self.zero)
-        return rounded.view_as(self.start.codes).to(dtype)
+        weight = rounded.view_as(self.start.codes).to(dtype)
+        return weight if self.start.kept is None else with_kept(weight, self.start.kept.values())
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""
@@ -98,7 +100,7 @@ def rounded_from(rounded: Rounded) -> Tensor:
     """What a weight was rounded from, fp32 [R, C]; where its nearest code is another one, what is next to the stored code."""
     rows, groups = rounded.scale.shape
     if rounded.latent is None:
-        return rounded.values()
+        return rounded.low_values()
     scale, zero, top = rounded.scale[..., None], rounded.zero[..., None], (1 << rounded.bits) - 1
     codes = rounded.codes.view(rows, groups, -1).float() - zero
     steps = rounded.latent.view_as(codes) / scale

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sordino.contract import Rounded
 from sordino.numerics.affine import round_scale
+from sordino.numerics.kept import with_kept
 from sordino.runtime.inputs import carry_inputs
 
 _EDGE = 0.499  # how far beyond the outermost code a latent position may lie, in steps
@@ -72,7 +73,7 @@ class TrainedLinear(nn.Module):
         """The weight as it will be stored, [R, C]."""
         top = (1 << self.start.bits) - 1
         out: Tensor = _OnGrid.apply(self.latent, self.scale(), self.zero, top, dtype)  # type: ignore[no-untyped-call]
-        return out
+        return out if self.start.kept is None else with_kept(out, self.start.kept.values())
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""

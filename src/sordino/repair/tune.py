@@ -152,6 +152,6 @@ class Tune(Move):
             for linear in ctx.anatomy.at(site):
                 rounded = ctx.solved.get(linear.name)
                 if rounded is not None and rounded.grid == "affine":
-                    error = rounded_from(rounded) - rounded.values()
+                    error = rounded_from(rounded) - rounded.low_values()
                     found[linear.name] = error_directions(error, stats.h, stats.tokens, self.rank)
         return found

@@ -1,4 +1,4 @@
-"""What happens to the input of a linear: an online rotation (R4), and rounding, simulated for calibration and tuning.
+"""What happens to the input of a linear: an online rotation (R4) or order, and rounding, simulated for calibration and tuning.
 
 The checkpoint's own linears multiply the codes (runtime/modules.py); both round by the same function.
 """
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sordino.numerics.hadamard import rotation
 from sordino.numerics.inputs import fake_encode, token_scale
-from sordino.runtime.modules import SCALE, input_groups
+from sordino.numerics.kept import round_with_kept
+from sordino.runtime.modules import ORDER, SCALE, input_groups
 
 
 class RotateInput:
@@ -27,6 +28,14 @@ class RotateInput:
         return (self.rotation.apply(args[0]),)
 
 
+class OrderInput:
+    """Forward pre-hook of a linear: puts its input channels in the order of the columns of its weight, its ``input_order``."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        """The input [..., C], in order."""
+        return (args[0].index_select(-1, module.get_buffer(ORDER)),)
+
+
 class RoundInput:
     """Forward pre-hook of a linear: rounds its input.
 
@@ -35,26 +44,29 @@ class RoundInput:
         static: whether the linear's ``input_scale`` is the scale; else it is the share of a token's largest entry that the
             codes reach, one for each group of channels.
         group: channels of a token that share a dynamic scale; None for all.
+        kept: the last channels, at 8 bits.
         trained: says what takes the place of ``input_scale`` while it is trained.
     """
 
-    def __init__(self, bits: int, static: bool, group: int | None = None):
-        self.bits, self.static, self.group = bits, static, group
+    def __init__(self, bits: int, static: bool, group: int | None = None, kept: int = 0):
+        self.bits, self.static, self.group, self.kept = bits, static, group, kept
         self.trained: Callable[[], Tensor] | None = None
 
     def __call__(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor]:
         """The input [..., C] on its grid."""
         x: Tensor = args[0]
         scale: Tensor = module.get_buffer(SCALE) if self.trained is None else self.trained()
+        if self.kept:
+            return (round_with_kept(x, self.bits, scale, self.group, self.kept),)
         return (fake_encode(x, scale if self.static else token_scale(x, self.bits, scale, self.group), self.bits),)
 
 
-def round_inputs(linear: Any, bits: int, static: bool, group: int | None, scale: float | None = None) -> None:
+def round_inputs(linear: Any, bits: int, static: bool, group: int | None, scale: float | None = None, kept: int = 0) -> None:
     """Let a linear round its input from now on; ``scale``, where given, becomes its ``input_scale``, of every group alike."""
     if scale is not None:
         linear.register_buffer(SCALE, torch.full((input_groups(linear.in_features, group),), scale))
     if rounding(linear) is None:
-        linear.register_forward_pre_hook(RoundInput(bits, static, group))
+        linear.register_forward_pre_hook(RoundInput(bits, static, group, kept))
 
 
 def rounding(linear: nn.Module) -> RoundInput | None:
@@ -67,17 +79,27 @@ def rotate_input(linear: Any) -> None:
     linear.register_forward_pre_hook(RotateInput(linear.in_features), prepend=True)
 
 
-def rotated(linear: nn.Module, x: Tensor) -> Tensor:
+def order_input(linear: Any, order: Tensor) -> None:
+    """Let a linear put its input in this order, int32 [C], from now on, before it rounds it."""
+    linear.register_buffer(ORDER, order)
+    linear.register_forward_pre_hook(OrderInput(), prepend=True)
+
+
+def turned(linear: nn.Module, x: Tensor) -> Tensor:
     """What the weight of a linear sees of an input [..., C], but for rounding."""
-    hook = next((h for h in linear._forward_pre_hooks.values() if isinstance(h, RotateInput)), None)
-    return x if hook is None else hook.rotation.apply(x)
+    for hook in linear._forward_pre_hooks.values():
+        if isinstance(hook, RotateInput | OrderInput):
+            x = hook(linear, (x,))[0]
+    return x
 
 
 def carry_inputs(old: nn.Module, new: nn.Module) -> None:
     """Let a stand-in treat its input as the linear does that it stands in for."""
-    turned = any(isinstance(h, RotateInput) for h in new._forward_pre_hooks.values())
+    turns = any(isinstance(h, RotateInput | OrderInput) for h in new._forward_pre_hooks.values())
     for hook in old._forward_pre_hooks.values():
         if isinstance(hook, RoundInput):
             new.register_buffer(SCALE, getattr(old, SCALE))
-        if isinstance(hook, RoundInput) or (isinstance(hook, RotateInput) and not turned):
+        if isinstance(hook, OrderInput) and not turns:
+            new.register_buffer(ORDER, getattr(old, ORDER))
+        if isinstance(hook, RoundInput) or (isinstance(hook, RotateInput | OrderInput) and not turns):
             new.register_forward_pre_hook(hook)

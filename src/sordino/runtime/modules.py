@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sordino.numerics.additive import additive_values
 from sordino.numerics.basis import Basis, Dense
 from sordino.numerics.inputs import encode, token_scale
+from sordino.numerics.kept import BITS, Kept, round_with_kept, with_kept
 from sordino.numerics.packing import pack, packed_words, unpack
 from sordino.runtime import kernels
 from sordino.runtime.kernels import linear as native
@@ -24,6 +25,7 @@ from sordino.runtime.kernels import linear as native
 # Weights of one tile: big enough to keep the matmul busy, small enough that the tile stays out of the memory's way.
 _TILE = 1 << 20
 SCALE = "input_scale"
+ORDER = "input_order"  # of channels, int32 [I], where a linear puts its input in the order of its columns (runtime/inner.py)
 
 
 class QuantLinear(nn.Module):
@@ -35,6 +37,8 @@ class QuantLinear(nn.Module):
         weight_zero_point: int32 [ceil(O*b/32), G], bit stream along the output; None if symmetric.
         input_scale: fp32, only there if inputs are rounded: [1], the scale of a static input, or the share of a token's largest
             entry that the codes of a dynamic one reach; with groups of channels one share each.
+        kept_packed: int32 [O, ceil(k*8/32)], codes of the last k columns, only there if those are kept at 8 bits.
+        kept_scale: bf16 [O, 1], likewise.
         bias: [O] parameter or None.
     """
 
@@ -52,9 +56,13 @@ class QuantLinear(nn.Module):
         symmetric: bool,
         grid: str = "affine",
         inputs: dict[str, Any] | None = None,
+        kept: int = 0,
     ):
         super().__init__()
-        self.inputs = inputs
+        self.inputs, self.kept = inputs, kept
+        if kept:
+            self.register_buffer("kept_packed", torch.zeros(out_features, packed_words(kept, BITS), dtype=torch.int32))
+            self.register_buffer("kept_scale", torch.zeros(out_features, 1, dtype=torch.bfloat16))
         if inputs is not None:
             numbers = input_groups(in_features, inputs.get("group"))
             self.register_buffer(SCALE, torch.zeros(numbers, dtype=torch.float32))
@@ -82,11 +90,23 @@ class QuantLinear(nn.Module):
         turned = self.weight_zero_point.T.clone(memory_format=torch.contiguous_format)
         return unpack(turned, self.bits, self.out_features).T
 
+    def kept_columns(self) -> Kept | None:
+        """The columns that are kept at 8 bits."""
+        if not self.kept:
+            return None
+        codes = unpack(self.get_buffer("kept_packed"), BITS, self.kept).to(torch.int16) - (1 << (BITS - 1))
+        return Kept(codes.to(torch.int8), self.get_buffer("kept_scale").float())
+
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None), zeros: Tensor | None = None) -> Tensor:
         """Weight values ``(code - zero) * scale`` of some rows, [rows, I].
 
         In bf16 the difference is exact and the product is rounded once, the same as computing in fp32 and casting.
         """
+        low, kept = self._low(dtype, rows, zeros), self.kept_columns()
+        return low if kept is None else with_kept(low, kept.rows(rows).values())
+
+    def _low(self, dtype: torch.dtype, rows: slice, zeros: Tensor | None) -> Tensor:
+        """Values of the low-bit codes."""
         made = native.values(self._native_weight(), rows, dtype)
         if made is not None:
             return made
@@ -105,18 +125,21 @@ class QuantLinear(nn.Module):
             bits, static = self.inputs["bits"], self.inputs["mode"] == "static"
             scale: Tensor = self._buffers[SCALE].float()  # type: ignore[union-attr]  # get_buffer takes microseconds
             parts = self.inputs.get("group")
-            whole = self.group == self.in_features and self.symmetric and not self.additive and parts is None
+            whole = self.group == self.in_features and self.symmetric and not self.additive and parts is None and not self.kept
             if whole:
                 clip, fixed = (1.0, scale) if static else (float(scale), None)
                 out = native.rounded_product(self._native_weight(), x, bits, clip, fixed)
                 if out is not None:
                     return out
-            scale = scale if static else token_scale(x, bits, scale, parts)
-            codes = encode(x, scale, bits)
-            if whole and x.device.type == "cpu":  # elsewhere torch's integer product takes few shapes
-                return self._multiply(codes, scale, x.dtype)
-            x = (codes * scale).to(x.dtype)
-        out = native.product(self._native_weight(), x)
+            if self.kept:
+                x = round_with_kept(x, bits, scale, parts, self.kept)
+            else:
+                scale = scale if static else token_scale(x, bits, scale, parts)
+                codes = encode(x, scale, bits)
+                if whole and x.device.type == "cpu":  # elsewhere torch's integer product takes few shapes
+                    return self._multiply(codes, scale, x.dtype)
+                x = (codes * scale).to(x.dtype)
+        out = None if self.kept else native.product(self._native_weight(), x)
         if out is not None:
             return out
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -165,6 +188,12 @@ def pack_linear(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric
     if not symmetric:
         out["weight_zero_point"] = pack(zero.T.to(torch.uint8).contiguous(), bits).T.contiguous()
     return out
+
+
+def pack_kept(kept: Kept) -> dict[str, Tensor]:
+    """Buffers of a :class:`QuantLinear` for its columns at 8 bits."""
+    codes = (kept.codes.to(torch.int16) + (1 << (BITS - 1))).to(torch.uint8)
+    return {"kept_packed": pack(codes, BITS), "kept_scale": kept.scale.to(torch.bfloat16)}
 
 
 def give_bias(module: Any) -> None:

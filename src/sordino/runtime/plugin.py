@@ -33,7 +33,7 @@ from sordino.runtime.modules import (
 )
 from sordino.runtime.prefix import give_prefix
 
-FORMAT_VERSION = 2  # 2: `input_scale` of dynamic inputs too, `inner`, `kv`
+FORMAT_VERSION = 3  # 2: `input_scale` of dynamic inputs too, `inner`, `kv`; 3: `kept`, channels in order
 
 
 @register_quantization_config("sordino")
@@ -42,7 +42,8 @@ class SordinoConfig(QuantizationConfigMixin):
 
     Attributes:
         groups: formats of linears: ``{"bits", "group", "symmetric", "modules": [name patterns]}``, and where they differ
-            from a plain affine grid and plain inputs ``"grid"`` and ``"inputs": {"bits", "mode"}``.
+            from a plain affine grid and plain inputs ``"grid"``, ``"inputs": {"bits", "mode"}``, ``"kept"``: so many
+            last columns have 8 bits.
         embeddings: 16 (plain) or 8.
         head: 16 (plain), 8 or 4.
         biases: name patterns of norms and linears that have a bias which their family does not.
@@ -50,7 +51,7 @@ class SordinoConfig(QuantizationConfigMixin):
         system_prompt: its ``{"text", "tokens"}``: so many last ones of the prefix; None for none.
         basis: of the residual stream inside the blocks, ``{"size", "signs"}``; None for the model's own. Where ``signs`` is
             None, it was learned and is stored, as a buffer of the final norm.
-        inner: spaces inside the blocks that are turned: "values", "keys", "down" (runtime/inner.py).
+        inner: spaces inside the blocks that are turned: "values", "keys", "down", or in order: "channels" (runtime/inner.py).
         kv: how keys and values are rounded, ``{"bits", "symmetric", "static", "blocks": [first, last + 1]}``; None for not.
         format_version: version of this layout.
     """
@@ -156,6 +157,7 @@ def _swap_linear(model: nn.Module, name: str, old: nn.Linear, group: dict[str, A
             bool(group["symmetric"]),
             group.get("grid", "affine"),
             group.get("inputs"),
+            group.get("kept", 0),
         )
         if new.bias is not None:
             new.bias = nn.Parameter(new.bias.to(old.weight.dtype), requires_grad=False)

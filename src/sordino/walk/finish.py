@@ -20,7 +20,7 @@ from sordino.numerics.kv import KvGrid
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE, round_kv
 from sordino.runtime.inner import ATTENTION
 from sordino.runtime.inputs import round_inputs
-from sordino.runtime.modules import SCALE, QuantLinear
+from sordino.runtime.modules import ORDER, SCALE, QuantLinear
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
@@ -84,26 +84,30 @@ def rounded_block(
     factory: BlockFactory, plan: Plan, index: int, stored: dict[str, Tensor]
 ) -> tuple[nn.Module, dict[str, Rounded]]:
     """A block as its stored bytes say: plain linears that hold the rounded values, and the rounded form of each."""
-    plain = {k: v for k, v in stored.items() if v.is_floating_point() and ".weight_" not in k}
-    tensors = {k: v if k.endswith(f".{SCALE}") else v.to(plan.dtype) for k, v in plain.items()}
+    plain = {k: v for k, v in stored.items() if v.is_floating_point() and ".weight_" not in k and ".kept_" not in k}
+    orders = {k: v for k, v in stored.items() if k.endswith(f".{ORDER}")}
+    tensors = orders | {k: v if k.endswith(f".{SCALE}") else v.to(plan.dtype) for k, v in plain.items()}
     solved, inputs = {}, plan.recipe.format.activations
     for p in plan.linears[index]:
         if p.group is None:
             continue
         module = QuantLinear(
-            p.linear.in_features, p.linear.out_features, False, p.format.bits, p.group, p.format.symmetric, p.format.grid
-        )
-        own = {k.rpartition(".")[2]: v for k, v in stored.items() if k.startswith(f"{p.linear.name}.weight")}
+            p.linear.in_features, p.linear.out_features, False, p.format.bits, p.group, p.format.symmetric, p.format.grid,
+            kept=p.kept,
+        )  # fmt: skip
+        of = (f"{p.linear.name}.weight", f"{p.linear.name}.kept")
+        own = {k.rpartition(".")[2]: v for k, v in stored.items() if k.startswith(of)}
         module.load_state_dict(own, assign=True)
         scale, zero = module.weight_scale.float(), module.zeros().float()
         solved[p.linear.name] = Rounded(
-            module.codes(), scale, zero, p.format.bits, p.group, module.symmetric, grid=p.format.grid
-        )
+            module.codes(), scale, zero, p.format.bits, p.group, module.symmetric, grid=p.format.grid,
+            kept=module.kept_columns(),
+        )  # fmt: skip
         tensors[f"{p.linear.name}.weight"] = module.dequantize(plan.dtype)
     block = factory.assemble(index, tensors)
     for p in plan.linears[index]:
         if inputs.rounded and p.group is not None:
-            round_inputs(block.get_submodule(p.linear.name), inputs.bits, inputs.static, p.inputs)
+            round_inputs(block.get_submodule(p.linear.name), inputs.bits, inputs.static, p.inputs, kept=p.kept)
     kv = plan.recipe.format.kv
     if kv.rounded and plan.blocks[0] <= index < plan.blocks[1]:
         attention = block.get_submodule(ATTENTION)

@@ -24,13 +24,18 @@ _CLIPS = [0.6 + 0.05 * i for i in range(9)]
 _TOKENS = 1024  # on which the candidates are compared; more would cost more than the rest of the walk
 
 
-def round_site(ctx: Context, site: Site, names: list[str], fmt: ActivationFormat, group: int | None) -> dict[str, float]:
-    """Let the linears of a site round their common input, by groups of channels or None; returns what is worth reporting."""
+def round_site(
+    ctx: Context, site: Site, names: list[str], fmt: ActivationFormat, group: int | None, kept: int = 0
+) -> dict[str, float]:
+    """Let the linears of a site round their common input, by groups of channels or None; returns what is worth reporting.
+
+    Its last ``kept`` channels have 8 bits.
+    """
     linears: list[Any] = [ctx.q.get_submodule(name) for name in names]
 
     def give(scale: float) -> None:
         for linear in linears:
-            round_inputs(linear, fmt.bits, fmt.static, group, _stored(scale))
+            round_inputs(linear, fmt.bits, fmt.static, group, _stored(scale), kept)
         ctx.touch(site)
 
     if not fmt.searched:

@@ -25,6 +25,7 @@ class LinearPlan:
         format: of its weight, resolved.
         group: columns that share a scale; None: left in full precision.
         inputs: channels of its input that share a scale; None: all of a token.
+        kept: its last input channels, at 8 bits.
     """
 
     linear: Linear
@@ -32,22 +33,25 @@ class LinearPlan:
     format: WeightFormat
     group: int | None
     inputs: int | None = None
+    kept: int = 0
 
     @property
     def bits_stored(self) -> int:
-        """Stored bits of codes, scales and zeros; the model's own bias is not the quantization's."""
+        """Stored bits of codes, scales, zeros, kept columns and their order; the model's own bias is not the quantization's."""
         rows, cols = self.linear.out_features, self.linear.in_features
         if self.group is None:
             return rows * cols * 16
         groups, b = cols // self.group, self.format.bits
         codes = rows * packed_words(cols, b) * 32
+        if self.kept:
+            codes += rows * (packed_words(self.kept, 8) * 32 + 16) + cols * 32
         if self.format.grid == "additive":
             return codes + rows * groups * b * 16
         zeros = 0 if self.format.symmetric else packed_words(rows, b) * 32 * groups
         return codes + rows * groups * 16 + zeros
 
 
-def plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, int]) -> tuple[LinearPlan, ...]:
+def plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, int], kept: int = 0) -> tuple[LinearPlan, ...]:
     """Formats of a block's linears, in site order.
 
     Args:
@@ -55,6 +59,7 @@ def plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, in
         anatomy: where its linears are.
         recipe: what to do.
         span: first and last-plus-one block to quantize.
+        kept: input channels of every linear that stay at 8 bits.
 
     Raises:
         InputError: if a linear cannot be stored as asked.
@@ -74,8 +79,18 @@ def plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, in
         if chosen and fmt.column_scale and recipe.format.activations.static:
             raise InputError(f"{name}: a column scale would change the input behind its static scale; set one of them off")
         group = group_size(fmt.group, linear, name) if chosen else None
-        plans.append(LinearPlan(linear, name, fmt, group, _input_group(recipe.format.activations, linear, name)))
+        if group is not None and kept:
+            _check_kept(fmt, linear, name, kept)
+        inputs = _input_group(recipe.format.activations, linear, name)
+        plans.append(LinearPlan(linear, name, fmt, group, inputs, kept if group is not None else 0))
     return tuple(plans)
+
+
+def _check_kept(fmt: WeightFormat, linear: Linear, name: str, kept: int) -> None:
+    if fmt.column_scale or isinstance(fmt.solver, Gptaq) or _by_output(fmt):
+        raise InputError(f"{name}: kept channels go with the solvers rtn and gptq, without column scales")
+    if 2 * kept >= linear.in_features:
+        raise InputError(f"{name}: {kept} kept channels of {linear.in_features}; keep fewer than half")
 
 
 def _input_group(fmt: ActivationFormat, linear: Linear, name: str) -> int | None:

@@ -160,7 +160,8 @@ def draft_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None) -
         move.check(recipe.format, anatomy, None)
     _check_moves(moves, source)
     span = _check_blocks(blocks, anatomy)
-    linears = tuple(plan_block(i, anatomy, recipe, span) for i in range(anatomy.n_blocks))
+    kept = max((m.kept for m in moves), default=0)
+    linears = tuple(plan_block(i, anatomy, recipe, span, kept) for i in range(anatomy.n_blocks))
     if recipe.format.activations.rounded and not any(x.group for block in linears for x in block):
         raise InputError(
             f"format.activations.bits={recipe.format.activations.bits} without rounded weights: nothing would be rounded; "
@@ -257,6 +258,9 @@ def _check_moves(moves: tuple[Move, ...], source: Source) -> None:
     for place, move in enumerate(moves):
         if move.before_inner and (turned := next((m for m in moves[:place] if m.inner()), None)):
             raise InputError(f"move '{move.name}' must stand before '{turned.name}', which turns the channels it works on")
+    for move in moves:
+        if move.reshapes_alone and (other := next((m for m in having(moves, "reshape") if m is not move), None)):
+            raise InputError(f"move '{move.name}' orders the channels as the model has them; leave out '{other.name}'")
     for move in having(moves, "learn"):
         others = [m for m in moves if m is not move]
         if any(m.name == move.name for m in others):

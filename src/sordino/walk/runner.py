@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import SITES, Anatomy, Site, hidden_states
-from sordino.runtime.inputs import rotated
+from sordino.runtime.inputs import turned
 
 
 class _Reached(Exception):
@@ -58,14 +58,14 @@ class Runner:
         first = self.layer.get_submodule(self.anatomy.at(site)[0].name)
         if self._covers(site, start, stop):
             for span in self._spans(start, stop):
-                yield span, rotated(first, self.kept[site][span])
+                yield span, turned(first, self.kept[site][span])
             return
         keep = self._keep(site, start, stop)
         for span in self._spans(start, stop):
             value = self._until(first, site, span)
             if keep is not None:
                 keep[span] = value
-            yield span, rotated(first, value)
+            yield span, turned(first, value)
         if keep is not None:
             self.kept[site] = keep
 

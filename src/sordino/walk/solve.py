@@ -14,6 +14,7 @@ from sordino.anatomy import Site
 from sordino.contract import Rounded, Stats
 from sordino.errors import SordinoError
 from sordino.numerics.threads import one_thread
+from sordino.round.keeping import Keeping
 from sordino.walk.context import Context
 from sordino.walk.linears import LinearPlan, make_grid, make_solver
 from sordino.walk.plan import Plan
@@ -58,6 +59,7 @@ def commit(ctx: Context, linear: str, rounded: Rounded) -> dict[str, float]:
 def _solve(ctx: Context, members: list[LinearPlan], solver: Any, stats: Stats | None, report: dict[str, Any]) -> None:
     group, grid = members[0].group, make_grid(members[0].format)
     assert group is not None
+    solver = Keeping.around(solver, members[0].kept, stats)
     try:
         prepared = solver.prepare(stats, group)
     except ValueError as error:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sordino.contract import Rounded
 from sordino.errors import InputError
-from sordino.runtime.modules import SCALE, pack_linear
+from sordino.runtime.modules import ORDER, SCALE, pack_kept, pack_linear
 from sordino.walk.streams import create_stream, open_stream
 
 WORK = ".sordino-work"
@@ -180,10 +180,11 @@ def claim(out: Path) -> Iterator[None]:
 
 def pack_block(block: nn.Module, solved: dict[str, Rounded], dtype: torch.dtype) -> dict[str, Tensor]:
     """A block's tensors as they are stored: rounded linears packed, everything else in the model's dtype."""
-    tensors = {k: v.detach() if k.endswith(f".{SCALE}") else v.detach().to(dtype) for k, v in block.state_dict().items()}
+    as_is = (f".{SCALE}", f".{ORDER}")
+    tensors = {k: v.detach() if k.endswith(as_is) else v.detach().to(dtype) for k, v in block.state_dict().items()}
     for linear, r in solved.items():
         del tensors[f"{linear}.weight"]
-        packed = pack_linear(r.codes, r.scale, r.zero, r.bits, r.symmetric)
+        packed = pack_linear(r.codes, r.scale, r.zero, r.bits, r.symmetric) | (pack_kept(r.kept) if r.kept else {})
         tensors |= {f"{linear}.{k}": v for k, v in packed.items()}
     return tensors
 

@@ -21,6 +21,7 @@ from sordino.anatomy import SITES, Site, hidden_states
 from sordino.contract import Rounded, StreamName, having
 from sordino.errors import SordinoError
 from sordino.protect.prompt import join_prompt
+from sordino.round.keeping import Keeping
 from sordino.round.rtn import RtnSolver
 from sordino.runtime.attention import carry_attention
 from sordino.runtime.inner import ATTENTION
@@ -296,7 +297,7 @@ class Walk:
         fmt = self.plan.recipe.format.activations
         linears = [p for p in self.plan.linears[ctx.index] if p.linear.site == site and p.group is not None]
         if fmt.rounded and linears:
-            note = round_site(ctx, site, [p.linear.name for p in linears], fmt, linears[0].inputs)
+            note = round_site(ctx, site, [p.linear.name for p in linears], fmt, linears[0].inputs, linears[0].kept)
             report.setdefault("inputs", {}).update({site: note} if note else {})
 
     # Guard and storage
@@ -336,7 +337,8 @@ class Walk:
             if p.group is None:
                 continue
             module: Any = layer.get_submodule(p.linear.name)
-            rounded[p.linear.name] = RtnSolver().solve(module.weight.float(), None, baseline_grid(p.format), p.group)
+            solver = Keeping(RtnSolver(), p.kept, None)
+            rounded[p.linear.name] = solver.solve(module.weight.float(), None, baseline_grid(p.format), p.group)
             values = rounded[p.linear.name].values().to(module.weight.dtype)
             module.weight = nn.Parameter(values, requires_grad=False)
             carry_inputs(ctx.q.get_submodule(p.linear.name), module)
