@@ -26,4 +26,5 @@ def dress(block: nn.Module, inner: Sequence[str]) -> None:
     if "channels" in inner:
         for linear in [m for m in block.modules() if isinstance(m, nn.Linear | QuantLinear)]:
             empty = torch.empty(linear.in_features, dtype=torch.int32, device="meta")
-            order_input(linear, linear._buffers.get(ORDER, empty))
+            held = linear._buffers.get(ORDER)
+            order_input(linear, empty if held is None else held)
