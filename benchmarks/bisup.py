@@ -1,0 +1,111 @@
+"""The ablation grid of the BiSup-style reconstruction (spec section 12), on both hosts; see ladder.py.
+
+python benchmarks/bisup.py --calibrate wiki.valid.raw --evaluate wiki.test.raw --also c4.txt [--only NAME …] [--sweeps]
+
+Rows are the vertical part: host, + clips, + smoothing, + low-rank, and the target that leaves earlier error alone. The
+prompt's rows come from prompt.py (`--recipe quarot-w3a3` for the prompt alone, `--recipe bisup-quarot-w3a3` for all of it).
+`--sweeps` instead: one option at a time on blocks 0:10 of a host at W3A3, told by the held-out error against the full-precision
+stream behind each block (E_acc), into benchmarks/rows/bisup_sweeps.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from ladder import ROWS, Ladder, climb, code_version, keep, run, texts_parser, there
+from sordino.recipe import load_recipe
+
+SEEDS = [0, 1, 2]
+OFF = "guard=off"
+HOSTS = {
+    "quarot": '{move="rotate", size="full"}, {move="rotate-inner"}',
+    "atom": '{move="channels"}',
+}
+NONE = "weights=0, scales=0, inputs=0, gains=0"
+CLIP, RANK, SMOOTH = "clips=0.01", "rank=16", "smooth=0.005"
+
+
+def tuned(host: str, options: str) -> str:
+    """The moves of a host, and the tuner with some of the parameter-efficient spaces."""
+    given = options if "epochs" in options else f"epochs=2, {options}"
+    return f'moves=[{HOSTS[host]}, {{move="tune", {NONE}, {given}}}]'
+
+
+def grid(host: str, bits: int) -> Ladder:
+    """Rows of one host and width."""
+    name = f"{host}-w{bits}a{bits}"
+    return {
+        name: (name, [OFF], SEEDS),
+        f"{name} + clip": (name, [OFF, tuned(host, CLIP)], [0]),
+        f"{name} + clip + smooth": (name, [OFF, tuned(host, f"{CLIP}, {SMOOTH}")], [0]),
+        f"{name} + clip + low-rank": (name, [OFF, tuned(host, f"{CLIP}, {RANK}")], SEEDS),
+        f"{name} + clip + smooth + low-rank": (name, [OFF, tuned(host, f"{CLIP}, {SMOOTH}, {RANK}")], SEEDS),
+        f"{name} + clip + low-rank, quantized target": (
+            name,
+            [OFF, tuned(host, f'{CLIP}, {RANK}, target="quantized"')],
+            [0],
+        ),
+    }
+
+
+LADDER: Ladder = {k: v for host in HOSTS for bits in (4, 3) for k, v in grid(host, bits).items()}
+
+# option -> what it is set to, the rest as in the row "+ clip + low-rank"
+SWEEPS: dict[str, list[str]] = {
+    "rank": [f"{CLIP}, rank={r}" for r in (0, 8, 16, 32, 64)],
+    "smoothing": [f'{CLIP}, {RANK}, {SMOOTH}, smooth_mode="{m}"' for m in ("hard", "soft", "free")],
+    "target": [f'{CLIP}, {RANK}, target="{t}"' for t in ("full", "quantized")],
+    "epochs": [f"{CLIP}, {RANK}, epochs={n}" for n in (1, 2, 5)],
+}
+WINDOWS = (8, 32, 128)  # amounts of data
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Every option of :data:`SWEEPS`, and amounts of data, on both hosts."""
+    for host in HOSTS:
+        recipe = f"{host}-w3a3"
+        for option, settings in SWEEPS.items():
+            for setting in settings:
+                moves = (
+                    tuned(host, setting, 2) if "epochs" not in setting else tuned(host, setting).replace("epochs=2, ", "", 1)
+                )
+                errors(f"{host} {option}: {setting}", recipe, [moves], args)
+        for windows in WINDOWS:
+            moves = tuned(host, f"{CLIP}, {RANK}")
+            errors(f"{host} windows: {windows}", recipe, [moves, f"calibration.windows={windows}"], args)
+        errors(f"{host} host", recipe, [], args)
+
+
+def errors(name: str, recipe: str, overrides: list[str], args: argparse.Namespace) -> None:
+    """Quantize the first blocks, and keep the held-out error behind each of them."""
+    key = {
+        "digest": load_recipe(recipe, overrides).digest,
+        "version": code_version(),
+        "model": args.model,
+        "blocks": args.blocks,
+    }
+    if there(ROWS / "bisup_sweeps.jsonl", key):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        sets = [x for o in overrides for x in ("--set", o)]
+        out = str(Path(folder) / "out")
+        cost = run(["quantize", args.model, "-r", recipe, "-o", out, "--text", args.calibrate, "--blocks", args.blocks, *sets])
+        blocks = [b for b in json.loads((Path(out) / "sordino.json").read_text())["blocks"] if "error" in b]
+    row = {"name": name, **key, "recipe": recipe, "overrides": overrides, "quantize": cost}
+    row |= {"errors": [b["error"] for b in blocks], "fallbacks": [b["block"] for b in blocks if b.get("fallback")]}
+    keep(ROWS / "bisup_sweeps.jsonl", row)
+    print(f"{name}: {row['errors'][-1]:.4f} behind block {blocks[-1]['block']}", flush=True)
+
+
+if __name__ == "__main__":
+    if "--sweeps" in sys.argv:
+        sys.argv.remove("--sweeps")
+        parser = texts_parser(__doc__)
+        parser.add_argument("--blocks", default="0:10", help="blocks to quantize")
+        sweep(parser.parse_args())
+    else:
+        climb(__doc__, LADDER, "bisup.jsonl")
