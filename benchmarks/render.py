@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+import bisup
 import d2quant
 import prefixquant
 import weight_only
@@ -48,6 +50,8 @@ def main() -> None:
     third = latest("prefixquant.jsonl")
     ladder = table(third, ["full precision", *prefixquant.LADDER], 7) if third else ""
     body += ladder and "\n## PrefixQuant (`benchmarks/prefixquant.py`)\n\n" + ladder
+    hosts = bisup_grid()
+    body += hosts and "\n## BiSup-style reconstruction (`benchmarks/bisup.py`)\n\n" + hosts
     body += prefix("## The prefix on full precision (`benchmarks/prefix.py`)") + kv_memory()
     body += solver_options() + analyses() + large_shape()
     (ROOT / "docs" / "results.md").write_text(body)
@@ -55,6 +59,7 @@ def main() -> None:
     fill(ROOT / "README.md", table(first | best, ["full precision", *weight_only.LADDER, *d2quant.LADDER], 4))
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 7))
     fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + prefix())
+    fill(ROOT / "docs" / "methods" / "bisup.md", hosts or "Nothing yet: `benchmarks/bisup.py` is written and was not run.\n")
 
 
 def latest(file: str) -> dict[tuple[str, int], Row]:
@@ -138,6 +143,23 @@ def prefix(title: str = "") -> str:
     lines += ["", f"In the middle of a text, behind the prefix, its tokens reach {', '.join(inside)} times the median token in"]
     lines += ["the worst block, far below the threshold of 64: later occurrences need no treatment."]
     return "\n".join(lines) + "\n"
+
+
+def bisup_grid() -> str:
+    """The grid of bisup.py, with the share of each host's gap to full precision that is closed; empty without rows."""
+    rows = latest("bisup.jsonl")
+    exact = [r["ppl"] for (name, _), r in latest("d2quant.jsonl").items() if name == "full precision"]
+    lines = ["| recipe | bits/weight | PPL | seeds | C4 PPL | KL | gap closed | CPU s |", "|---" * 8 + "|"]
+    for name in bisup.LADDER:
+        mine = [r for (n, _), r in sorted(rows.items()) if n == name]
+        if not mine:
+            continue
+        host = [r["ppl"] for (n, _), r in rows.items() if n == name.partition(" ")[0]]
+        shown = cells(name, mine)
+        closed = [math.log(statistics.mean(host) / r["ppl"]) / math.log(statistics.mean(host) / exact[0]) for r in mine if host]
+        shares = spread([100 * c for c in closed], 0) + " %" if closed and " " in name else "–"
+        lines.append(f"| {' | '.join([*shown[:2], *shown[3:7], shares, shown[8]])} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def kv_memory() -> str:
