@@ -385,6 +385,15 @@ ON_MODEL = [
     (["doctor", "-r", "gptq-w4", "--set", "format.weights.group=48"], ["48"]),
     (["doctor", "-r", "gptq-w4", "--set", "format.head=8"], ["one table"]),
     (["doctor", "-r", "gptq-w4", "--for", "nothing"], ["vllm"]),
+    (["doctor", "-r", "gptq-w4", "--system-prompt", " "], ["empty"]),
+    (
+        ["doctor", "-r", "gptq-w4", "--for", "vllm", "--system-prompt", "Be brief.", "--set", "calibration.seqlen=64"],
+        ["vllm", "--system-prompt"],
+    ),
+    (
+        ["doctor", "-r", "atom-w4a4", "--for", "vllm", "--set", "format.activations.bits=16", "--set", "format.kv.bits=16"],
+        ["vllm", "channels"],
+    ),
     (["doctor", "-r", "d2quant-w3", "--for", "gguf"], ["additive", "d2quant-paper-w3"]),
     (["doctor", "-r", "d2quant-paper-w3", "--for", "vllm"], ["mean-shift", "form"]),
     (["doctor", "-r", "gptq-w4", "--for", "vllm", "--set", "moves=[{move='rotate'}]"], ["vllm", "rotate"]),

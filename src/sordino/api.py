@@ -19,15 +19,15 @@ from torch import Tensor
 
 from sordino.corpus import DEFAULT_TEXT, Text, calibration_windows, load_text, tokenize
 from sordino.errors import InputError, SordinoError, reason
-from sordino.protect.prompt import Prompt, read_prompt, tokenize_prompt
+from sordino.protect.prompt import Prompt
 from sordino.recipe import Recipe, load_recipe
 from sordino.report.notebook import Figure, figure, table
 from sordino.report.quantize import block_series, quantize_page, result_lines
-from sordino.runtime.prefix import check_rotary
 from sordino.version import __version__, source_digest
 from sordino.walk.assemble import assemble, publish
 from sordino.walk.heap import keep_freed_memory
 from sordino.walk.plan import Plan, make_plan
+from sordino.walk.prompt import prompt_of
 from sordino.walk.source import Source, locate, open_source, without_bars
 from sordino.walk.store import WORK, Work, claim, write_text
 from sordino.walk.walk import Walk
@@ -109,7 +109,7 @@ def quantize(
     chosen = load_recipe(recipe, (*overrides, *_calibration(windows, seqlen)))
     _check_owner(out)
     plan = make_plan(source, chosen, blocks, out)
-    prompt = None if system_prompt is None else _prompt(system_prompt, source, plan)
+    prompt = None if system_prompt is None else prompt_of(system_prompt, source, plan)
     content = load_text(text) if plan.needs_text else None
     fingerprint = _fingerprint(source, chosen, content, seed, plan, prompt)
     done = None if fresh else _finished(out, fingerprint)
@@ -226,15 +226,6 @@ def _prefix_facts(walk: Walk, source: Source) -> dict[str, Any]:
     ids, found = list(walk.prefix.ids if walk.prefix else ()), walk.artifacts.get("prefix")
     ratios = [round(r, 2) for r in found.ratios] if found else []
     return {"ids": ids, "tokens": source.tokenizer().convert_ids_to_tokens(ids), "outlier_ratios": ratios}
-
-
-def _prompt(spec: str, source: Source, plan: Plan) -> Prompt:
-    """The system prompt as the model reads it; it must leave room for a calibration window."""
-    check_rotary(source.config)
-    text, vocabulary = read_prompt(spec), source.shape(f"{plan.anatomy.embeddings}.weight")[0]
-    limit = getattr(source.config, "max_position_embeddings", None) or 1 << 30
-    room = plan.recipe.calibration.seqlen if plan.needs_text else 1
-    return tokenize_prompt(text, source.tokenizer(), vocabulary, limit - room)
 
 
 def _calibration(windows: int | None, seqlen: int | None) -> list[str]:

@@ -194,6 +194,9 @@ def doctor(
     recipe: RecipeName,
     for_: Annotated[str, typer.Option("--for", help="Engines to check the format against: vllm,gguf.")] = "",
     set_: SetOption = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT|@FILE", help="System prompt that is to be protected.")
+    ] = None,
 ) -> None:
     """Say in seconds whether a run will fit and divide, and what it will make; no work is done.
 
@@ -202,7 +205,8 @@ def doctor(
     from sordino.walk.doctor import examine
 
     table = Table("check", "finding", title=f"{model} with {recipe}")
-    for name, finding in examine(model, recipe, tuple(set_ or ()), tuple(e for e in for_.split(",") if e)):
+    engines = tuple(e for e in for_.split(",") if e)
+    for name, finding in examine(model, recipe, tuple(set_ or ()), engines, system_prompt):
         table.add_row(name, finding)
     _out.print(table)
 

@@ -73,11 +73,13 @@ def prefix_ids(folder: Path) -> list[int]:
     """The prefix tokens of a checkpoint.
 
     Raises:
-        InputError: if it has none.
+        InputError: if it has none, or one that is no list of token ids.
     """
     found: list[int] = quantization_of(folder).get("prefix") or []
     if not found:
         raise InputError(f"{folder} has no prefix")
+    if not isinstance(found, list) or not all(type(i) is int and i >= 0 for i in found):
+        raise InputError(f"{folder / 'config.json'}: the prefix is no list of token ids")
     return found
 
 

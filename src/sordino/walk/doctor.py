@@ -11,10 +11,17 @@ from sordino.errors import InputError
 from sordino.recipe import load_recipe
 from sordino.runtime.kernels import status
 from sordino.walk.plan import Plan, gib, make_plan
+from sordino.walk.prompt import prompt_of
 from sordino.walk.source import open_source
 
 
-def examine(model: str, recipe: str, overrides: tuple[str, ...] = (), engines: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+def examine(
+    model: str,
+    recipe: str,
+    overrides: tuple[str, ...] = (),
+    engines: tuple[str, ...] = (),
+    system_prompt: str | None = None,
+) -> list[tuple[str, str]]:
     """Findings as (check, finding) pairs.
 
     Raises:
@@ -28,18 +35,23 @@ def examine(model: str, recipe: str, overrides: tuple[str, ...] = (), engines: t
     anatomy, c = plan.anatomy, plan.recipe.calibration
     dtype = str(plan.dtype).removeprefix("torch.")
     text = f"{c.windows} windows of {c.seqlen}, {plan.heldout} more held out" if plan.needs_text else "none needed"
+    prompt = None if system_prompt is None else prompt_of(system_prompt, source, plan)
     findings = [
         ("model", f"{anatomy.model_type}, {anatomy.n_blocks} blocks, {str(source.dtype).removeprefix('torch.')}"
                   f", {'tied' if anatomy.tied else 'untied'} embeddings"),
         ("coverage", plan.coverage()),
-        ("bits per quantized weight", f"{plan.bits_per_weight():.3f}"),
+        ("bits per quantized weight", f"{plan.bits_per_weight(len(prompt.ids) if prompt else 0):.3f}"),
         ("calibration", text),
         ("forwards", f"{dtype}, {plan.batch} windows at a time, {torch.get_num_threads()} threads"),
         ("memory", f"about {gib(plan.memory)}"),
         ("disk while running", f"about {gib(plan.disk)}"),
         ("kernels here", status()),
     ]  # fmt: skip
+    if prompt:
+        findings.insert(2, ("system prompt", f"{len(prompt.ids)} tokens before every text"))
     for engine in engines:
+        if prompt:
+            raise InputError(f"{engine}: a protected system prompt runs in Sordino only; leave out --system-prompt")
         ENGINES[engine](plan)
         findings.append((engine, "the stored format can be carried over exactly"))
     return findings
@@ -64,6 +76,8 @@ def _affine(plan: Plan, engine: str) -> None:
         raise InputError(f"{engine}: a cache of packed codes runs in Sordino only; set format.kv.bits=16")
     if {"keys", "down"} & set(plan.inner):
         raise InputError(f"{engine}: online rotations run in Sordino only; leave out the move, or its keys and down")
+    if "channels" in plan.inner:
+        raise InputError(f"{engine}: channels in order run in Sordino only; leave out the move 'channels'")
     if having(plan.moves, "prefix"):
         raise InputError(f"{engine}: keys and values of a prefix run in Sordino only; leave out the move")
     for p in plan.quantized():
