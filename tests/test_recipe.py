@@ -42,11 +42,12 @@ def test_presets_load_and_round_trip(name: str, tmp_path: Path) -> None:
     assert named is not None
     system, bits, inputs, kv = named.groups()
     host = system.removeprefix("bisup-")
-    kv = inputs if host == "quarot" and not kv else kv  # BiSup's hosts: keys and values have the inputs' bits
+    kv = inputs if host in ("quarot", "atom") and not kv else kv  # BiSup's hosts: keys and values have the inputs' bits
     assert recipe.format.kv.bits == int(kv or 16)
     assert recipe.format.weights.bits == int(bits) and recipe.format.activations.bits == int(inputs or 16)
     # Systems and Sordino's own best are built on GPTAQ; the others are named after their solver, 8 bits need none.
-    known = {"rtn": "rtn", "gptq": "gptq", "gptaq": "gptaq", "quarot": "gptq", "spinquant": "gptq", "prefixquant": "rtn"}
+    known = {"rtn": "rtn", "gptq": "gptq", "gptaq": "gptaq", "quarot": "gptq", "atom": "gptq"}
+    known |= {"spinquant": "gptq", "prefixquant": "rtn"}
     known |= {"": "rtn"} if inputs and not kv else {}
     assert recipe.format.weights.solver.name == known.get(host, "gptaq")
 
