@@ -30,8 +30,9 @@ $(TESTS): $(READY)
 demo: $(READY)
 	$(BIN)/sordino demo -o demo
 
+# Most tests are about models too small to share between threads, so two processes of one thread each are faster than one of two.
 test: check docs
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Warnings are errors. The variable silences an advertisement.
 docs: $(TESTS)
