@@ -61,7 +61,7 @@ def main() -> None:
     body = HEAD + "\n## Rounding alone\n\n" + table(first, ["full precision", *weight_only.LADDER])
     body += "\n## D²Quant, and past it\n\n" + table(second, ["full precision", *d2quant.LADDER])
     third = latest("prefixquant.jsonl")
-    ladder = table(third, ["full precision", *prefixquant.LADDER], 7) if third else ""
+    ladder = table(third, ["full precision", *prefixquant.LADDER], 9) if third else ""
     body += ladder and "\n## PrefixQuant (`benchmarks/prefixquant.py`)\n\n" + ladder
     hosts = bisup_grid()
     body += hosts and "\n## BiSup-style reconstruction (`benchmarks/bisup.py`)\n\n" + hosts

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sordino.numerics.affine import SCALE_CEILING, SCALE_FLOOR, AffineGrid, GridParams, fake_quantize, round_scale
+from sordino.numerics.affine import SCALE_CEILING, SCALE_FLOOR, AffineGrid, GridParams, round_scale
 
 BITS = [2, 3, 4, 5, 6, 8]
 both = pytest.mark.parametrize("symmetric", [False, True])
@@ -162,28 +162,3 @@ def test_chunks_do_not_change_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = grid.fit(w)
     monkeypatch.setattr("sordino.numerics.affine._CHUNK", 24 * 7)
     assert torch.equal(grid.fit(w).scale, whole.scale)
-
-
-@both
-@every_width
-def test_fake_quantize_is_nearest_with_straight_through_gradients(bits: int, symmetric: bool) -> None:
-    grid = AffineGrid(bits, symmetric)
-    w = (2 * normal(6, 32, seed=bits)).requires_grad_()
-    params = grid.fit_groups(w.detach() / 2, 8)  # a range that many weights exceed
-    out = fake_quantize(w, grid, params)
-    assert torch.equal(out.detach(), grid.nearest(w.detach(), params)[1])
-    slope = normal(6, 32, seed=5)
-    (out * slope).sum().backward()
-    scale, zero = (p.repeat_interleave(8, 1) for p in (params.scale, params.zero))
-    inside = (w.detach() >= -zero * scale) & (w.detach() <= (grid.top - zero) * scale)
-    assert 0 < int(inside.sum()) < inside.numel()
-    assert w.grad is not None
-    assert torch.allclose(w.grad[inside], slope[inside])
-    assert torch.equal(w.grad[~inside], torch.zeros(int((~inside).sum())))
-
-
-def test_fake_quantize_keeps_shape_and_dtype() -> None:
-    grid = AffineGrid(4)
-    w = normal(3, 16).to(torch.bfloat16)
-    out = fake_quantize(w, grid, grid.fit_groups(w.float(), 8))
-    assert (out.shape, out.dtype) == (w.shape, w.dtype)

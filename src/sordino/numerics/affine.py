@@ -180,22 +180,3 @@ class AffineGrid:
         if diag_h is None:
             return q.square_().sum(1, keepdim=True)
         return (q.square_() @ diag_h)[:, None]
-
-
-def fake_quantize(w: Tensor, grid: AffineGrid, params: GridParams) -> Tensor:
-    """Quantize and dequantize with straight-through gradients to ``w``.
-
-    Args:
-        w: float [R, G*g]; gradients pass unchanged where the code is inside the grid, and are zero where it is clipped.
-        grid: the grid.
-        params: [R, G].
-
-    Returns:
-        Same shape and dtype as ``w``.
-    """
-    rows, groups = params.scale.shape
-    scale, zero = params.scale[..., None].to(w.dtype), params.zero[..., None].to(w.dtype)
-    x = w.view(rows, groups, -1) / scale
-    clipped = x.clamp(-zero, grid.top - zero)
-    rounded = clipped + (clipped.round() - clipped).detach()
-    return (rounded * scale).view_as(w)
