@@ -40,13 +40,13 @@ def test_logits_are_unchanged(family: str, tmp_path: Path) -> None:
     assert torch.equal(exact.generate(ids, max_new_tokens=16), ours.generate(ids, max_new_tokens=16))
 
 
-@pytest.mark.parametrize("moves", [ATOM, 'moves=[{move="channels", count=4}, {move="tune", epochs=1}]'])
+@pytest.mark.parametrize("trained", ["", ', {move="tune", epochs=1}', ', {move="distill", epochs=1}'])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_calibration_sees_what_the_checkpoint_does(family: str, moves: str, tmp_path: Path) -> None:
+def test_calibration_sees_what_the_checkpoint_does(family: str, trained: str, tmp_path: Path) -> None:
     from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
 
     model = make_tiny(tmp_path / "model", family, layers=2)
-    made = atom("guard=on", "format.kv.bits=16", moves)
+    made = atom("guard=on", "format.kv.bits=16", ATOM.replace("]", f"{trained}]"))
     manifest = sordino.quantize(str(model), made, tmp_path / "out", windows=16, seqlen=48).manifest
     ours, tokenizer = sordino.load(tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(model)
