@@ -12,8 +12,9 @@ DOWN = "format.weights.override"
 LONGER = ["moves.0.epochs=2", "moves.1.epochs=6"]
 # Tuning that can flip codes, then a distillation of scales and gains that sees most of the validation text.
 BOTH = 'moves=[{{move="tune", epochs=1}}, {{move="distill", epochs={}, windows=416, scales=0.003, gains=0.003}}]'
-# The same behind evened value channels (reshape/smooth.py).
+# The same behind evened value channels (reshape/smooth.py), and with smaller steps at the end.
 EVEN = BOTH.replace('[{{move="tune"', '[{{move="smooth", down=false}}, {{move="tune"')
+SLOW = EVEN.replace("0.003", "0.001")
 # No tuning of blocks; the distillation sees 416 windows, most of the validation text, where the walk sees 128.
 MORE = 'moves=[{{move="distill", epochs={}, windows=416, scales=0.003, gains=0.003}}]'
 
@@ -53,6 +54,7 @@ def own(bits: int) -> Ladder:
         f"w{bits}, tuned, more text, twice": (best, [BOTH.format(2)], SEEDS),
         f"w{bits}, tuned, more text, smooth": (best, [EVEN.format(1)], SEEDS),
         f"w{bits}, tuned, more text, twice, smooth": (best, [EVEN.format(2)], SEEDS),
+        f"w{bits}, tuned, more text, smooth, smaller steps": (best, [SLOW.format(1)], SEEDS),
         f"w{bits}, more text": (best, [MORE.format(1)], SEEDS),
         f"w{bits}, more text, twice": (best, [MORE.format(2)], SEEDS),
     }

@@ -40,7 +40,11 @@ COLUMNS += ["CPU s", "GFLOP/s", "peak GiB"]
 
 # The README's rows: by width, from plain rounding to the best.
 SHOWN = ["full precision"]
-for _bits, _best in ((4, "tuned, more text, smooth"), (3, "tuned, more text, twice"), (2, "tuned, more text, twice")):
+for _bits, _best in (
+    (4, "tuned, more text, smooth, smaller steps"),
+    (3, "tuned, more text, twice"),
+    (2, "tuned, more text, twice"),
+):
     SHOWN += [f"{solver}-w{_bits}" for solver in ("rtn", "gptq", "gptaq", "d2quant-paper", "d2quant")]
     SHOWN += [f"w{_bits}", f"w{_bits}, {_best}"]
 SHOWN += [
