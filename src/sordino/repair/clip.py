@@ -8,6 +8,7 @@ is one, is added to the value first. Shapes: R = out_features, C = in_features, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,7 @@ class ClippedLinear(nn.Module):
         exact: fp32 [R, G, g], what is rounded, but for the update.
         clip: scales [R, G].
         update: the low-rank update, or None.
+        columns: says by what the columns of ``exact`` are multiplied (repair/smoothing.py), [C]; None for nothing.
         bias: the linear's own, frozen, or None.
     """
 
@@ -63,6 +65,7 @@ class ClippedLinear(nn.Module):
     def __init__(self, rounded: Rounded, bias: Tensor | None, update: LowRank | None):
         super().__init__()
         self.start, self.bias, self.update = replace(rounded, latent=None), bias, update
+        self.columns: Callable[[], Tensor] | None = None
         shape = (*rounded.scale.shape, rounded.group)
         self.register_buffer("exact", rounded_from(rounded).view(shape))
         self.register_buffer("zero", rounded.zero[..., None])
@@ -75,7 +78,8 @@ class ClippedLinear(nn.Module):
 
     def value(self) -> Tensor:
         """What is rounded, fp32 [R, G, g]."""
-        return self.exact if self.update is None else self.exact + self.update().view_as(self.exact)
+        value = self.exact if self.columns is None else self.exact * self.columns().view(self.exact.shape[1:])
+        return value if self.update is None else value + self.update().view_as(value)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight as it will be stored, [R, C]."""

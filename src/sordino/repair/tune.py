@@ -14,6 +14,7 @@ Instead of roundings and scales, the parameter-efficient spaces of the BiSup-sty
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from sordino.repair.clip import ClipSpace, rounded_from
 from sordino.repair.descent import descend, first_and_last, shuffled
 from sordino.repair.input_spaces import InputSpace
 from sordino.repair.low_rank import error_directions
+from sordino.repair.smoothing import Mode, SmoothSpace
 from sordino.repair.spaces import GainSpace, WeightSpace
 
 _LIMIT = 0.3  # of the gradients' norm, for the parameter-efficient spaces: IntactKV's and PrefixQuant's value
@@ -48,6 +50,9 @@ class Tune(Move):
             and inputs, which must be 0.
         rank: of the update that is merged into every linear, likewise; 0 for none.
         updates: learning rate of that update, in steps of the grid.
+        smooth: learning rate of factors by which the inputs behind norms are divided and their weights multiplied, likewise;
+            gains must be 0. 0 for none.
+        smooth_mode: whether the two may drift apart, "soft": at a price, "hard": not, "free": at none.
         target: the full-precision block's output on the full-precision stream, or ("quantized") on the quantized one, which
             leaves the error of earlier blocks alone.
     """
@@ -68,21 +73,30 @@ class Tune(Move):
         clips: Rate = 0.0,
         rank: Natural = 0,
         updates: Rate = 0.01,
+        smooth: Rate = 0.0,
+        smooth_mode: Mode = "soft",
         target: Literal["full", "quantized"] = "full",
     ) -> None:
         self.epochs, self.batch, self.rates = epochs, batch, (weights, scales)
         self.gains, self.inputs, self.with_biases = gains, inputs, biases
         self.clips, self.rank, self.updates, self.target = clips, rank, updates, target
+        self.smooth, self.smooth_mode = smooth, smooth_mode
 
     @property
     def efficient(self) -> bool:
         """Whether the parameter-efficient spaces are trained instead of roundings and scales."""
-        return self.clips > 0 or self.rank > 0
+        return self.clips > 0 or self.rank > 0 or self.smooth > 0
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         """Clips and updates decide the codes that weights and scales would train."""
         if self.efficient and any(self.rates):
-            raise InputError("move 'tune': clips and rank take the place of weights and scales; set weights=0 and scales=0")
+            raise InputError(
+                "move 'tune': clips, rank, smooth replace weights and scales; set weights=0 and scales=0"
+            )
+        if self.smooth > 0 and self.gains > 0:
+            raise InputError("move 'tune': smooth works through the norms' gains; set gains=0")
+        if self.smooth > 0 and not anatomy.norms:
+            raise InputError(f"move 'tune': in {anatomy.model_type} no norm feeds a linear, so that smooth has nowhere to go")
         if self.clips > 0 and self.inputs > 0:
             raise InputError("move 'tune': clips takes the place of inputs; set inputs=0")
 
@@ -98,7 +112,7 @@ class Tune(Move):
             ctx.shift(norm, torch.zeros(()))
         before, state = ctx.error(), ctx.snapshot()
         x, target = ctx.stream("q"), self._target(ctx)
-        spaces = self._spaces(ctx)
+        spaces, penalty = self._spaces(ctx)
         start: list[float] = []
 
         def backward(windows: Tensor) -> float:
@@ -108,7 +122,7 @@ class Tune(Move):
             loss: Tensor = ((y - t).square().sum(-1) * weight).sum() / (t.square().sum(-1) * weight).sum()
             start.append(loss.item())
             # Relative to the first one, so that the bound on the gradients means the same in every block.
-            (loss / max(start[0], 1e-12) if self.efficient else loss).backward()
+            (loss / max(start[0], 1e-12) + penalty() if self.efficient else loss).backward()
             return start[-1]
 
         limit = _LIMIT if self.efficient else None
@@ -132,17 +146,20 @@ class Tune(Move):
             return ctx.target()
         return torch.cat([y for _, y in ctx.run("fp", "q")])
 
-    def _spaces(self, ctx: BlockContext) -> list[ParameterSpace]:
-        """What is trained."""
+    def _spaces(self, ctx: BlockContext) -> tuple[list[ParameterSpace], Callable[[], Tensor | float]]:
+        """What is trained, and what is added to the loss."""
         norms = [ctx.q.get_submodule(n) for n in ctx.anatomy.norms.values()]
         directions = self._directions(ctx)  # before any stand-in is there
         # Inputs first: a stand-in takes over the hooks of its linear.
         inputs = InputSpace(ctx.q, ctx.anatomy, self.clips or self.inputs, clips=self.clips > 0)
-        if self.efficient:
-            weights: ParameterSpace = ClipSpace(ctx.q, ctx.solved, self.clips, directions, self.updates)
-        else:
-            weights = WeightSpace(ctx.q, ctx.solved, *self.rates)
-        return [inputs, weights, GainSpace(norms, self.gains, ctx.stored)]
+        gains = GainSpace(norms, self.gains, ctx.stored)
+        if not self.efficient:
+            return [inputs, WeightSpace(ctx.q, ctx.solved, *self.rates), gains], lambda: 0.0
+        clips = ClipSpace(ctx.q, ctx.solved, self.clips, directions, self.updates)
+        if self.smooth == 0:
+            return [inputs, clips, gains], lambda: 0.0
+        smooth = SmoothSpace(ctx.q, ctx.anatomy, clips.trained, self.smooth, self.smooth_mode, ctx.stored)
+        return [inputs, clips, smooth], smooth.penalty
 
     def _directions(self, ctx: BlockContext) -> dict[str, Tensor]:
         """What each linear's update starts with."""

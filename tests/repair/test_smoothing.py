@@ -1,0 +1,204 @@
+"""Soft-constrained smoothing: step 0 is the host, equal factors keep the function, gradients are those of differences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sordino
+from sordino.anatomy import Anatomy, anatomy_of
+from sordino.contract import Rounded
+from sordino.errors import InputError
+from sordino.numerics.affine import AffineGrid
+from sordino.numerics.kept import Kept
+from sordino.recipe import load_recipe
+from sordino.repair.clip import ClippedLinear, ClipSpace
+from sordino.repair.smoothing import Mode, Smoothing, SmoothSpace
+from sordino.round.rtn import RtnSolver
+from sordino.runtime.inputs import order_input
+from tiny import make_tiny
+
+
+class Norm(nn.Module):
+    """RMS norm with a gain, and maybe a bias."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(1)
+        self.weight = nn.Parameter(1 + 0.2 * torch.randn(16, generator=rng), requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(16, generator=rng), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.weight * x / x.square().mean(-1, keepdim=True).sqrt()
+        return y if self.bias is None else y + self.bias
+
+
+def made(bits: int = 8, bias: bool = False, kept: int = 0, order: bool = False, mode: Mode = "soft") -> Any:
+    """A norm that feeds two linears of one site, which are trained."""
+    block = nn.Module()
+    block.norm, solved = Norm(bias), {}
+    places = torch.randperm(16, generator=torch.Generator().manual_seed(4)).int() if order else None
+    for i, name in enumerate(("a", "b")):
+        w = torch.randn(6, 16, generator=torch.Generator().manual_seed(2 + i))
+        w = w if places is None else w[:, places]
+        r: Rounded = RtnSolver().solve(w, None, AffineGrid(bits, True), 8)
+        r.latent = w
+        r.kept = Kept.of(w[:, -kept:]) if kept else None
+        linear = nn.Linear(16, 6, bias=False)
+        linear.weight = nn.Parameter(r.values(), requires_grad=False)
+        if places is not None:
+            order_input(linear, places.clone())
+        block.add_module(name, linear)
+        solved[name] = r
+    clips = ClipSpace(block, solved, 0.01, {}, 0.01)
+    trained: list[ClippedLinear] = list(clips.trained.values())
+    smooth = Smoothing(block.norm, trained, None if places is None else places.long(), mode)
+    return block, clips, smooth
+
+
+def outputs(block: Any, x: torch.Tensor) -> torch.Tensor:
+    y = block.norm(x)
+    return torch.cat([block.a(y), block.b(y)], -1)
+
+
+X = torch.randn(30, 16, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_step_0_is_the_host_and_equal_factors_keep_the_function(bias: bool, order: bool) -> None:
+    """Spec section 11.1 and 11.2; the grid is so fine that rounding is out of the way."""
+    block, _, smooth = made(8, bias, order=order)
+    for linear in (block.a, block.b):  # no rounding at all
+        linear.weight = lambda dtype, own=linear: own.value().view_as(own.start.codes).to(dtype)
+    before = outputs(block, X).detach()
+    smooth.settle(torch.float32)
+    torch.testing.assert_close(outputs(block, X), before, rtol=0, atol=0)
+    with torch.no_grad():
+        smooth.u.copy_(torch.randn(16, generator=torch.Generator().manual_seed(3)))
+    smooth.settle(torch.float32)
+    after = outputs(block, X).detach()
+    assert (after - before).norm() <= 1e-5 * before.norm()
+    with torch.no_grad():
+        smooth.v.add_(0.1)
+    assert (outputs(block, X).detach() - before).norm() > 0.05 * before.norm()
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_gradients_are_those_of_differences(order: bool) -> None:
+    """By the norm and by the columns together; none on the base weight (spec section 11.7)."""
+    block, clips, smooth = made(bias=True, order=order)
+    for linear in (block.a, block.b):  # no rounding, whose gradient is not that of a difference
+        linear.weight = lambda dtype, own=linear: own.value().view_as(own.start.codes).to(dtype)
+    slope = torch.randn(30, 12, generator=torch.Generator().manual_seed(8))
+
+    def loss() -> torch.Tensor:
+        return (outputs(block, X) * slope).sum() + smooth.penalty()
+
+    with torch.no_grad():
+        smooth.u.copy_(0.2 * torch.randn(16, generator=torch.Generator().manual_seed(3)))
+        smooth.v.copy_(0.1 * torch.randn(16, generator=torch.Generator().manual_seed(5)))
+    smooth.settle(torch.float32)
+    loss().backward()
+    smooth.collect()
+    assert all(not p.requires_grad for t in clips.trained.values() for p in t.parameters())
+    for p in (smooth.u, smooth.v):
+        for i in (0, 5, 11):
+            ends = []
+            for step in (1e-2, -2e-2):
+                with torch.no_grad():
+                    p[i] += step
+                smooth.settle(torch.float32)
+                ends.append(float(loss()))
+            with torch.no_grad():
+                p[i] += 1e-2
+            smooth.settle(torch.float32)
+            assert float(p.grad[i]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=0.02, abs=0.02)
+
+
+def test_kept_channels_have_no_factor_and_hard_ones_no_drift() -> None:
+    block, clips, smooth = made(bits=4, kept=3, order=True, mode="hard")
+    with torch.no_grad():
+        smooth.u.fill_(0.5)
+    smooth.settle(torch.float32)
+    ratio = block.norm.weight / smooth.first[0]
+    kept = smooth.order[-3:]
+    assert torch.equal(ratio[kept], torch.ones(3)) and float(ratio.min()) == pytest.approx(torch.tensor(-0.5).exp().item())
+    assert not smooth.v.requires_grad and float(smooth.penalty()) == 0.0
+    was, now = (outputs(block, X).detach() for _ in range(2))
+    folded = clips.fold()
+    assert torch.equal(was, now)
+    y = block.norm(X)[:, smooth.order]
+    torch.testing.assert_close(torch.cat([y @ folded[n].values().T for n in ("a", "b")], -1), was)
+
+
+def test_factors_stay_in_bounds_and_as_stored() -> None:
+    block, _, smooth = made()
+    with torch.no_grad():
+        smooth.u[0], smooth.u[1] = 9.0, 0.3
+    smooth.settle(torch.bfloat16)
+    assert float(smooth.u[0]) == pytest.approx(4.60517, rel=1e-5)
+    assert torch.equal(block.norm.weight, block.norm.weight.to(torch.bfloat16).float())
+
+
+def test_a_site_is_left_alone_if_one_of_its_linears_is(tmp_path: Path) -> None:
+    model, _ = sordino.load(make_tiny(tmp_path / "model", layers=1))
+    anatomy: Anatomy = anatomy_of(model)
+    block = model.model.layers[0]
+    rounded = {
+        n: RtnSolver().solve(block.get_submodule(n).weight.float(), None, AffineGrid(4, True), 16)
+        for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj")
+    }
+    clips = ClipSpace(block, rounded, 0.01, {}, 0.01)
+    space = SmoothSpace(block, anatomy, clips.trained, 0.01, "soft", torch.float32)
+    assert [s.norm for s in space.sites] == [block.post_attention_layernorm]
+    assert len(space.groups()[0]["params"]) == 2
+
+
+HOSTS = ['{move="rotate", size="full"}, {move="rotate-inner"}', '{move="channels", count=4}']
+TUNE = '{move="tune", epochs=4, weights=0, scales=0, inputs=0, gains=0, clips=0.01, smooth=0.01'
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard", "free"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_was_trained_is_what_the_checkpoint_computes(host: str, mode: str, tmp_path: Path) -> None:
+    """Spec section 11.4, by the whole path: the walk's divergence is the loaded checkpoint's."""
+    from transformers import AutoModelForCausalLM
+
+    from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
+
+    model = make_tiny(tmp_path / "model", "qwen2", layers=2)
+    moves = f'moves=[{host}, {TUNE}, smooth_mode="{mode}"}}]'
+    groups = ["format.weights.group=16", "format.activations.group=16", "format.kv.bits=16"]
+    recipe = load_recipe("quarot-w4a4", [moves, *groups])
+    manifest = sordino.quantize(str(model), recipe, tmp_path / "out", windows=16, seqlen=48).manifest
+    assert all(
+        b["moves"]["tune"]["after"] <= b["moves"]["tune"]["before"] for b in manifest["blocks"] if b["moves"]["tune"]["kept"]
+    )
+    assert any(b["moves"]["tune"]["kept"] for b in manifest["blocks"])
+    ours, tokenizer = sordino.load(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    windows = calibration_windows(tokenize(load_text(DEFAULT_TEXT), tokenizer), 48, 16, 4, 0)[16:]
+    with torch.no_grad():
+        q, p = (m(windows, use_cache=False).logits.log_softmax(-1) for m in (ours, plain))
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(manifest["guard"]["kl"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("llama", "weights=0.01, scales=0, inputs=0, gains=0, smooth=0.01", "set weights=0"),
+        ("llama", "weights=0, scales=0, inputs=0, smooth=0.01", "set gains=0"),
+        ("olmo2", "weights=0, scales=0, inputs=0, gains=0, smooth=0.01", "no norm feeds"),
+        ("llama", 'weights=0, scales=0, inputs=0, gains=0, smooth=0.01, smooth_mode="firm"', "smooth_mode"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(family: str, options: str, words: str, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", family, layers=2)
+    recipe = load_recipe("quarot-w4a4", [f'moves=[{{move="tune", {options}}}]', "format.weights.group=16"])
+    with pytest.raises(InputError, match=words):
+        sordino.quantize(str(model), recipe, tmp_path / "out", windows=4, seqlen=32)
