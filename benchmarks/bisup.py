@@ -26,7 +26,7 @@ HOSTS = {
     "atom": '{move="channels"}',
 }
 NONE = "weights=0, scales=0, inputs=0, gains=0"
-CLIP, RANK, SMOOTH = "clips=0.01", "rank=16", "smooth=0.005"
+CLIP, RANK, SMOOTH = "clips=0.01", "rank=16", "smooth=0.002"
 
 
 def tuned(host: str, options: str) -> str:
@@ -57,6 +57,7 @@ LADDER: Ladder = {k: v for host in HOSTS for bits in (4, 3) for k, v in grid(hos
 # option -> what it is set to, the rest as in the row "+ clip + low-rank"
 SWEEPS: dict[str, list[str]] = {
     "rank": [f"{CLIP}, rank={r}" for r in (0, 8, 16, 32, 64)],
+    "side": [f"{CLIP}, rank={r}, side=true" for r in (8, 16)],
     "smoothing": [f'{CLIP}, {RANK}, {SMOOTH}, smooth_mode="{m}"' for m in ("hard", "soft", "free")],
     "target": [f'{CLIP}, {RANK}, target="{t}"' for t in ("full", "quantized")],
     "epochs": [f"{CLIP}, {RANK}, epochs={n}" for n in (1, 2, 5)],

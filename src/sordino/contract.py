@@ -19,6 +19,7 @@ from sordino.numerics.additive import additive_values
 from sordino.numerics.affine import GridParams
 from sordino.numerics.basis import Basis
 from sordino.numerics.kept import Kept, with_kept
+from sordino.numerics.side import Side
 from sordino.recipe import Format
 
 StreamName = Literal["fp", "q"]
@@ -89,6 +90,7 @@ class Rounded:
         latent: fp32 [R, C], what was rounded: the weight with the errors of earlier columns moved into it. Only kept
             where a move asks for it; it tells how near each code was to its neighbour.
         kept: the last columns at 8 bits, whose codes above are ignored; None for none.
+        side: a low-rank pair that is added; None for none.
     """
 
     codes: Tensor
@@ -102,6 +104,7 @@ class Rounded:
     grid: Literal["affine", "additive"] = "affine"
     column: Tensor | None = None
     kept: Kept | None = None
+    side: Side | None = None
 
     @staticmethod
     def of(codes: Tensor, params: GridParams, grid: Grid, group: int, **rest: Any) -> Rounded:
@@ -113,7 +116,12 @@ class Rounded:
 
     def values(self) -> Tensor:
         """Dequantized weight, fp32 [R, C]."""
-        return self.low_values() if self.kept is None else with_kept(self.low_values(), self.kept.values())
+        own = self.low_values() if self.kept is None else with_kept(self.low_values(), self.kept.values())
+        return own if self.side is None else own + self.side.values()
+
+    def beside(self, rank: int) -> Rounded:
+        """The same with an empty low-rank pair at its side, where the rank is not 0."""
+        return replace(self, side=Side.none(rank, *self.codes.shape)) if rank else self
 
     def low_values(self) -> Tensor:
         """What the codes alone say, fp32 [R, C]."""
@@ -339,6 +347,7 @@ class Move:
     before_inner = False  # reshape wants channels inside the blocks as the model has them, not yet turned
     reshapes_alone = False  # what its survey found is of blocks that no other move reshapes
     kept = 0  # input channels of every rounded linear, its last ones, that stay at 8 bits
+    side = 0  # rank of a pair beside every rounded linear
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         """Preflight: raise InputError where the format or the export target cannot carry this move."""

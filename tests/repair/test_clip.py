@@ -141,8 +141,7 @@ def test_training_comes_nearer_to_the_exact_output_and_folds() -> None:
         block = nn.Module()
         block.linear = nn.Linear(32, 6, bias=False)
         block.linear.weight = nn.Parameter(r.values(), requires_grad=False)
-        directions = {"linear": update(r, rank).a.detach()} if rank else {}
-        space = ClipSpace(block, {"linear": r}, rate, directions, 0.02)
+        space = ClipSpace(block, {"linear": r}, rate, {"linear": update(r, rank)} if rank else {}, 0.02)
 
         def backward(_: torch.Tensor, linear: nn.Module = block.linear) -> float:
             loss: torch.Tensor = (linear(x) - exact).square().mean()

@@ -116,6 +116,8 @@ _KINDS = {
     "input_order": "order of channels",
     "kept_packed": "codes of kept channels",
     "kept_scale": "scales",
+    "side_a": "low-rank pairs",
+    "side_b": "low-rank pairs",
     "bias": "biases",
     KEY_SCALE: "scales of keys and values",
     VALUE_SCALE: "scales of keys and values",

@@ -8,7 +8,7 @@ is one, is added to the value first. Shapes: R = out_features, C = in_features, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from sordino.contract import Rounded
 from sordino.numerics.affine import round_scale
 from sordino.numerics.inputs import fake_round
 from sordino.numerics.kept import with_kept
-from sordino.repair.low_rank import LowRank
+from sordino.repair.low_rank import LowRank, SideBranch
 from sordino.runtime.inputs import carry_inputs
 
 _MOST = 0.982  # share that a parameter starts with where the host clips nothing: sigmoid(4), OmniQuant's
@@ -54,7 +54,7 @@ class ClippedLinear(nn.Module):
     Attributes:
         exact: fp32 [R, G, g], what is rounded, but for the update.
         clip: scales [R, G].
-        update: the low-rank update, or None.
+        update: the low-rank update, or the pair beside the weight, or None.
         columns: says by what the columns of ``exact`` are multiplied (repair/smoothing.py), [C]; None for nothing.
         bias: the linear's own, frozen, or None.
     """
@@ -62,7 +62,7 @@ class ClippedLinear(nn.Module):
     exact: Tensor
     zero: Tensor
 
-    def __init__(self, rounded: Rounded, bias: Tensor | None, update: LowRank | None):
+    def __init__(self, rounded: Rounded, bias: Tensor | None, update: LowRank | SideBranch | None):
         super().__init__()
         self.start, self.bias, self.update = replace(rounded, latent=None), bias, update
         self.columns: Callable[[], Tensor] | None = None
@@ -79,13 +79,17 @@ class ClippedLinear(nn.Module):
     def value(self) -> Tensor:
         """What is rounded, fp32 [R, G, g]."""
         value = self.exact if self.columns is None else self.exact * self.columns().view(self.exact.shape[1:])
-        return value if self.update is None else value + self.update().view_as(value)
+        return value + self.update().view_as(value) if isinstance(self.update, LowRank) else value
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight as it will be stored, [R, C]."""
         rounded = fake_round(self.value(), self.clip()[..., None], -self.zero, self.top - self.zero)
         weight = rounded.view_as(self.start.codes).to(dtype)
-        return weight if self.start.kept is None else with_kept(weight, self.start.kept.values())
+        weight = weight if self.start.kept is None else with_kept(weight, self.start.kept.values())
+        if isinstance(self.update, SideBranch):
+            added: Tensor = self.update()
+            return weight + added.to(dtype)
+        return weight if self.start.side is None else weight + self.start.side.values().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""
@@ -97,7 +101,8 @@ class ClippedLinear(nn.Module):
         scale, value = self.clip(), self.value()
         codes = ((value / scale[..., None]).round_() + self.zero).clamp_(0, self.top)
         shape = self.start.codes.shape
-        return replace(self.start, codes=codes.view(shape).to(torch.uint8), scale=scale, latent=value.reshape(shape))
+        side = self.update.pair() if isinstance(self.update, SideBranch) else self.start.side
+        return replace(self.start, codes=codes.view(shape).to(torch.uint8), scale=scale, latent=value.reshape(shape), side=side)
 
 
 def rounded_from(rounded: Rounded) -> Tensor:
@@ -126,12 +131,17 @@ class ClipSpace:
         block: the decoder layer, edited in place until :meth:`fold`.
         solved: the rounded linears, by name inside the block.
         rate: learning rate of the clips' parameters; 0 leaves them.
-        directions: what A of each linear's update starts with, by name, [r, C]; none where there is no update.
+        updates: of each linear, by name; none where there is no update.
         update_rate: of the updates, in steps of the grid.
     """
 
     def __init__(
-        self, block: nn.Module, solved: dict[str, Rounded], rate: float, directions: dict[str, Tensor], update_rate: float
+        self,
+        block: nn.Module,
+        solved: dict[str, Rounded],
+        rate: float,
+        updates: Mapping[str, LowRank | SideBranch],
+        update_rate: float,
     ):
         self.block, self.rate, self.update_rate = block, rate, update_rate
         affine = {name: r for name, r in solved.items() if r.grid == "affine"}
@@ -139,8 +149,7 @@ class ClipSpace:
         self.trained: dict[str, ClippedLinear] = {}
         for name, rounded in affine.items():
             bias: Any = self.plain[name].bias
-            update = LowRank(directions[name], len(rounded.codes)) if name in directions else None
-            made = self.trained[name] = ClippedLinear(rounded, bias, update)
+            made = self.trained[name] = ClippedLinear(rounded, bias, updates.get(name))
             made.clip.parameter.requires_grad_(rate > 0)
             carry_inputs(self.plain[name], made)
             block.set_submodule(name, made)

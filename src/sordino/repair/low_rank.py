@@ -2,6 +2,7 @@
 
 The checkpoint keeps its form and its bits. "Stabilized" is read as: directions that are known beforehand instead of random ones
 (where the rounding error weighs most on the inputs), a scale of 1/sqrt(rank), and steps in proportion to the grid's.
+As a side branch (L2) the pair is added to the rounded weight instead, at the price of its bits and of its products at run time.
 Shapes: R = out_features, C = in_features, r = rank.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from sordino.numerics.side import Side
 
 _LEAST = 1e-8
 
@@ -41,6 +44,37 @@ class LowRank(nn.Module):
         """
         size = max(float(self.a.detach().square().mean().sqrt()), _LEAST)
         return rate * size, rate * step / size
+
+
+class SideBranch(nn.Module):
+    """A pair beside the rounded weight, used as it will be stored.
+
+    Args:
+        a: fp32 [r, C], what A starts with.
+        b: fp32 [R, r], what B starts with.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor):
+        super().__init__()
+        self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+
+    def forward(self) -> Tensor:
+        """What it adds, fp32 [R, C]; gradients pass the rounding to bf16 straight through."""
+        added: Tensor = _as_stored(self.b) @ _as_stored(self.a)
+        return added
+
+    def rates(self, rate: float, step: float) -> tuple[float, float]:
+        """Learning rates of A and of B: as shares of their size."""
+        a, b = (max(float(p.detach().square().mean().sqrt()), _LEAST) for p in (self.a, self.b))
+        return rate * a, rate * b
+
+    def pair(self) -> Side:
+        """What it has become."""
+        return Side(_as_stored(self.a).detach(), _as_stored(self.b).detach())
+
+
+def _as_stored(x: Tensor) -> Tensor:
+    return x + (x.detach().to(torch.bfloat16).float() - x.detach())
 
 
 def error_directions(error: Tensor, gram: Tensor, tokens: int, rank: int) -> Tensor:

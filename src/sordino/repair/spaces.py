@@ -73,7 +73,8 @@ class TrainedLinear(nn.Module):
         """The weight as it will be stored, [R, C]."""
         top = (1 << self.start.bits) - 1
         out: Tensor = _OnGrid.apply(self.latent, self.scale(), self.zero, top, dtype)  # type: ignore[no-untyped-call]
-        return out if self.start.kept is None else with_kept(out, self.start.kept.values())
+        out = out if self.start.kept is None else with_kept(out, self.start.kept.values())
+        return out if self.start.side is None else out + self.start.side.values().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""

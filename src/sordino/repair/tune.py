@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from sordino.anatomy import SITES, Anatomy, hidden_states
 from sordino.contract import BlockContext, Move, ParameterSpace
 from sordino.errors import InputError
 from sordino.numerics.divergence import token_weights
+from sordino.numerics.side import best_pair
 from sordino.recipe import Format, Natural, PositiveInt, Rate
 from sordino.repair.clip import ClipSpace, rounded_from
 from sordino.repair.descent import descend, first_and_last, shuffled
 from sordino.repair.input_spaces import InputSpace
-from sordino.repair.low_rank import error_directions
+from sordino.repair.low_rank import LowRank, SideBranch, error_directions
 from sordino.repair.smoothing import Mode, SmoothSpace
 from sordino.repair.spaces import GainSpace, WeightSpace
 
@@ -49,7 +50,8 @@ class Tune(Move):
         clips: learning rate of the clips of weight groups, input groups, keys and values; takes the place of weights, scales
             and inputs, which must be 0.
         rank: of the update that is merged into every linear, likewise; 0 for none.
-        updates: learning rate of that update, in steps of the grid.
+        side: put the update beside the rounded weight instead: it costs bits, and starts where it takes most off the error.
+        updates: learning rate of that update, in steps of the grid; of one at the side, in shares of its size.
         smooth: learning rate of factors by which the inputs behind norms are divided and their weights multiplied, likewise;
             gains must be 0. 0 for none.
         smooth_mode: whether the two may drift apart, "soft": at a price, "hard": not, "free": at none.
@@ -72,6 +74,7 @@ class Tune(Move):
         biases: bool = False,
         clips: Rate = 0.0,
         rank: Natural = 0,
+        side: bool = False,
         updates: Rate = 0.01,
         smooth: Rate = 0.0,
         smooth_mode: Mode = "soft",
@@ -81,6 +84,7 @@ class Tune(Move):
         self.gains, self.inputs, self.with_biases = gains, inputs, biases
         self.clips, self.rank, self.updates, self.target = clips, rank, updates, target
         self.smooth, self.smooth_mode = smooth, smooth_mode
+        self.wants_side, self.side = side, rank if side else 0
 
     @property
     def efficient(self) -> bool:
@@ -90,9 +94,9 @@ class Tune(Move):
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         """Clips and updates decide the codes that weights and scales would train."""
         if self.efficient and any(self.rates):
-            raise InputError(
-                "move 'tune': clips, rank, smooth replace weights and scales; set weights=0 and scales=0"
-            )
+            raise InputError("move 'tune': clips, rank, smooth replace weights and scales; set weights=0 and scales=0")
+        if self.wants_side and not self.rank:
+            raise InputError("move 'tune': side says where the low-rank update goes; set its rank")
         if self.smooth > 0 and self.gains > 0:
             raise InputError("move 'tune': smooth works through the norms' gains; set gains=0")
         if self.smooth > 0 and not anatomy.norms:
@@ -149,26 +153,31 @@ class Tune(Move):
     def _spaces(self, ctx: BlockContext) -> tuple[list[ParameterSpace], Callable[[], Tensor | float]]:
         """What is trained, and what is added to the loss."""
         norms = [ctx.q.get_submodule(n) for n in ctx.anatomy.norms.values()]
-        directions = self._directions(ctx)  # before any stand-in is there
+        updates = self._updates(ctx)  # before any stand-in is there
         # Inputs first: a stand-in takes over the hooks of its linear.
         inputs = InputSpace(ctx.q, ctx.anatomy, self.clips or self.inputs, clips=self.clips > 0)
         gains = GainSpace(norms, self.gains, ctx.stored)
         if not self.efficient:
             return [inputs, WeightSpace(ctx.q, ctx.solved, *self.rates), gains], lambda: 0.0
-        clips = ClipSpace(ctx.q, ctx.solved, self.clips, directions, self.updates)
+        clips = ClipSpace(ctx.q, ctx.solved, self.clips, updates, self.updates)
         if self.smooth == 0:
             return [inputs, clips, gains], lambda: 0.0
         smooth = SmoothSpace(ctx.q, ctx.anatomy, clips.trained, self.smooth, self.smooth_mode, ctx.stored)
         return [inputs, clips, smooth], smooth.penalty
 
-    def _directions(self, ctx: BlockContext) -> dict[str, Tensor]:
-        """What each linear's update starts with."""
-        found: dict[str, Tensor] = {}
+    def _updates(self, ctx: BlockContext) -> dict[str, LowRank | SideBranch]:
+        """Each linear's update, at its start."""
+        found: dict[str, LowRank | SideBranch] = {}
         for site in SITES if self.rank else ():
             stats = ctx.stats(site, frozenset({"H"}))
             for linear in ctx.anatomy.at(site):
                 rounded = ctx.solved.get(linear.name)
                 if rounded is not None and rounded.grid == "affine":
-                    error = rounded_from(rounded) - rounded.low_values()
-                    found[linear.name] = error_directions(error, stats.h, stats.tokens, self.rank)
+                    if self.side:
+                        exact: Any = ctx.fp.get_submodule(linear.name).weight
+                        found[linear.name] = SideBranch(*best_pair(exact.float() - rounded.values(), stats.h, self.rank))
+                    else:
+                        error = rounded_from(rounded) - rounded.low_values()
+                        directions = error_directions(error, stats.h, stats.tokens, self.rank)
+                        found[linear.name] = LowRank(directions, len(rounded.codes))
         return found

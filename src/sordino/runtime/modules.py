@@ -19,6 +19,7 @@ from sordino.numerics.basis import Basis, Dense
 from sordino.numerics.inputs import encode, token_scale
 from sordino.numerics.kept import BITS, Kept, round_with_kept, with_kept
 from sordino.numerics.packing import pack, packed_words, unpack
+from sordino.numerics.side import Side
 from sordino.runtime import kernels
 from sordino.runtime.kernels import linear as native
 
@@ -39,12 +40,16 @@ class QuantLinear(nn.Module):
             entry that the codes of a dynamic one reach; with groups of channels one share each.
         kept_packed: int32 [O, ceil(k*8/32)], codes of the last k columns, only there if those are kept at 8 bits.
         kept_scale: bf16 [O, 1], likewise.
+        side_a: bf16 [r, I], only there if a low-rank pair is added.
+        side_b: bf16 [O, r], likewise.
         bias: [O] parameter or None.
     """
 
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    side_a: Tensor
+    side_b: Tensor
 
     def __init__(
         self,
@@ -57,9 +62,13 @@ class QuantLinear(nn.Module):
         grid: str = "affine",
         inputs: dict[str, Any] | None = None,
         kept: int = 0,
+        side: int = 0,
     ):
         super().__init__()
-        self.inputs, self.kept = inputs, kept
+        self.inputs, self.kept, self.side = inputs, kept, side
+        if side:
+            self.register_buffer("side_a", torch.zeros(side, in_features, dtype=torch.bfloat16))
+            self.register_buffer("side_b", torch.zeros(out_features, side, dtype=torch.bfloat16))
         if kept:
             self.register_buffer("kept_packed", torch.zeros(out_features, packed_words(kept, BITS), dtype=torch.int32))
             self.register_buffer("kept_scale", torch.zeros(out_features, 1, dtype=torch.bfloat16))
@@ -98,10 +107,21 @@ class QuantLinear(nn.Module):
         return Kept(codes.to(torch.int8), self.get_buffer("kept_scale").float())
 
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None), zeros: Tensor | None = None) -> Tensor:
-        """Weight values ``(code - zero) * scale`` of some rows, [rows, I].
+        """Weight values ``(code - zero) * scale`` of some rows, [rows, I], with what else there is.
 
         In bf16 the difference is exact and the product is rounded once, the same as computing in fp32 and casting.
         """
+        pair = self.pair()
+        if pair is None:
+            return self._own(dtype, rows, zeros)
+        return (self._own(torch.float32, rows, zeros) + pair.b[rows] @ pair.a).to(dtype)
+
+    def pair(self) -> Side | None:
+        """The low-rank pair."""
+        return Side(self.get_buffer("side_a").float(), self.get_buffer("side_b").float()) if self.side else None
+
+    def _own(self, dtype: torch.dtype, rows: slice, zeros: Tensor | None) -> Tensor:
+        """Values without the low-rank pair."""
         low, kept = self._low(dtype, rows, zeros), self.kept_columns()
         return low if kept is None else with_kept(low, kept.rows(rows).values())
 
@@ -126,6 +146,7 @@ class QuantLinear(nn.Module):
             scale: Tensor = self._buffers[SCALE].float()  # type: ignore[union-attr]  # get_buffer takes microseconds
             parts = self.inputs.get("group")
             whole = self.group == self.in_features and self.symmetric and not self.additive and parts is None and not self.kept
+            whole = whole and not self.side
             if whole:
                 clip, fixed = (1.0, scale) if static else (float(scale), None)
                 out = native.rounded_product(self._native_weight(), x, bits, clip, fixed)
@@ -140,14 +161,17 @@ class QuantLinear(nn.Module):
                     return self._multiply(codes, scale, x.dtype)
                 x = (codes * scale).to(x.dtype)
         out = None if self.kept else native.product(self._native_weight(), x)
-        if out is not None:
-            return out
+        out = self._product(x) if out is None else out
+        return out + F.linear(F.linear(x, self.side_a.to(x.dtype)), self.side_b.to(x.dtype)) if self.side else out
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Unpack a tile of rows, multiply, and forget it."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         tiles = self._tiles()
         zeros = self.zeros() if kernels.active() is None else None  # the kernels read zeros as they are stored
         if len(tiles) == 1:
-            return F.linear(x, self.dequantize(x.dtype, zeros=zeros), bias)
-        out = torch.cat([F.linear(x, self.dequantize(x.dtype, rows, zeros)) for rows in tiles], dim=-1)
+            return F.linear(x, self._own(x.dtype, slice(None), zeros), bias)
+        out = torch.cat([F.linear(x, self._own(x.dtype, rows, zeros)) for rows in tiles], dim=-1)
         return out if bias is None else out + bias
 
     def _native_weight(self) -> native.Packed | None:

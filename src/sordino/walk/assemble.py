@@ -72,17 +72,19 @@ def publish(work: Work, out: Path) -> None:
 
 def storage_config(plan: Plan, prefix: list[int], prompt: dict[str, Any] | None = None) -> SordinoConfig:
     """The ``quantization_config`` of a plan's checkpoint with some prefix tokens."""
-    kinds: dict[tuple[int, int | str, bool, str, int | None, int], list[str]] = {}
+    kinds: dict[tuple[int, int | str, bool, str, int | None, int, int], list[str]] = {}
     for p in plan.quantized():
         group: int | str = "channel" if p.group == p.linear.in_features else int(p.group or 0)
-        kinds.setdefault((p.format.bits, group, p.format.symmetric, p.format.grid, p.inputs, p.kept), []).append(p.name)
+        kind = (p.format.bits, group, p.format.symmetric, p.format.grid, p.inputs, p.kept, p.side)
+        kinds.setdefault(kind, []).append(p.name)
     fmt, anatomy = plan.recipe.format, plan.anatomy
     groups = [
         {"bits": b, "group": g, "symmetric": s, "modules": compress_names(names, anatomy.blocks, anatomy.n_blocks)}
         | ({} if grid == "affine" else {"grid": grid})
         | ({"inputs": _inputs(fmt.activations, of)} if fmt.activations.rounded else {})
         | ({"kept": kept} if kept else {})
-        for (b, g, s, grid, of, kept), names in kinds.items()
+        | ({"side": side} if side else {})
+        for (b, g, s, grid, of, kept, side), names in kinds.items()
     ]
     if fmt.head != 16 and not anatomy.tied:
         groups.append({"bits": fmt.head, "group": "channel", "symmetric": True, "modules": [anatomy.head]})

@@ -78,6 +78,8 @@ def _affine(plan: Plan, engine: str) -> None:
         raise InputError(f"{engine}: online rotations run in Sordino only; leave out the move, or its keys and down")
     if "channels" in plan.inner:
         raise InputError(f"{engine}: channels in order run in Sordino only; leave out the move 'channels'")
+    if any(p.side for p in plan.quantized()):
+        raise InputError(f"{engine}: a low-rank pair beside a linear runs in Sordino only; set side=false, which merges it")
     if having(plan.moves, "prefix"):
         raise InputError(f"{engine}: keys and values of a prefix run in Sordino only; leave out the move")
     for p in plan.quantized():

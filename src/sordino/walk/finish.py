@@ -26,6 +26,8 @@ from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
 from sordino.walk.store import Work, pack_block
 
+_OWN = (".weight_", ".kept_", ".side_")  # buffers of a quantized linear
+
 
 @dataclass
 class Finish:
@@ -84,7 +86,7 @@ def rounded_block(
     factory: BlockFactory, plan: Plan, index: int, stored: dict[str, Tensor]
 ) -> tuple[nn.Module, dict[str, Rounded]]:
     """A block as its stored bytes say: plain linears that hold the rounded values, and the rounded form of each."""
-    plain = {k: v for k, v in stored.items() if v.is_floating_point() and ".weight_" not in k and ".kept_" not in k}
+    plain = {k: v for k, v in stored.items() if v.is_floating_point() and not any(part in k for part in _OWN)}
     orders = {k: v for k, v in stored.items() if k.endswith(f".{ORDER}")}
     tensors = orders | {k: v if k.endswith(f".{SCALE}") else v.to(plan.dtype) for k, v in plain.items()}
     solved, inputs = {}, plan.recipe.format.activations
@@ -93,15 +95,15 @@ def rounded_block(
             continue
         module = QuantLinear(
             p.linear.in_features, p.linear.out_features, False, p.format.bits, p.group, p.format.symmetric, p.format.grid,
-            kept=p.kept,
+            kept=p.kept, side=p.side,
         )  # fmt: skip
-        of = (f"{p.linear.name}.weight", f"{p.linear.name}.kept")
+        of = tuple(f"{p.linear.name}{part}" for part in _OWN)
         own = {k.rpartition(".")[2]: v for k, v in stored.items() if k.startswith(of)}
         module.load_state_dict(own, assign=True)
         scale, zero = module.weight_scale.float(), module.zeros().float()
         solved[p.linear.name] = Rounded(
             module.codes(), scale, zero, p.format.bits, p.group, module.symmetric, grid=p.format.grid,
-            kept=module.kept_columns(),
+            kept=module.kept_columns(), side=module.pair(),
         )  # fmt: skip
         tensors[f"{p.linear.name}.weight"] = module.dequantize(plan.dtype)
     block = factory.assemble(index, tensors)

@@ -26,6 +26,7 @@ class LinearPlan:
         group: columns that share a scale; None: left in full precision.
         inputs: channels of its input that share a scale; None: all of a token.
         kept: its last input channels, at 8 bits.
+        side: rank of a pair beside it.
     """
 
     linear: Linear
@@ -34,15 +35,16 @@ class LinearPlan:
     group: int | None
     inputs: int | None = None
     kept: int = 0
+    side: int = 0
 
     @property
     def bits_stored(self) -> int:
-        """Stored bits of codes, scales, zeros, kept columns and their order; the model's own bias is not the quantization's."""
+        """Stored bits of codes, scales, zeros, kept columns, their order, a pair; the model's own bias is not counted."""
         rows, cols = self.linear.out_features, self.linear.in_features
         if self.group is None:
             return rows * cols * 16
         groups, b = cols // self.group, self.format.bits
-        codes = rows * packed_words(cols, b) * 32
+        codes = rows * packed_words(cols, b) * 32 + self.side * (rows + cols) * 16
         if self.kept:
             codes += rows * (packed_words(self.kept, 8) * 32 + 16) + cols * 32
         if self.format.grid == "additive":
@@ -51,7 +53,9 @@ class LinearPlan:
         return codes + rows * groups * 16 + zeros
 
 
-def plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, int], kept: int = 0) -> tuple[LinearPlan, ...]:
+def plan_block(
+    index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, int], kept: int = 0, side: int = 0
+) -> tuple[LinearPlan, ...]:
     """Formats of a block's linears, in site order.
 
     Args:
@@ -60,6 +64,7 @@ def plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, in
         recipe: what to do.
         span: first and last-plus-one block to quantize.
         kept: input channels of every linear that stay at 8 bits.
+        side: rank of a pair beside every linear.
 
     Raises:
         InputError: if a linear cannot be stored as asked.
@@ -82,7 +87,8 @@ def plan_block(index: int, anatomy: Anatomy, recipe: Recipe, span: tuple[int, in
         if group is not None and kept:
             _check_kept(fmt, linear, name, kept)
         inputs = _input_group(recipe.format.activations, linear, name)
-        plans.append(LinearPlan(linear, name, fmt, group, inputs, kept if group is not None else 0))
+        more = (kept, side) if group is not None else (0, 0)
+        plans.append(LinearPlan(linear, name, fmt, group, inputs, *more))
     return tuple(plans)
 
 

@@ -161,7 +161,8 @@ def draft_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None) -
     _check_moves(moves, source)
     span = _check_blocks(blocks, anatomy)
     kept = max((m.kept for m in moves), default=0)
-    linears = tuple(plan_block(i, anatomy, recipe, span, kept) for i in range(anatomy.n_blocks))
+    side = max((m.side for m in moves), default=0)
+    linears = tuple(plan_block(i, anatomy, recipe, span, kept, side) for i in range(anatomy.n_blocks))
     if recipe.format.activations.rounded and not any(x.group for block in linears for x in block):
         raise InputError(
             f"format.activations.bits={recipe.format.activations.bits} without rounded weights: nothing would be rounded; "

@@ -78,7 +78,7 @@ def _solve(ctx: Context, members: list[LinearPlan], solver: Any, stats: Stats | 
             parts[i].append(done.rows(slice(at, at + rows.stop - rows.start)))
             at += rows.stop - rows.start
     for p, solved in zip(members, parts, strict=True):
-        report[p.linear.name] = commit(ctx, p.linear.name, Rounded.join(solved))
+        report[p.linear.name] = commit(ctx, p.linear.name, Rounded.join(solved).beside(p.side))
 
 
 def _stacks(shapes: list[tuple[int, ...]]) -> list[list[tuple[int, slice]]]:

@@ -185,6 +185,8 @@ def pack_block(block: nn.Module, solved: dict[str, Rounded], dtype: torch.dtype)
     for linear, r in solved.items():
         del tensors[f"{linear}.weight"]
         packed = pack_linear(r.codes, r.scale, r.zero, r.bits, r.symmetric) | (pack_kept(r.kept) if r.kept else {})
+        if r.side is not None:
+            packed |= {"side_a": r.side.a.to(torch.bfloat16), "side_b": r.side.b.to(torch.bfloat16)}
         tensors |= {f"{linear}.{k}": v for k, v in packed.items()}
     return tensors
 

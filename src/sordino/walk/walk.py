@@ -338,7 +338,8 @@ class Walk:
                 continue
             module: Any = layer.get_submodule(p.linear.name)
             solver = Keeping(RtnSolver(), p.kept, None)
-            rounded[p.linear.name] = solver.solve(module.weight.float(), None, baseline_grid(p.format), p.group)
+            made = solver.solve(module.weight.float(), None, baseline_grid(p.format), p.group)
+            rounded[p.linear.name] = made.beside(p.side)
             values = rounded[p.linear.name].values().to(module.weight.dtype)
             module.weight = nn.Parameter(values, requires_grad=False)
             carry_inputs(ctx.q.get_submodule(p.linear.name), module)
