@@ -70,12 +70,15 @@ def main() -> None:
     hosts = bisup_grid()
     body += hosts and "\n## BiSup-style reconstruction (`benchmarks/bisup.py`)\n\n" + hosts
     body += prefix("## The prefix on full precision (`benchmarks/prefix.py`)") + kv_memory()
+    body += equivalence("## Ways to compute the same thing (`benchmarks/equivalence.py`)")
+    body += prompt("## A protected system prompt (`benchmarks/prompt.py`)")
     body += solver_options() + analyses() + large_shape()
     (ROOT / "docs" / "results.md").write_text(body)
     fill(ROOT / "README.md", table(first | second | third, SHOWN, 4))
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 7))
-    fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + prefix())
-    fill(ROOT / "docs" / "methods" / "bisup.md", hosts or "Nothing yet: `benchmarks/bisup.py` is written and was not run.\n")
+    fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + prefix() + equivalence())
+    none = "Nothing yet: `benchmarks/bisup.py` is written and was not run.\n"
+    fill(ROOT / "docs" / "methods" / "bisup.md", (hosts or none) + prompt())
 
 
 def latest(file: str) -> dict[tuple[str, int], Row]:
@@ -193,6 +196,45 @@ def kv_memory() -> str:
         shown += [f"{r['text']['ppl']:.2f}", spread([r["also"]["ppl"]] if r.get("also") else [], 2)]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
+
+
+def equivalence(title: str = "") -> str:
+    """Divergences and equal greedy tokens of pairs, from the last row of each pair and dtype."""
+    path = ROWS / "equivalence.jsonl"
+    rows = {(r["pair"], r["dtype"]): r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    if not rows:
+        return ""
+    recipes = ", ".join(sorted({f"`{r['recipe']}`" for r in rows.values()}))
+    lines = ["", *([title, ""] if title else [])]
+    lines += [
+        f"Of {recipes}: mean divergence of the next token's distribution (nat), and equal ones of 64 greedy tokens. The first"
+    ]
+    lines += [
+        "pair is unrounded; the last of those with a divergence tells how far apart two correct ways are bound to be.",
+        "",
+    ]
+    lines += ["| pair | fp32 | bf16 |", "|---|---|---|"]
+    for pair in dict.fromkeys(p for p, _ in rows):
+        found = [rows.get((pair, dtype)) for dtype in ("float32", "bfloat16")]
+        shown = ["–" if r is None else f"{r['kl']:.1e}" if "kl" in r else f"{r['equal_tokens']} of {r['of']}" for r in found]
+        lines.append(f"| {pair} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def prompt(title: str = "") -> str:
+    """The controls of a protected prompt, from the last row of each model and recipe."""
+    path = ROWS / "prompt.jsonl"
+    runs = {(r["model"], r["recipe"]): r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    lines: list[str] = []
+    for (model, recipe), run in runs.items():
+        lines += ["", *([title, ""] if title else [])]
+        lines += [f"{model}, `{recipe}`, a prompt of {run['prompt_tokens']} tokens; rows as in "]
+        lines[-1] += "[A protected system prompt](" + ("" if title else "../") + "system_prompt.md)."
+        lines += ["", "| row | PPL | KL |", "|---|---|---|"]
+        for name, r in run["rows"].items():
+            lines.append(f"| {name} | {r['ppl']:.3f} ± {r['ppl_stderr']:.3f} | {r['kl']:.4f} ± {r['kl_stderr']:.4f} |")
+        title = ""
+    return "\n".join(lines) + "\n" if lines else ""
 
 
 def solver_options() -> str:
