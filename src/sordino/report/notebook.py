@@ -11,15 +11,16 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from sordino.report.svg import COLOURS, HEIGHT, PALETTE, WIDTH, Series, draw
+from sordino.report.colours import COLOURS, LIGHT
+from sordino.report.svg import HEIGHT, LEFT, WIDTH, Series, draw
 
 _KEY = 18  # height of one line of the legend
 # Fixed colours on white: a notebook's dark theme is not known to a picture.
 _STYLE = (
-    "svg{font:12px system-ui,sans-serif;background:#fff}text{fill:#5f6872}line{stroke:#d9dee3}"
+    f"svg{{font:12px system-ui,sans-serif;background:{LIGHT['paper']}}}text{{fill:{LIGHT['soft']}}}line{{stroke:{LIGHT['rule']}}}"
     ".mid{text-anchor:middle}.end{text-anchor:end}polyline{fill:none;stroke:var(--c);stroke-width:1.8}"
-    "circle,rect.key{fill:var(--c)}g text{fill:#1c2024}"
-) + "".join(f".s{i}{{--c:{colour}}}" for i, colour in enumerate(PALETTE))
+    f"circle,rect.key{{fill:var(--c)}}g text{{fill:{LIGHT['ink']}}}"
+) + "".join(f".s{i}{{--c:{LIGHT[f'c{i}']}}}" for i in range(COLOURS))
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def figure(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool,
     for i, s in enumerate(named):
         y = HEIGHT + _KEY * i
         key = Markup('<g class="s{}"><rect class="key" x="{}" y="{}" width="10" height="10"/><text x="{}" y="{}">{}</text></g>')
-        parts.append(key.format(i % COLOURS, 62, y, 78, y + 9, s.name))
+        parts.append(key.format(i % COLOURS, LEFT, y, LEFT + 16, y + 9, s.name))
     size = f"0 0 {WIDTH} {HEIGHT + _KEY * len(named)}"
     head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="{}" width="{}"><style>').format(size, WIDTH)
     return Figure(str(head + Markup(_STYLE) + Markup("</style>") + Markup("").join(parts) + Markup("</svg>\n")))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from sordino.report.colours import COLOURS, DARK, LIGHT
 from sordino.version import __version__
 
 
@@ -17,7 +19,10 @@ def render(template: str, **content: Any) -> str:
         template: its file name.
         content: what it shows; only what :mod:`sordino.report.svg` drew is taken as markup.
     """
-    return _environment().get_template(template).render(version=__version__, **content) + "\n"
+    return _environment().get_template(template).render(version=__version__, **_STYLE, **content) + "\n"
+
+
+_STYLE = {"light": LIGHT, "dark": DARK, "series": range(COLOURS)}
 
 
 @cache
@@ -29,7 +34,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["figure"] = figure
+    environment.filters |= {"figure": figure, "numeric": numeric}
     return environment
 
 
@@ -44,3 +49,8 @@ def figure(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return ", ".join(map(figure, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def numeric(rows: Sequence[Sequence[Any]]) -> list[bool]:
+    """Which columns of a table hold numbers only, or nothing: these are set to the right."""
+    return [all(v is None or (isinstance(v, int | float) and not isinstance(v, bool)) for v in c) for c in zip(*rows, strict=True)]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sordino.measure.size import stored_split
+from sordino.report.colours import COLOURS
 from sordino.report.page import render
-from sordino.report.svg import COLOURS, Series, plot
+from sordino.report.svg import Series, plot
 
 _KINDS = {"this recipe": "error", "plain rounding (RTN)": "rtn_error"}
 
@@ -159,17 +160,11 @@ def _linear_errors(manifest: dict[str, Any]) -> Any:
     return plot(series, "block", "relative weight error", lines=True) if series else None
 
 
-def _block_row(block: dict[str, Any]) -> dict[str, Any]:
+def _block_row(block: dict[str, Any]) -> list[Any]:
     linears = {name: report["weight_error"] for name, report in block.get("linears", {}).items()}
     verdict = "left in full precision" if "left" in block else "plain rounding taken" if block.get("fallback") else ""
-    return {
-        "block": block["block"],
-        "error": block.get("error"),
-        "rtn": block.get("rtn_error"),
-        "verdict": verdict,
-        "worst": max(linears, key=lambda name: linears[name]) if linears else None,
-        "worst_error": max(linears.values(), default=None),
-    }
+    worst = max(linears, key=lambda name: linears[name]) if linears else None
+    return [block["block"], block.get("error"), block.get("rtn_error"), linears.get(worst or ""), worst, verdict]
 
 
 def _moves(manifest: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,17 +1,24 @@
-"""One small plot in SVG: points, with or without lines, on linear or logarithmic axes. Colours come from the page's style."""
+"""One small plot in SVG: points, with or without lines, on linear or logarithmic axes. Colours come from the page's style.
+
+Sizes are for a phone, where a unit is 0.75 pixels: text of 14 units is readable there and nothing of it touches. On a wide screen the style
+makes the text smaller.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 42
-PALETTE = ("#0b62c4", "#c2410c", "#15803d", "#7c3aed", "#be185d", "#0e7490", "#a16207", "#475569")  # on light paper
-COLOURS = len(PALETTE)  # classes s0 … s7 of the page's style
+from sordino.report.axis import Axis, written
+from sordino.report.colours import COLOURS
+
+WIDTH, HEIGHT = 480, 280
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 26, 42
+_LETTER, _LINE = 7.7, 15.0  # width of a letter and height of a line of text, on a phone
+_LONGEST = 28  # letters beside a point; the end of a path tells more than its beginning
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ def plot(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, l
     Args:
         series: points that are not finite are left out; with none left nothing is drawn.
         x_label: under the frame.
-        y_label: beside it.
+        y_label: above it.
         lines: join the points of a series; otherwise each carries its text.
         log_x: for sizes.
     """
@@ -48,62 +55,69 @@ def draw(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, l
     xs, ys = [p[0] for s in kept for p in s.points], [p[1] for s in kept for p in s.points]
     if not xs:
         return Markup("")
-    across, up = _Axis.over(xs, log_x), _Axis.over(ys, min(ys) > 0 and max(ys) > 3 * min(ys))
+    across, up = Axis.over(xs, log_x), Axis.over(ys, min(ys) > 0 and max(ys) > 3 * min(ys))
     parts = []
     for value in across.ticks():
-        parts.append(Markup('<text x="{:.1f}" y="{}" class="mid">{:.3g}</text>').format(_x(across, value), HEIGHT - 24, value))
+        text = Markup('<text x="{:.1f}" y="{}" class="mid">{}</text>')
+        parts.append(text.format(_x(across, value), HEIGHT - BOTTOM + 18, written(value)))
     for value in up.ticks():
         y = _y(up, value)
         parts.append(Markup('<line x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>').format(LEFT, WIDTH - RIGHT, y=y))
-        parts.append(Markup('<text x="{}" y="{:.1f}" class="end">{:.3g}</text>').format(LEFT - 6, y + 4, value))
+        parts.append(Markup('<text x="{}" y="{:.1f}" class="end">{}</text>').format(LEFT - 6, y + 4, written(value)))
     parts.append(Markup('<text x="{}" y="{}" class="mid">{}</text>').format((LEFT + WIDTH) / 2, HEIGHT - 6, x_label))
-    turn = Markup('<text transform="translate(13 {}) rotate(-90)" class="mid">{}</text>')
-    parts.append(turn.format((HEIGHT - BOTTOM) / 2, y_label))
+    parts.append(Markup('<text x="4" y="13">{}</text>').format(y_label))
+    boxes: list[_Box] = []
     for number, s in enumerate(kept):
-        parts.append(_drawn(s, f"s{number % COLOURS}", across, up, lines))
+        places = [(_x(across, x), _y(up, y), text) for x, y, text in s.points]
+        parts.append(Markup('<g class="s{}">').format(number % COLOURS))
+        parts += _line(places) if lines else _labelled(places, boxes)
+        parts.append(Markup("</g>"))
     return Markup("").join(parts)
 
 
-def _drawn(s: Series, style: str, across: _Axis, up: _Axis, lines: bool) -> Markup:
-    places = [(_x(across, x), _y(up, y), text) for x, y, text in s.points]
-    parts = [Markup('<g class="{}">').format(style)]
-    if lines:
-        parts.append(Markup('<polyline points="{}"/>').format(" ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)))
-    for x, y, text in places:
-        dot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>')
-        parts.append(dot.format(x, y, 2.5 if lines else 5, text))
-        if not lines:
-            near, style = (x - 9, "end") if x > WIDTH * 0.6 else (x + 9, "start")
-            parts.append(Markup('<text x="{:.1f}" y="{:.1f}" class="{}">{}</text>').format(near, y + 4, style, text))
-    return Markup("").join(parts) + Markup("</g>")
+_Place = tuple[float, float, str]
+_Box = tuple[float, float, float, float]  # left, right, top, bottom
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """A range of values laid out from 0 to 1; ends are logarithms if ``log``."""
-
-    low: float
-    high: float
-    log: bool
-
-    @classmethod
-    def over(cls, values: Sequence[float], log: bool) -> _Axis:
-        low, high = (math.log10(f(values)) if log else f(values) for f in (min, max))
-        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        return cls(low - room, high + room, log)
-
-    def at(self, value: float) -> float:
-        return ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
-
-    def ticks(self) -> list[float]:
-        """Four round enough values, evenly laid out."""
-        places = [self.low + (self.high - self.low) * (i + 0.5) / 4 for i in range(4)]
-        return [float(f"{10**p if self.log else p:.2g}") for p in places]
+def _dot(place: _Place, radius: float) -> Markup:
+    return Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>').format(*place[:2], radius, place[2])
 
 
-def _x(axis: _Axis, value: float) -> float:
+def _line(places: Sequence[_Place]) -> list[Markup]:
+    line = Markup('<polyline points="{}"/>').format(" ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places))
+    return [line, *(_dot(place, 2.5) for place in places)]
+
+
+def _labelled(places: Sequence[_Place], boxes: list[_Box]) -> Iterator[Markup]:
+    """Points with their text; boxes are what other text and points take up already."""
+    boxes += [(x - 5, x + 5, y - 5, y + 5) for x, y, _ in places]
+    for place in places:
+        text = place[2] if len(place[2]) <= _LONGEST else "…" + place[2][1 - _LONGEST :]
+        x, y, style, box = _free(place[0], place[1], _LETTER * len(text), boxes)
+        boxes.append(box)
+        yield _dot(place, 5)
+        yield Markup('<text x="{:.1f}" y="{:.1f}" class="{}">{}</text>').format(x, y + 4, style, text)
+
+
+def _free(x: float, y: float, width: float, boxes: Sequence[_Box]) -> tuple[float, float, str, _Box]:
+    """Where text of a point fits: beside it, else further and further above or below; beside it if nowhere."""
+    found = []
+    for step in range(8):
+        for up in (y - step * _LINE, y + step * _LINE)[: 1 + (step > 0)]:
+            for style, left in (("start", x + 9), ("end", x - 9 - width)):
+                box = (left, left + width, up - _LINE / 2, up + _LINE / 2)
+                inside = left >= 0 and left + width <= WIDTH and box[2] >= TOP - 8 and box[3] <= HEIGHT - BOTTOM
+                if not inside:
+                    continue
+                found.append((x + 9 if style == "start" else x - 9, up, style, box))
+                if not any(box[0] < b[1] and b[0] < box[1] and box[2] < b[3] and b[2] < box[3] for b in boxes):
+                    return found[-1]
+    return found[0] if found else (x + 9, y, "start", (x + 9, x + 9 + width, y - _LINE / 2, y + _LINE / 2))
+
+
+def _x(axis: Axis, value: float) -> float:
     return LEFT + axis.at(value) * (WIDTH - LEFT - RIGHT)
 
 
-def _y(axis: _Axis, value: float) -> float:
+def _y(axis: Axis, value: float) -> float:
     return HEIGHT - BOTTOM - axis.at(value) * (HEIGHT - TOP - BOTTOM)
