@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from hypothesis import assume, given
@@ -25,7 +26,7 @@ def test_a_linear_axis_steps_evenly(values: list[float]) -> None:
     assert all(0 < axis.at(v) < 1 for v in values)
     ticks = axis.ticks()
     assert 1 <= len(ticks) <= 6 and ticks == sorted(set(ticks)) and all(-1e-9 <= axis.at(t) <= 1 + 1e-9 for t in ticks)
-    steps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(ticks)]
     assert all(math.isclose(s, steps[0], rel_tol=1e-3) for s in steps)
 
 

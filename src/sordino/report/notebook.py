@@ -17,7 +17,8 @@ from sordino.report.svg import HEIGHT, LEFT, WIDTH, Series, draw
 _KEY = 18  # height of one line of the legend
 # Fixed colours on white: a notebook's dark theme is not known to a picture.
 _STYLE = (
-    f"svg{{font:12px system-ui,sans-serif;background:{LIGHT['paper']}}}text{{fill:{LIGHT['soft']}}}line{{stroke:{LIGHT['rule']}}}"
+    f"svg{{font:12px system-ui,sans-serif;background:{LIGHT['paper']}}}"
+    f"text{{fill:{LIGHT['soft']}}}line{{stroke:{LIGHT['rule']}}}"
     ".mid{text-anchor:middle}.end{text-anchor:end}polyline{fill:none;stroke:var(--c);stroke-width:1.8}"
     f"circle,rect.key{{fill:var(--c)}}g text{{fill:{LIGHT['ink']}}}"
 ) + "".join(f".s{i}{{--c:{LIGHT[f'c{i}']}}}" for i in range(COLOURS))

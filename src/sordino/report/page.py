@@ -53,4 +53,7 @@ def figure(value: Any) -> str:
 
 def numeric(rows: Sequence[Sequence[Any]]) -> list[bool]:
     """Which columns of a table hold numbers only, or nothing: these are set to the right."""
-    return [all(v is None or (isinstance(v, int | float) and not isinstance(v, bool)) for v in c) for c in zip(*rows, strict=True)]
+    return [
+        all(v is None or (isinstance(v, int | float) and not isinstance(v, bool)) for v in column)
+        for column in zip(*rows, strict=True)
+    ]

@@ -1,7 +1,7 @@
 """One small plot in SVG: points, with or without lines, on linear or logarithmic axes. Colours come from the page's style.
 
-Sizes are for a phone, where a unit is 0.75 pixels: text of 14 units is readable there and nothing of it touches. On a wide screen the style
-makes the text smaller.
+Sizes are for a phone, where a unit is 0.75 pixels: text of 14 units is readable there and nothing of it touches. On a wide
+screen the style makes the text smaller.
 """
 
 from __future__ import annotations
