@@ -74,7 +74,7 @@ def test_step_0_is_the_host_and_equal_factors_keep_the_function(bias: bool, orde
     """Spec section 11.1 and 11.2; the grid is so fine that rounding is out of the way."""
     block, _, smooth = made(8, bias, order=order)
     for linear in (block.a, block.b):  # no rounding at all
-        linear.weight = lambda dtype, own=linear: own.value().view_as(own.start.codes).to(dtype)
+        linear.weight = lambda dtype, own=linear: own.grid()[0].view_as(own.start.codes).to(dtype)
     before = outputs(block, X).detach()
     smooth.settle(torch.float32)
     torch.testing.assert_close(outputs(block, X), before, rtol=0, atol=0)
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_differences(order: bool) -> None:
     """By the norm and by the columns together; none on the base weight (spec section 11.7)."""
     block, clips, smooth = made(bias=True, order=order)
     for linear in (block.a, block.b):  # no rounding, whose gradient is not that of a difference
-        linear.weight = lambda dtype, own=linear: own.value().view_as(own.start.codes).to(dtype)
+        linear.weight = lambda dtype, own=linear: own.grid()[0].view_as(own.start.codes).to(dtype)
     slope = torch.randn(30, 12, generator=torch.Generator().manual_seed(8))
 
     def loss() -> torch.Tensor:
@@ -134,6 +134,18 @@ def test_kept_channels_have_no_factor_and_hard_ones_no_drift() -> None:
     assert torch.equal(was, now)
     y = block.norm(X)[:, smooth.order]
     torch.testing.assert_close(torch.cat([y @ folded[n].values().T for n in ("a", "b")], -1), was)
+
+
+@pytest.mark.parametrize(("size", "most"), [(0.1, 0.01), (0.3, 0.015)])
+def test_scales_follow_the_columns(size: float, most: float) -> None:
+    """Equal factors at 8 bits: what changes is the rounding, not that weights are cut."""
+    block, _, smooth = made(8, mode="hard")
+    before = outputs(block, X).detach()
+    with torch.no_grad():
+        smooth.u.copy_(size * torch.randn(16, generator=torch.Generator().manual_seed(3)))
+    smooth.settle(torch.float32)
+    after = outputs(block, X).detach()
+    assert 0 < (after - before).norm() < most * before.norm()
 
 
 def test_factors_stay_in_bounds_and_as_stored() -> None:

@@ -42,9 +42,9 @@ class Clip:
         self.parameter = nn.Parameter(torch.logit(share.detach().float().clamp(_LEAST, _MOST)))
         self.whole = self.first / torch.sigmoid(self.parameter.detach())
 
-    def __call__(self) -> Tensor:
-        """The scales as they will be stored, with gradients as if they were not rounded."""
-        exact = self.whole * torch.sigmoid(self.parameter)
+    def __call__(self, grown: Tensor | float = 1.0) -> Tensor:
+        """The scales as they will be stored, with gradients as if they were not rounded; the full range may have ``grown``."""
+        exact = self.whole * torch.sigmoid(self.parameter) * grown
         return exact + (round_scale(exact.detach()) - exact.detach())
 
 
@@ -76,14 +76,20 @@ class ClippedLinear(nn.Module):
         """The largest code."""
         return (1 << self.start.bits) - 1
 
-    def value(self) -> Tensor:
-        """What is rounded, fp32 [R, G, g]."""
-        value = self.exact if self.columns is None else self.exact * self.columns().view(self.exact.shape[1:])
-        return value + self.update().view_as(value) if isinstance(self.update, LowRank) else value
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """What is rounded, fp32 [R, G, g], and the scales [R, G], which follow columns that grow."""
+        value, grown = self.exact, torch.ones(())
+        if self.columns is not None:
+            value = self.exact * self.columns().view(self.exact.shape[1:])
+            grown = _full(value, self.zero, self.top) / _full(self.exact, self.zero, self.top)
+        if isinstance(self.update, LowRank):
+            value = value + self.update().view_as(value)
+        return value, self.clip(grown)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight as it will be stored, [R, C]."""
-        rounded = fake_round(self.value(), self.clip()[..., None], -self.zero, self.top - self.zero)
+        value, scale = self.grid()
+        rounded = fake_round(value, scale[..., None], -self.zero, self.top - self.zero)
         weight = rounded.view_as(self.start.codes).to(dtype)
         weight = weight if self.start.kept is None else with_kept(weight, self.start.kept.values())
         if isinstance(self.update, SideBranch):
@@ -98,7 +104,7 @@ class ClippedLinear(nn.Module):
     @torch.no_grad()
     def rounded(self) -> Rounded:
         """What it has become."""
-        scale, value = self.clip(), self.value()
+        value, scale = self.grid()
         codes = ((value / scale[..., None]).round_() + self.zero).clamp_(0, self.top)
         shape = self.start.codes.shape
         side = self.update.pair() if isinstance(self.update, SideBranch) else self.start.side

@@ -2,8 +2,8 @@
 
 Where the two are equal, nothing changes in full precision (SmoothQuant, OmniQuant); here they may drift apart, at a price. The
 sites are those whose input comes from a norm, which takes 1 / s_a into its gain, so that it costs nothing at run time. The
-inputs of o_proj and down_proj are left out: a rotation stands between them and what could take the factor. Shapes: C channels,
-G groups, g = C/G.
+inputs of o_proj and down_proj are left out: in the rotated hosts a rotation stands between them and what could take the
+factor (in the others v_proj and up_proj could). Shapes: C channels, G groups, g = C/G.
 """
 
 from __future__ import annotations

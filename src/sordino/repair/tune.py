@@ -8,7 +8,7 @@ start where GPTQ's error compensation left them, so that step 0 equals the solve
 that a massive one counts for no more than a median one.
 
 Instead of roundings and scales, the parameter-efficient spaces of the BiSup-style reconstruction can be trained: clips
-(repair/clip.py) and a low-rank update that is merged before rounding (repair/low_rank.py).
+(repair/clip.py), smoothing (repair/smoothing.py) and a low-rank update (repair/low_rank.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sordino.anatomy import SITES, Anatomy, hidden_states
+from sordino.anatomy import SITES, Anatomy, Site, hidden_states
 from sordino.contract import BlockContext, Move, ParameterSpace
-from sordino.errors import InputError
+from sordino.errors import InputError, SordinoError
 from sordino.numerics.divergence import token_weights
 from sordino.numerics.side import best_pair
 from sordino.recipe import Format, Natural, PositiveInt, Rate
@@ -32,6 +32,7 @@ from sordino.repair.input_spaces import InputSpace
 from sordino.repair.low_rank import LowRank, SideBranch, error_directions
 from sordino.repair.smoothing import Mode, SmoothSpace
 from sordino.repair.spaces import GainSpace, WeightSpace
+from sordino.runtime.modules import ORDER
 
 _LIMIT = 0.3  # of the gradients' norm, for the parameter-efficient spaces: IntactKV's and PrefixQuant's value
 
@@ -115,6 +116,8 @@ class Tune(Move):
         for norm in self.biases(ctx.anatomy):
             ctx.shift(norm, torch.zeros(()))
         before, state = ctx.error(), ctx.snapshot()
+        if self.smooth > 0 and any(r.side is not None for r in ctx.solved.values()):
+            raise SordinoError("move 'tune': smooth cannot follow a pair at the side; put it before, or leave one out")
         x, target = ctx.stream("q"), self._target(ctx)
         spaces, penalty = self._spaces(ctx)
         start: list[float] = []
@@ -174,10 +177,23 @@ class Tune(Move):
                 rounded = ctx.solved.get(linear.name)
                 if rounded is not None and rounded.grid == "affine":
                     if self.side:
-                        exact: Any = ctx.fp.get_submodule(linear.name).weight
-                        found[linear.name] = SideBranch(*best_pair(exact.float() - rounded.values(), stats.h, self.rank))
+                        error = _exact(ctx, site, linear.name) - rounded.values()
+                        found[linear.name] = SideBranch(*best_pair(error, stats.h, self.rank))
                     else:
                         error = rounded_from(rounded) - rounded.low_values()
                         directions = error_directions(error, stats.h, stats.tokens, self.rank)
                         found[linear.name] = LowRank(directions, len(rounded.codes))
         return found
+
+
+def _exact(ctx: BlockContext, site: Site, linear: str) -> Tensor:
+    """A linear's full-precision weight, fp32 [R, C], for the inputs of the q block, whose norm may have been trained."""
+    module: Any = ctx.fp.get_submodule(linear)
+    weight: Tensor = module.weight.float()
+    if site not in ctx.anatomy.norms:
+        return weight
+    norms: list[Any] = [block.get_submodule(ctx.anatomy.norms[site]) for block in (ctx.fp, ctx.q)]
+    before, now = (norm.weight.float() for norm in norms)
+    ratio = torch.where(now == 0, 1.0, before / now)
+    order = module._buffers.get(ORDER)
+    return weight * (ratio if order is None else ratio[order.long()])
