@@ -71,10 +71,7 @@ def sweep(args: argparse.Namespace) -> None:
         recipe = f"{host}-w3a3"
         for option, settings in SWEEPS.items():
             for setting in settings:
-                moves = (
-                    tuned(host, setting, 2) if "epochs" not in setting else tuned(host, setting).replace("epochs=2, ", "", 1)
-                )
-                errors(f"{host} {option}: {setting}", recipe, [moves], args)
+                errors(f"{host} {option}: {setting}", recipe, [tuned(host, setting)], args)
         for windows in WINDOWS:
             moves = tuned(host, f"{CLIP}, {RANK}")
             errors(f"{host} windows: {windows}", recipe, [moves, f"calibration.windows={windows}"], args)
