@@ -88,6 +88,13 @@ def latest(file: str) -> dict[tuple[str, int], Row]:
     return {(r["name"], r["seed"]): r for r in rows if r["model"] == "smollm2" and r["windows"] == 32}
 
 
+def last(file: str, *fields: str) -> dict[Any, Row]:
+    """The last row of each value of a field, or tuple of several; empty without the file."""
+    path = ROWS / file
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return {r[fields[0]] if len(fields) == 1 else tuple(r[f] for f in fields): r for r in rows}
+
+
 def table(rows: dict[tuple[str, int], Row], names: list[str], columns: int = len(COLUMNS)) -> str:
     """Markdown table of the rows there are, in the order of ``names``; several seeds in one line."""
     lines = ["| " + " | ".join(COLUMNS[:columns]) + " |", "|" + "---|" * columns]
@@ -183,8 +190,7 @@ def bisup_grid() -> str:
 
 def kv_memory() -> str:
     """Section on the cache's memory, from the last row of each width."""
-    path = ROWS / "kv_memory.jsonl"
-    rows = {r["name"]: r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    rows = last("kv_memory.jsonl", "name")
     if not rows:
         return ""
     lines = ["", "## Memory of the KV cache (`benchmarks/kv_memory.py`)", ""]
@@ -200,8 +206,7 @@ def kv_memory() -> str:
 
 def equivalence(title: str = "") -> str:
     """Divergences and equal greedy tokens of pairs, from the last row of each pair and dtype."""
-    path = ROWS / "equivalence.jsonl"
-    rows = {(r["pair"], r["dtype"]): r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    rows = last("equivalence.jsonl", "pair", "dtype")
     if not rows:
         return ""
     recipes = ", ".join(sorted({f"`{r['recipe']}`" for r in rows.values()}))
@@ -223,8 +228,7 @@ def equivalence(title: str = "") -> str:
 
 def prompt(title: str = "") -> str:
     """The controls of a protected prompt, from the last row of each model and recipe."""
-    path = ROWS / "prompt.jsonl"
-    runs = {(r["model"], r["recipe"]): r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    runs = last("prompt.jsonl", "model", "recipe")
     lines: list[str] = []
     for (model, recipe), run in runs.items():
         lines += ["", *([title, ""] if title else [])]
@@ -239,8 +243,7 @@ def prompt(title: str = "") -> str:
 
 def solver_options() -> str:
     """Section on the solver's options, from the last row of each."""
-    path = ROWS / "solver_options.jsonl"
-    rows = {(r["bits"], r["name"]): r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    rows = last("solver_options.jsonl", "bits", "name")
     if not rows:
         return ""
     count = max(len(r["errors"]) for r in rows.values())
@@ -257,8 +260,7 @@ def solver_options() -> str:
 
 def analyses() -> str:
     """Tables of d2quant_analyses.py, from the last row of each part."""
-    path = ROWS / "d2quant_analyses.jsonl"
-    parts = {r["part"]: r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    parts = last("d2quant_analyses.jsonl", "part")
     lines: list[str] = ["", "## What D²Quant builds on (`benchmarks/d2quant_analyses.py`)"] if parts else []
     if a := parts.get("A"):
         lines += ["", "**Projection sensitivity**: change of held-out loss (nat/token) at 2 bits, with standard error.", ""]
@@ -319,7 +321,7 @@ def analyses() -> str:
 
 def large_shape() -> str:
     """Section on memory at the size of a large model, from the last row of each recipe."""
-    rows = {r["recipe"]: r for r in map(json.loads, (ROWS / "large_shape.jsonl").read_text().splitlines())}
+    rows = last("large_shape.jsonl", "recipe")
     lines = [
         "",
         "## Memory at the shape of Llama-3-8B",
