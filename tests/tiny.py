@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import sordino
+from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
 
 STORIES = Path(__file__).parent / "data" / "stories260k"  # a trained model, however small
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2")
@@ -166,3 +168,15 @@ def assert_same_function(model: Path, out: Path, changed: Sequence[str]) -> tupl
         a, b = exact(ids).logits, ours(ids).logits
     assert (a - b).norm() <= 1e-4 * a.norm()
     return exact, ours, ids
+
+
+def assert_seen_in_the_walk(model: Path, out: Path, manifest: Mapping[str, Any]) -> None:
+    """A checkpoint made of 16 windows of 48 diverges as its walk measured on held-out ones, and has the bits it was to have."""
+    ours, tokenizer = sordino.load(out)
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    windows = calibration_windows(tokenize(load_text(DEFAULT_TEXT), tokenizer), 48, 16, 4, 0)[16:]
+    with torch.no_grad():
+        q, p = (m(windows, use_cache=False).logits.log_softmax(-1) for m in (ours, plain))
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(manifest["guard"]["kl"], rel=1e-2)
+    size = sordino.evaluate(out, windows=1, seqlen=16).bits_per_weight
+    assert size == pytest.approx(manifest["bits_per_weight"])

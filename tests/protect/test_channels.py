@@ -13,7 +13,7 @@ import sordino
 from sordino.errors import InputError
 from sordino.protect.channels import energy_order
 from sordino.recipe import Recipe, load_recipe
-from tiny import FAMILIES, assert_same_function, make_tiny
+from tiny import FAMILIES, assert_same_function, assert_seen_in_the_walk, make_tiny
 
 SMALL: dict[str, Any] = {"windows": 4, "seqlen": 32}
 ATOM = 'moves=[{move="channels", count=4}]'
@@ -43,19 +43,10 @@ def test_logits_are_unchanged(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("trained", ["", ', {move="tune", epochs=1}', ', {move="distill", epochs=1}'])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_calibration_sees_what_the_checkpoint_does(family: str, trained: str, tmp_path: Path) -> None:
-    from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
-
     model = make_tiny(tmp_path / "model", family, layers=2)
     made = atom("guard=on", "format.kv.bits=16", ATOM.replace("]", f"{trained}]"))
     manifest = sordino.quantize(str(model), made, tmp_path / "out", windows=16, seqlen=48).manifest
-    ours, tokenizer = sordino.load(tmp_path / "out")
-    plain = AutoModelForCausalLM.from_pretrained(model)
-    windows = calibration_windows(tokenize(load_text(DEFAULT_TEXT), tokenizer), 48, 16, 4, 0)[16:]
-    with torch.no_grad():
-        q, p = (m(windows, use_cache=False).logits.log_softmax(-1) for m in (ours, plain))
-    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(manifest["guard"]["kl"], rel=1e-2)
-    size = sordino.evaluate(tmp_path / "out", windows=1, seqlen=16).bits_per_weight
-    assert size == pytest.approx(manifest["bits_per_weight"])
+    assert_seen_in_the_walk(model, tmp_path / "out", manifest)
 
 
 def test_kept_outliers_are_worth_their_bits(tmp_path: Path) -> None:
