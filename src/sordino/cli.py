@@ -37,6 +37,9 @@ EvalText = Annotated[
     str | None,
     typer.Option("--text", help="As in quantize; builtin:docstrings if not given, or no text at all if there are --tasks."),
 ]
+SystemPrompt = Annotated[
+    str | None, typer.Option(metavar="TEXT|@FILE", help="Protect this system prompt: its keys and values stay exact.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one value of the recipe, e.g. format.weights.bits=3. Repeatable."),
@@ -75,9 +78,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Chooses the windows; same seed, same bytes.")] = 0,
     set_: SetOption = None,
     blocks: Annotated[str | None, typer.Option(help="A:B quantizes these blocks only; the rest stays as it is.")] = None,
-    system_prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT|@FILE", help="Protect this system prompt: its keys and values stay exact.")
-    ] = None,
+    system_prompt: SystemPrompt = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing an interrupted run.")] = False,
 ) -> None:
     """Quantize MODEL by a recipe into a folder that transformers loads.
@@ -194,9 +195,7 @@ def doctor(
     recipe: RecipeName,
     for_: Annotated[str, typer.Option("--for", help="Engines to check the format against: vllm,gguf.")] = "",
     set_: SetOption = None,
-    system_prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT|@FILE", help="System prompt that is to be protected.")
-    ] = None,
+    system_prompt: SystemPrompt = None,
 ) -> None:
     """Say in seconds whether a run will fit and divide, and what it will make; no work is done.
 

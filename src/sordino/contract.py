@@ -116,8 +116,12 @@ class Rounded:
 
     def values(self) -> Tensor:
         """Dequantized weight, fp32 [R, C]."""
-        own = self.low_values() if self.kept is None else with_kept(self.low_values(), self.kept.values())
-        return own if self.side is None else own + self.side.values()
+        return self.around(self.low_values())
+
+    def around(self, low: Tensor) -> Tensor:
+        """Low-bit values [R, C] with the kept columns and the low-rank pair, in their dtype."""
+        own = low if self.kept is None else with_kept(low, self.kept.values())
+        return own if self.side is None else own + self.side.values().to(own.dtype)
 
     def beside(self, rank: int) -> Rounded:
         """The same with an empty low-rank pair at its side, where the rank is not 0."""

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from sordino.contract import Rounded
 from sordino.numerics.affine import round_scale
 from sordino.numerics.inputs import fake_round
-from sordino.numerics.kept import with_kept
 from sordino.repair.low_rank import LowRank, SideBranch
 from sordino.runtime.inputs import carry_inputs
 
@@ -64,7 +63,8 @@ class ClippedLinear(nn.Module):
 
     def __init__(self, rounded: Rounded, bias: Tensor | None, update: LowRank | SideBranch | None):
         super().__init__()
-        self.start, self.bias, self.update = replace(rounded, latent=None), bias, update
+        side = None if isinstance(update, SideBranch) else rounded.side  # a trained pair takes the place of the old one
+        self.start, self.bias, self.update = replace(rounded, latent=None, side=side), bias, update
         self.columns: Callable[[], Tensor] | None = None
         shape = (*rounded.scale.shape, rounded.group)
         self.register_buffer("exact", rounded_from(rounded).view(shape))
@@ -91,11 +91,8 @@ class ClippedLinear(nn.Module):
         value, scale = self.grid()
         rounded = fake_round(value, scale[..., None], -self.zero, self.top - self.zero)
         weight = rounded.view_as(self.start.codes).to(dtype)
-        weight = weight if self.start.kept is None else with_kept(weight, self.start.kept.values())
-        if isinstance(self.update, SideBranch):
-            added: Tensor = self.update()
-            return weight + added.to(dtype)
-        return weight if self.start.side is None else weight + self.start.side.values().to(dtype)
+        weight = self.start.around(weight)
+        return weight + self.update().to(dtype) if isinstance(self.update, SideBranch) else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from sordino.contract import Rounded
 from sordino.numerics.affine import round_scale
-from sordino.numerics.kept import with_kept
 from sordino.runtime.inputs import carry_inputs
 
 _EDGE = 0.499  # how far beyond the outermost code a latent position may lie, in steps
@@ -73,8 +72,7 @@ class TrainedLinear(nn.Module):
         """The weight as it will be stored, [R, C]."""
         top = (1 << self.start.bits) - 1
         out: Tensor = _OnGrid.apply(self.latent, self.scale(), self.zero, top, dtype)  # type: ignore[no-untyped-call]
-        out = out if self.start.kept is None else with_kept(out, self.start.kept.values())
-        return out if self.start.side is None else out + self.start.side.values().to(dtype)
+        return self.start.around(out)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""

@@ -14,7 +14,7 @@ Instead of roundings and scales, the parameter-efficient spaces of the BiSup-sty
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -119,7 +119,8 @@ class Tune(Move):
         if self.smooth > 0 and any(r.side is not None for r in ctx.solved.values()):
             raise SordinoError("move 'tune': smooth cannot follow a pair at the side; put it before, or leave one out")
         x, target = ctx.stream("q"), self._target(ctx)
-        spaces, penalty = self._spaces(ctx)
+        spaces = self._spaces(ctx)
+        priced = [space for space in spaces if isinstance(space, SmoothSpace)]
         start: list[float] = []
 
         def backward(windows: Tensor) -> float:
@@ -129,7 +130,7 @@ class Tune(Move):
             loss: Tensor = ((y - t).square().sum(-1) * weight).sum() / (t.square().sum(-1) * weight).sum()
             start.append(loss.item())
             # Relative to the first one, so that the bound on the gradients means the same in every block.
-            (loss / max(start[0], 1e-12) + penalty() if self.efficient else loss).backward()
+            (loss / max(start[0], 1e-12) + sum(s.penalty() for s in priced) if self.efficient else loss).backward()
             return start[-1]
 
         limit = _LIMIT if self.efficient else None
@@ -153,20 +154,20 @@ class Tune(Move):
             return ctx.target()
         return torch.cat([y for _, y in ctx.run("fp", "q")])
 
-    def _spaces(self, ctx: BlockContext) -> tuple[list[ParameterSpace], Callable[[], Tensor | float]]:
-        """What is trained, and what is added to the loss."""
+    def _spaces(self, ctx: BlockContext) -> list[ParameterSpace]:
+        """What is trained."""
         norms = [ctx.q.get_submodule(n) for n in ctx.anatomy.norms.values()]
         updates = self._updates(ctx)  # before any stand-in is there
         # Inputs first: a stand-in takes over the hooks of its linear.
         inputs = InputSpace(ctx.q, ctx.anatomy, self.clips or self.inputs, clips=self.clips > 0)
         gains = GainSpace(norms, self.gains, ctx.stored)
         if not self.efficient:
-            return [inputs, WeightSpace(ctx.q, ctx.solved, *self.rates), gains], lambda: 0.0
+            return [inputs, WeightSpace(ctx.q, ctx.solved, *self.rates), gains]
         clips = ClipSpace(ctx.q, ctx.solved, self.clips, updates, self.updates)
         if self.smooth == 0:
-            return [inputs, clips, gains], lambda: 0.0
+            return [inputs, clips, gains]
         smooth = SmoothSpace(ctx.q, ctx.anatomy, clips.trained, self.smooth, self.smooth_mode, ctx.stored)
-        return [inputs, clips, smooth], smooth.penalty
+        return [inputs, clips, smooth]
 
     def _updates(self, ctx: BlockContext) -> dict[str, LowRank | SideBranch]:
         """Each linear's update, at its start."""
@@ -177,7 +178,7 @@ class Tune(Move):
                 rounded = ctx.solved.get(linear.name)
                 if rounded is not None and rounded.grid == "affine":
                     if self.side:
-                        error = _exact(ctx, site, linear.name) - rounded.values()
+                        error = _exact(ctx, site, linear.name) - replace(rounded, side=None).values()
                         found[linear.name] = SideBranch(*best_pair(error, stats.h, self.rank))
                     else:
                         error = rounded_from(rounded) - rounded.low_values()

@@ -21,7 +21,7 @@ class Keeping:
 
     Args:
         inner: the solver of the other columns.
-        kept: k; 0 leaves everything to it.
+        kept: k.
         gain: fp32 [C - k, k], by which the kept columns take over errors; None where nothing is known of the inputs.
     """
 
@@ -29,10 +29,12 @@ class Keeping:
         self.inner, self.kept, self.gain = inner, kept, gain
 
     @staticmethod
-    def around(inner: Solver, kept: int, stats: Stats | None) -> Keeping:
-        """Set the kept columns of the statistics apart, in place."""
+    def around(inner: Solver, kept: int, stats: Stats | None) -> Solver | Keeping:
+        """Set the kept columns of the statistics apart, in place; the other solver itself where none are kept."""
+        if not kept:
+            return inner
         gain = None
-        if kept and stats is not None:
+        if stats is not None:
             stats.h, gain = set_apart(stats.h, kept)
         return Keeping(inner, kept, gain)
 
@@ -42,12 +44,9 @@ class Keeping:
 
     def solve(self, w: Tensor, prepared: Any, grid: Grid, group: int) -> Rounded:
         """Round fp32 [R, C]."""
-        if not self.kept:
-            rounded: Rounded = self.inner.solve(w, prepared, grid, group)
-            return rounded
         low, high = w.clone(), w[:, -self.kept :]
         low[:, -self.kept :] = 0
-        rounded = self.inner.solve(low, prepared, grid, group)
+        rounded: Rounded = self.inner.solve(low, prepared, grid, group)
         if self.gain is not None:
             high = torch.addmm(high, (w - rounded.low_values())[:, : -self.kept], self.gain)
         return replace(rounded, kept=Kept.of(high))

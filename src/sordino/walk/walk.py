@@ -337,7 +337,7 @@ class Walk:
             if p.group is None:
                 continue
             module: Any = layer.get_submodule(p.linear.name)
-            solver = Keeping(RtnSolver(), p.kept, None)
+            solver = Keeping.around(RtnSolver(), p.kept, None)
             made = solver.solve(module.weight.float(), None, baseline_grid(p.format), p.group)
             rounded[p.linear.name] = made.beside(p.side)
             values = rounded[p.linear.name].values().to(module.weight.dtype)
