@@ -36,13 +36,16 @@ Ladder = dict[str, tuple[str, list[str], list[int]]]
 def climb(doc: str | None, ladder: Ladder, file: str) -> None:
     """Command line of a ladder: measure its rows, or some of them, into ``benchmarks/rows/FILE``."""
     parser = texts_parser(doc)
-    parser.add_argument("--only", nargs="*", help="names of rows")
+    parser.add_argument("--only", nargs="*", help="names of rows, in this order")
     parser.add_argument("--seeds", type=int, nargs="*", help="of these seeds only")
     args = parser.parse_args()
+    if unknown := set(args.only or ()) - {*ladder, "full precision"}:
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
     if "full precision" in (args.only or ["full precision"]):
         row("full precision", None, [], 0, args, ROWS / file)
-    for name, (recipe, overrides, seeds) in ladder.items():
-        if args.only is None or name in args.only:
+    for name in args.only or ladder:
+        if name != "full precision":
+            recipe, overrides, seeds = ladder[name]
             for seed in seeds:
                 if args.seeds is None or seed in args.seeds:
                     row(name, recipe, overrides, seed, args, ROWS / file)

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import sordino
-from sordino.contract import Rounded, Stats
 from sordino.errors import InputError
 from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
 from sordino.numerics.affine import AffineGrid, GridParams, round_scale
 from sordino.recipe import load_recipe
 from sordino.round.gptq import GptqSolver
+from sordino.rounding import Rounded, Stats
 from sordino.walk.context import Context
 from tiny import make_tiny
 

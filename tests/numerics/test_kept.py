@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sordino.contract import Stats
 from sordino.numerics.affine import AffineGrid
 from sordino.numerics.inputs import fake_encode, token_scale
 from sordino.numerics.kept import Kept, round_with_kept, set_apart, with_kept
 from sordino.round.gptq import GptqSolver
 from sordino.round.keeping import Keeping
+from sordino.rounding import Stats
 
 
 def gram(columns: int, seed: int, tokens: int = 400) -> torch.Tensor:

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sordino.contract import Rounded, Stats
 from sordino.numerics.affine import AffineGrid, round_scale
 from sordino.repair.clip import Clip, ClippedLinear, ClipSpace, rounded_from
 from sordino.repair.descent import descend
 from sordino.repair.low_rank import LowRank, error_directions
 from sordino.round.gptq import GptqSolver
 from sordino.round.rtn import RtnSolver
+from sordino.rounding import Rounded, Stats
 
 
 def solved(seed: int, bits: int, symmetric: bool, gptq: bool, group: int = 16) -> Rounded:

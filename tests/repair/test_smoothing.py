@@ -11,7 +11,6 @@ from torch import nn
 
 import sordino
 from sordino.anatomy import Anatomy, anatomy_of
-from sordino.contract import Rounded
 from sordino.errors import InputError
 from sordino.numerics.affine import AffineGrid
 from sordino.numerics.kept import Kept
@@ -19,6 +18,7 @@ from sordino.recipe import load_recipe
 from sordino.repair.clip import ClippedLinear, ClipSpace
 from sordino.repair.smoothing import Mode, Smoothing, SmoothSpace
 from sordino.round.rtn import RtnSolver
+from sordino.rounding import Rounded
 from sordino.runtime.inputs import order_input
 from tiny import assert_seen_in_the_walk, make_tiny
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sordino.contract import Rounded
 from sordino.numerics.affine import AffineGrid
 from sordino.repair.spaces import GainSpace, TrainedLinear, WeightSpace
 from sordino.round.rtn import RtnSolver
+from sordino.rounding import Rounded
 
 
 def rounded(bits: int, symmetric: bool = False, seed: int = 0) -> Rounded:

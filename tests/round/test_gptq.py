@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sordino.contract import Rounded, Stats
 from sordino.numerics.affine import AffineGrid, GridParams
 from sordino.numerics.gram import inverse_factor
 from sordino.round import gptq
 from sordino.round.gptq import GptqSolver, asymmetric_term, gar_order, whole_shift
 from sordino.round.rtn import RtnSolver
+from sordino.rounding import Rounded, Stats
 
 both = pytest.mark.parametrize("symmetric", [False, True])
 orders = pytest.mark.parametrize("order", ["gar", "none"])

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sordino.contract import Rounded, Stats
 from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
 from sordino.numerics.affine import AffineGrid
 from sordino.round import refit as module
 from sordino.round.gptq import GptqSolver
 from sordino.round.refit import refit, row_errors
 from sordino.round.rtn import RtnSolver
+from sordino.rounding import Rounded, Stats
 
 GRIDS = [AffineGrid(2), AffineGrid(3, True), AdditiveGrid(2), AdditiveGrid(3), DualScaleGrid(AffineGrid(2))]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sordino.contract import Stats
 from sordino.numerics.affine import AffineGrid, GridParams, round_scale
 from sordino.round.rtn import RtnSolver
+from sordino.rounding import Stats
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

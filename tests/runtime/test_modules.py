@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sordino.contract import Rounded
 from sordino.numerics.affine import AffineGrid
 from sordino.numerics.packing import packed_words
 from sordino.round.rtn import RtnSolver
+from sordino.rounding import Rounded
 from sordino.runtime import kernels, modules
 from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, pack_linear
 

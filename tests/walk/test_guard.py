@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import sordino
-from sordino.contract import BlockContext, Grid, Move, Rounded, Stats
+from sordino.contract import BlockContext, Move
 from sordino.errors import SordinoError
 from sordino.moves import MOVES
 from sordino.recipe import MoveSpec, load_recipe
 from sordino.round.gptq import GptqSolver
+from sordino.rounding import Grid, Rounded, Stats
 from sordino.walk.ends import Ends
 from tiny import make_tiny
 

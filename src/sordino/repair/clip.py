@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sordino.contract import Rounded
 from sordino.numerics.affine import round_scale
 from sordino.numerics.inputs import fake_round
 from sordino.repair.low_rank import LowRank, SideBranch
+from sordino.rounding import Rounded
 from sordino.runtime.inputs import carry_inputs
 
 _MOST = 0.982  # share that a parameter starts with where the host clips nothing: sigmoid(4), OmniQuant's

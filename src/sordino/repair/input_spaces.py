@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import SITES, Anatomy
-from sordino.contract import Rounded
 from sordino.numerics.kv import KvGrid
 from sordino.repair.clip import Clip
 from sordino.repair.spaces import grown
+from sordino.rounding import Rounded
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
 from sordino.runtime.inner import ATTENTION
 from sordino.runtime.inputs import RoundInput, rounding

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy
-from sordino.contract import Rounded
 from sordino.repair.clip import ClippedLinear
+from sordino.rounding import Rounded
 from sordino.runtime.modules import ORDER
 
 Mode = Literal["soft", "hard", "free"]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sordino.contract import Rounded
 from sordino.numerics.affine import round_scale
+from sordino.rounding import Rounded
 from sordino.runtime.inputs import carry_inputs
 
 _EDGE = 0.499  # how far beyond the outermost code a latent position may lie, in steps

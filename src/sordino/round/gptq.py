@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sordino.contract import Grid, Rounded, Stats
 from sordino.numerics.affine import GridParams
 from sordino.numerics.gram import inverse_factor
 from sordino.round.refit import refit
+from sordino.rounding import Grid, Rounded, Stats
 
 _BLOCK = 128
 

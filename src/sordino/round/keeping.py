@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sordino.contract import Grid, Rounded, Solver, Stats
 from sordino.numerics.kept import Kept, set_apart
+from sordino.rounding import Grid, Rounded, Solver, Stats
 
 
 class Keeping:

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sordino.contract import Rounded
 from sordino.numerics.additive import fix_gauge
 from sordino.numerics.affine import round_scale
+from sordino.rounding import Rounded
 
 _RIDGE = 1e-6
 

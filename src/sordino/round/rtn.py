@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sordino.contract import Grid, Rounded, Stats
 from sordino.numerics.affine import SHARES, GridParams, round_scale
+from sordino.rounding import Grid, Rounded, Stats
 
 
 class RtnSolver:

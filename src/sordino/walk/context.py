@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy, Site
-from sordino.contract import Rounded, Split, Stats, StreamName
+from sordino.contract import Split, StreamName
 from sordino.errors import SordinoError
 from sordino.numerics.affine import round_scale
 from sordino.numerics.divergence import token_factors, token_weights
 from sordino.numerics.gram import add_cross, add_gram, mirror
+from sordino.rounding import Rounded, Stats
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
 from sordino.runtime.modules import SCALE, drop_bias, give_bias
 from sordino.walk.runner import Runner

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy, hidden_states
-from sordino.contract import Rounded
 from sordino.numerics.kv import KvGrid
+from sordino.rounding import Rounded
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE, round_kv
 from sordino.runtime.inner import ATTENTION
 from sordino.runtime.inputs import round_inputs

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sordino.anatomy import Anatomy, Linear, group_size
-from sordino.contract import Grid, Solver
 from sordino.errors import InputError
 from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
 from sordino.numerics.affine import AffineGrid
@@ -13,6 +12,7 @@ from sordino.numerics.packing import packed_words
 from sordino.recipe import ActivationFormat, Gptaq, Gptq, Recipe, Rtn, WeightFormat
 from sordino.round.gptq import GptqSolver
 from sordino.round.rtn import RtnSolver
+from sordino.rounding import Grid, Solver
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sordino.anatomy import Site
-from sordino.contract import Rounded, Stats
 from sordino.errors import SordinoError
 from sordino.numerics.threads import one_thread
 from sordino.round.keeping import Keeping
+from sordino.rounding import Rounded, Stats
 from sordino.walk.context import Context
 from sordino.walk.linears import LinearPlan, make_grid, make_solver
 from sordino.walk.plan import Plan

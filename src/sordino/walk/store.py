@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sordino.contract import Rounded
 from sordino.errors import InputError
+from sordino.rounding import Rounded
 from sordino.runtime.modules import ORDER, SCALE, pack_kept, pack_linear
 from sordino.walk.streams import create_stream, open_stream
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import SITES, Site, hidden_states
-from sordino.contract import Rounded, StreamName, having
+from sordino.contract import StreamName, having
 from sordino.errors import SordinoError
 from sordino.protect.prompt import join_prompt
 from sordino.round.keeping import Keeping
 from sordino.round.rtn import RtnSolver
+from sordino.rounding import Rounded
 from sordino.runtime.attention import carry_attention
 from sordino.runtime.inner import ATTENTION
 from sordino.runtime.inputs import carry_inputs
