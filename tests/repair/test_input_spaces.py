@@ -9,6 +9,7 @@ from sordino.numerics.affine import round_scale
 from sordino.numerics.inputs import fake_encode
 from sordino.numerics.kv import KvGrid
 from sordino.repair.input_spaces import Trained
+from sordino.runtime.inputs import Once
 
 
 def descend(trained: Trained, error: object) -> None:
@@ -43,3 +44,18 @@ def test_each_head_finds_its_own() -> None:
     descend(trained, lambda s: (grid.fake(x, s) - x).square().mean((0, 2, 3)) / sizes.square())
     scales = trained().detach()
     assert float(scales[1] / scales[0]) == pytest.approx(10.0, rel=0.15)
+
+
+def test_linears_of_a_site_round_their_input_once() -> None:
+    """And the next input anew, whoever asks first."""
+    once, made = Once(2), []
+
+    def make() -> torch.Tensor:
+        made.append(torch.randn(3))
+        return made[-1]
+
+    first, second = torch.zeros(3), torch.zeros(3)
+    assert once(first, make) is once(first, make) and len(made) == 1
+    assert once(first, make) is made[1]  # a second pass with the same tensor: something may have been trained between
+    assert once(second, make) is once(second, make) and len(made) == 3
+    assert once(first, make) is not made[2]

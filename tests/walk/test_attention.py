@@ -16,18 +16,20 @@ from tiny import make_tiny
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-    """The definition, fp64, [B, L, H, d]."""
+    """The definition, fp64, [B, L, H, d]; the first keys are a prefix where there are more than queries."""
     repeats = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(repeats, 1) for x in (k, v))
     scores = (q.double() @ k.transpose(2, 3)) * scaling
-    length = q.shape[2]
-    scores.masked_fill_(torch.ones(length, length).triu(1).bool(), float("-inf"))
+    length, keys = q.shape[2], k.shape[2]
+    scores.masked_fill_(torch.ones(length, keys).triu(1 + keys - length).bool(), float("-inf"))
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
 @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (6, 2)])
-def test_equals_the_definition(length: int, heads: int, kv: int) -> None:
+def test_equals_the_definition(length: int, heads: int, kv: int, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_tiles", lambda: tiles)
     generator = torch.Generator().manual_seed(length)
     q, k, v = (torch.randn(2, h, length, 16, generator=generator).bfloat16() for h in (heads, kv, kv))
     with torch.no_grad():
@@ -35,6 +37,18 @@ def test_equals_the_definition(length: int, heads: int, kv: int) -> None:
     exact = reference(q, k, v, 0.3)
     assert out.dtype == torch.bfloat16
     assert (out - exact).norm() <= 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("before", [1, 3, 130])
+def test_both_ways_let_every_query_see_the_prefix(before: int) -> None:
+    generator = torch.Generator().manual_seed(before)
+    q, k, v = (
+        torch.randn(2, h, n, 16, generator=generator).bfloat16() for h, n in ((6, 140), (2, before + 140), (2, before + 140))
+    )
+    exact = reference(q, k, v, 0.3)
+    for out in (attention.fused(q, k, v, 0.3), attention.CausalAttention.apply(q, k, v, 0.3)):  # type: ignore[no-untyped-call]
+        assert out.shape == exact.shape
+        assert (out - exact).norm() <= 4e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("length", [7, 200])

@@ -6,10 +6,10 @@ static scale is one number found on calibration text (PrefixQuant, spec section 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from sordino.numerics.straight import fake_round, part, tiles
 
 _LEAST = 1e-8  # of a scale: a token of zeros has codes of zero
 
@@ -39,28 +39,14 @@ def moving_scale(x: Tensor, bits: int, clip: float | Tensor = 1.0, group: int | 
 
 def encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes, int8 [..., C], of x [..., C] at a scale that broadcasts to it (round half to even)."""
-    return _nearest(x.float() / scale, bits).to(torch.int8)
+    half = 1 << (bits - 1)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    for index in tiles(x.shape):
+        codes[index] = torch.div(x[index], part(scale, x.dim(), index)).round_().clamp_(-half, half - 1)
+    return codes
 
 
 def fake_encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """``code * scale`` in the dtype of x [..., C], differentiable in both as :func:`fake_round` is."""
+    """``code * scale`` in the dtype of x [..., C], differentiable as numerics/straight.py says."""
     half = 1 << (bits - 1)
     return fake_round(x, scale, -half, half - 1)
-
-
-def fake_round(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
-    """``clamp(round(x / scale), low, high) * scale`` in the dtype of x; low and high are numbers, or tensors that broadcast.
-
-    Gradients go straight through the rounding; an entry that is clipped has none, and pulls at the scale with its whole code
-    (LSQ without its gradient scale; PrefixQuant, spec section 5).
-    """
-    steps = x.float() / scale
-    if not (x.requires_grad or scale.requires_grad):
-        return (steps.round_().clamp_(low, high) * scale).to(x.dtype)
-    near = steps + (steps.detach().round() - steps.detach())
-    return (near.clamp(low, high) * scale).to(x.dtype)
-
-
-def _nearest(steps: Tensor, bits: int) -> Tensor:
-    half = 1 << (bits - 1)
-    return steps.round_().clamp_(-half, half - 1)

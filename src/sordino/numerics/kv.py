@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sordino.numerics.inputs import fake_round
 from sordino.numerics.packing import pack, packed_words, unpack
+from sordino.numerics.straight import fake_round
 
 _LEAST = 1e-8
 
@@ -62,7 +62,7 @@ class KvGrid:
         return ((x.float() / scale).round() + zero).clamp(0, self.top).to(torch.uint8)
 
     def fake(self, x: Tensor, share: Tensor) -> Tensor:
-        """``(code - zero) * scale`` in the dtype of x [B, K, S, d]; gradients as in :func:`fake_round`."""
+        """``(code - zero) * scale`` in the dtype of x [B, K, S, d]; gradients as numerics/straight.py says."""
         scale, zero = self.fit(x, share)
         return fake_round(x, scale, -zero, self.top - zero)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sordino.numerics.affine import round_scale
-from sordino.numerics.inputs import fake_round
+from sordino.numerics.straight import fake_round
 from sordino.repair.low_rank import LowRank, SideBranch
 from sordino.rounding import Rounded
 from sordino.runtime.inputs import carry_inputs

@@ -18,7 +18,7 @@ from sordino.repair.spaces import grown
 from sordino.rounding import Rounded
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
 from sordino.runtime.inner import ATTENTION
-from sordino.runtime.inputs import RoundInput, rounding
+from sordino.runtime.inputs import Once, RoundInput, rounding
 from sordino.runtime.modules import SCALE
 
 
@@ -66,8 +66,9 @@ class InputSpace:
             if pairs:
                 trained = _trained(pairs[0][0].get_buffer(SCALE), clips and not pairs[0][1].static)
                 self.sites.append((pairs, trained))
+                once = Once(len(pairs)) if len(pairs) > 1 else None
                 for _, hook in pairs:
-                    hook.trained = trained
+                    hook.trained, hook.once = trained, once
         grid: KvGrid | None = getattr(self.attention, "kv_grid", None)
         if grid is not None:
             bounded = clips and not grid.static
@@ -102,7 +103,7 @@ class InputSpace:
     def _give(self, value: Any) -> None:
         for pairs, trained in self.sites:
             for linear, hook in pairs:
-                hook.trained = None
+                hook.trained = hook.once = None
                 linear.register_buffer(SCALE, value(trained).clone())
         for name, trained in self.kv.items():
             self._train_kv({})

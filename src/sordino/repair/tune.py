@@ -141,11 +141,10 @@ class Tune(Move):
                 ctx.commit(linear, rounded)
         ctx.touch("qkv")
         after = ctx.error()
-        unguarded = math.isnan(before)
-        kept = unguarded or after < before
+        kept = better(before, after)
         if not kept:
             ctx.restore(state)
-        errors = {} if unguarded else {"before": before, "after": after}
+        errors = {} if math.isnan(before) else {"before": before, "after": after}
         ctx.notes[self.name] = {**errors, "kept": kept, "loss": first_and_last(losses)}
 
     def _target(self, ctx: BlockContext) -> Tensor:
@@ -185,6 +184,11 @@ class Tune(Move):
                         directions = error_directions(error, stats.h, stats.tokens, self.rank)
                         found[linear.name] = LowRank(directions, len(rounded.codes))
         return found
+
+
+def better(before: float, after: float) -> bool:
+    """Whether a block keeps its training, by its held-out errors; without any (guards off) it does."""
+    return math.isnan(before) or after < before
 
 
 def _exact(ctx: BlockContext, site: Site, linear: str) -> Tensor:

@@ -46,19 +46,47 @@ class RoundInput:
         group: channels of a token that share a dynamic scale; None for all.
         kept: the last channels, at 8 bits.
         trained: says what takes the place of ``input_scale`` while it is trained.
+        once: rounds for all linears of a site, while it is trained.
     """
 
     def __init__(self, bits: int, static: bool, group: int | None = None, kept: int = 0):
         self.bits, self.static, self.group, self.kept = bits, static, group, kept
         self.trained: Callable[[], Tensor] | None = None
+        self.once: Once | None = None
 
     def __call__(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor]:
         """The input [..., C] on its grid."""
         x: Tensor = args[0]
         scale: Tensor = module.get_buffer(SCALE) if self.trained is None else self.trained()
+        return (self._round(x, scale) if self.once is None else self.once(x, lambda: self._round(x, scale)),)
+
+    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
         if self.kept:
-            return (round_with_kept(x, self.bits, scale, self.group, self.kept),)
-        return (fake_encode(x, scale if self.static else token_scale(x, self.bits, scale, self.group), self.bits),)
+            return round_with_kept(x, self.bits, scale, self.group, self.kept)
+        return fake_encode(x, scale if self.static else token_scale(x, self.bits, scale, self.group), self.bits)
+
+
+class Once:
+    """Rounds an input once for all linears of a site, which are called with one tensor one after another.
+
+    Args:
+        uses: how many linears there are; after the last one the tensors are let go.
+    """
+
+    def __init__(self, uses: int) -> None:
+        self.uses = uses
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._left = 0
+
+    def __call__(self, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives, or gave for this very tensor."""
+        if self._last is None or self._last[0] is not x:
+            self._last, self._left = (x, make()), self.uses
+        rounded = self._last[1]
+        self._left -= 1
+        if not self._left:
+            self._last = None
+        return rounded
 
 
 def round_inputs(linear: Any, bits: int, static: bool, group: int | None, scale: float | None = None, kept: int = 0) -> None:

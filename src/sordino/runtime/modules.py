@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sordino.numerics.additive import additive_values
 from sordino.numerics.basis import Basis, Dense
-from sordino.numerics.inputs import encode, token_scale
+from sordino.numerics.inputs import encode, fake_encode, token_scale
 from sordino.numerics.kept import BITS, Kept, round_with_kept, with_kept
 from sordino.numerics.packing import pack, packed_words, unpack
 from sordino.numerics.side import Side
@@ -156,10 +156,9 @@ class QuantLinear(nn.Module):
                 x = round_with_kept(x, bits, scale, parts, self.kept)
             else:
                 scale = scale if static else token_scale(x, bits, scale, parts)
-                codes = encode(x, scale, bits)
                 if whole and x.device.type == "cpu":  # elsewhere torch's integer product takes few shapes
-                    return self._multiply(codes, scale, x.dtype)
-                x = (codes * scale).to(x.dtype)
+                    return self._multiply(encode(x, scale, bits), scale, x.dtype)
+                x = fake_encode(x, scale, bits)
         out = None if self.kept else native.product(self._native_weight(), x)
         out = self._product(x) if out is None else out
         return out + F.linear(F.linear(x, self.side_a.to(x.dtype)), self.side_b.to(x.dtype)) if self.side else out
