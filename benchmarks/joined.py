@@ -52,5 +52,12 @@ LADDER: Ladder = {
     "prefixquant-w4a4kv4-static-tuned": ("prefixquant-w4a4kv4-static-tuned", [OFF], [0]),
 }
 
+# Rows of other ladders with the recipe of one of these.
+ELSEWHERE = {
+    "w4a4kv4 dynamic: + tuning": "prefixquant-w4a4kv4-dynamic-tuned",
+    "w4a4kv4 static: + tuning": "prefixquant-w4a4kv4-static-tuned",
+}
+ELSEWHERE |= {f"quarot-w{b}a{b} + clip + low-rank": f"bisup-quarot-w{b}a{b}" for b in (3, 4)}
+
 if __name__ == "__main__":
     climb(__doc__, LADDER, "joined.jsonl")

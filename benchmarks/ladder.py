@@ -58,7 +58,8 @@ def texts_parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--evaluate", required=True, help="evaluation text")
     parser.add_argument("--also", help="second evaluation text, of another domain; its first 16 windows are scored")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--windows", type=int, default=32, help="evaluation windows of 2048")
+    parser.add_argument("--windows", type=int, default=32, help="evaluation windows")
+    parser.add_argument("--seqlen", type=int, default=2048, help="tokens of an evaluation window")
     return parser
 
 
@@ -83,9 +84,9 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
             if found := [b["inputs"]["down"] for b in manifest["blocks"] if "down" in b.get("inputs", {})]:
                 result["down_inputs"] = found
             result["fallbacks"] = [b["block"] for b in manifest["blocks"] if b.get("fallback")]
-        result |= figures(subject, args.evaluate, args.windows, args.model if recipe else None)
+        result |= figures(subject, args.evaluate, args.windows, args.model if recipe else None, args.seqlen)
         if args.also:
-            result["also"] = figures(subject, args.also, 16, args.model if recipe else None)
+            result["also"] = figures(subject, args.also, 16, args.model if recipe else None, args.seqlen)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     keep(rows, result)
@@ -105,15 +106,15 @@ def keep(rows: Path, row: dict[str, Any]) -> None:
         f.write(json.dumps(row) + "\n")
 
 
-def figures(subject: str, text: str, windows: int, against: str | None) -> dict[str, Any]:
+def figures(subject: str, text: str, windows: int, against: str | None, seqlen: int = 2048) -> dict[str, Any]:
     """What `sordino eval` measures; the reference runs once for all rows."""
-    exact = None if against is None else _reference(against, text, windows)
-    return sordino.evaluate(subject, text=text, windows=windows, against=exact).to_json()
+    exact = None if against is None else _reference(against, text, windows, seqlen)
+    return sordino.evaluate(subject, text=text, windows=windows, seqlen=seqlen, against=exact).to_json()
 
 
 @functools.cache
-def _reference(model: str, text: str, windows: int) -> Reference:
-    return reference(model, text=text, windows=windows)
+def _reference(model: str, text: str, windows: int, seqlen: int) -> Reference:
+    return reference(model, text=text, windows=windows, seqlen=seqlen)
 
 
 def speed() -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import bisup
 import d2quant
+import joined
 import prefixquant
 import weight_only
 from ladder import ROOT, ROWS
@@ -69,6 +70,8 @@ def main() -> None:
     body += ladder and "\n## PrefixQuant (`benchmarks/prefixquant.py`)\n\n" + ladder
     hosts = bisup_grid()
     body += hosts and "\n## BiSup-style reconstruction (`benchmarks/bisup.py`)\n\n" + hosts
+    together = systems_joined()
+    body += together and "\n## The three systems joined (`benchmarks/joined.py`)\n" + together
     body += prefix("## The prefix on full precision (`benchmarks/prefix.py`)") + kv_memory()
     body += equivalence("## Ways to compute the same thing (`benchmarks/equivalence.py`)")
     body += prompt("## A protected system prompt (`benchmarks/prompt.py`)")
@@ -78,7 +81,7 @@ def main() -> None:
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 7))
     fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + prefix() + equivalence())
     none = "Nothing yet: `benchmarks/bisup.py` is written and was not run.\n"
-    fill(ROOT / "docs" / "methods" / "bisup.md", (hosts or none) + prompt())
+    fill(ROOT / "docs" / "methods" / "bisup.md", (hosts or none) + together + prompt())
 
 
 def latest(file: str) -> dict[tuple[str, int], Row]:
@@ -186,6 +189,21 @@ def bisup_grid() -> str:
         shares = spread([100 * c for c in closed], 0) + " %" if closed and " " in name else "–"
         lines.append(f"| {' | '.join([*shown[:2], *shown[3:7], shares, shown[8]])} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def systems_joined() -> str:
+    """A table for each model that joined.py was run on."""
+    found = last("joined.jsonl", "model", "name")
+    for name, row in [(n, r) for f in ("bisup.jsonl", "prefixquant.jsonl") for (n, seed), r in latest(f).items() if not seed]:
+        found.setdefault(("smollm2", joined.ELSEWHERE.get(name, name)), row)  # the same recipe, measured by another ladder
+    lines: list[str] = []
+    for model in dict.fromkeys(m for m, name in found if name.startswith("joined")):
+        lines += ["", f"On {Path(model).name}:", "", "| recipe | bits/weight | PPL | C4 PPL | KL | CPU s |", "|---" * 6 + "|"]
+        for name in ("full precision", *joined.LADDER):
+            if row := found.get((model, name)):
+                shown = cells(name, [row])
+                lines.append(f"| {' | '.join([*shown[:2], shown[3], *shown[5:7], shown[8]])} |")
+    return "\n".join(lines) + "\n" if lines else ""
 
 
 def kv_memory() -> str:

@@ -273,7 +273,9 @@ def _check_fits(ids: Tensor, model: Any, name: str | Path) -> None:
     before = prefix_length(model)
     if limit is not None and before + ids.shape[1] > limit:
         taken = f", of which its prefix takes {before}" if before else ""
-        raise InputError(f"--seqlen {ids.shape[1]} is longer than the {limit} positions of {name}{taken}")
+        raise InputError(
+            f"--seqlen {ids.shape[1]} is longer than the {limit} positions of {name}{taken}; --seqlen {limit - before} fits"
+        )
 
 
 def in_turn(items: Sequence[Any] | Tensor, progress: Progress | None, what: str) -> Iterator[Any]:

@@ -242,7 +242,9 @@ def _check_format(recipe: Recipe, anatomy: Anatomy, source: Source) -> None:
         )
     limit = getattr(source.config, "max_position_embeddings", None)
     if limit is not None and recipe.calibration.seqlen > limit:
-        raise InputError(f"--seqlen {recipe.calibration.seqlen} is longer than the model's {limit} positions")
+        raise InputError(
+            f"--seqlen {recipe.calibration.seqlen} is longer than the model's {limit} positions; --seqlen {limit} fits"
+        )
 
 
 def _check_blocks(blocks: tuple[int, int] | None, anatomy: Anatomy) -> tuple[int, int]:
