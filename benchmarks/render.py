@@ -52,7 +52,7 @@ SHOWN += [
     "quarot-w4a4kv4",
     "spinquant-w4a4kv4",
     "w4a4kv4 static: + prefix",
-    "w4a4kv4 static: + prefix, smooth",
+    "w4a4kv4 static: + tuning",
     "w4a4kv4",
     "w4a8kv4",
 ]
