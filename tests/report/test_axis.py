@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from sordino.report.axis import Axis, written
@@ -31,6 +31,7 @@ def test_a_linear_axis_steps_evenly(values: list[float]) -> None:
 
 
 @given(st.lists(POSITIVE, min_size=1))
+@example([1.000000000001])  # its logarithm is nearly 0
 def test_a_logarithmic_axis_has_round_values(values: list[float]) -> None:
     assume(max(values) == min(values) or max(values) / min(values) > 1 + 1e-6)
     axis = Axis.over(values, log=True)

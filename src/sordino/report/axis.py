@@ -23,7 +23,7 @@ class Axis:
     def over(cls, values: Sequence[float], log: bool) -> Axis:
         """The axis of some finite values; they are positive if ``log``."""
         low, high = (math.log10(f(values)) if log else f(values) for f in (min, max))
-        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        room = 0.06 * (high - low) or (0.1 if log else 0.1 * abs(high)) or 1.0
         return cls(low - room, high + room, log, all(float(v).is_integer() for v in values))
 
     def at(self, value: float) -> float:
