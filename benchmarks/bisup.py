@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ladder import ROWS, Ladder, climb, code_version, keep, run, texts_parser, there
+from ladder import ROWS, Ladder, called, climb, code_version, keep, run, texts_parser, there
 from sordino.recipe import load_recipe
 
 SEEDS = [0, 1, 2]
@@ -83,7 +83,7 @@ def errors(name: str, recipe: str, overrides: list[str], args: argparse.Namespac
     key = {
         "digest": load_recipe(recipe, overrides).digest,
         "version": code_version(),
-        "model": args.model,
+        "model": called(args.model),
         "blocks": args.blocks,
     }
     if there(ROWS / "bisup_sweeps.jsonl", key):

@@ -5,12 +5,12 @@ python benchmarks/joined.py --calibrate wiki.valid.raw --evaluate wiki.test.raw 
 
 from __future__ import annotations
 
+from bisup import CLIP, NONE, OFF, RANK
 from ladder import Ladder, climb
+from prefixquant import EVEN, PREFIX
 
-OFF = "guard=off"
-EVEN, TURN, PREFIX = '{move="smooth"}', '{move="rotate", size="full"}', '{move="prefix"}'
-INNER, NO_R4 = '{move="rotate-inner"}', '{move="rotate-inner", down=false}'
-CLIPS = '{move="tune", epochs=1, weights=0, scales=0, inputs=0, gains=0, clips=0.01, rank=16}'
+NO_R4 = EVEN.replace('"rotate-inner"', '"rotate-inner", down=false')
+CLIPS = f'{{move="tune", epochs=1, {NONE}, {CLIP}, {RANK}}}'
 TUNE, SHIFT = '{move="tune", epochs=1}', '{move="mean-shift"}'
 DISTILL = '{move="distill", epochs=1, scales=0.003, gains=0.003}'
 COLUMN = 'format.weights.override=[{match="*.down_proj", column_scale=true}]'
@@ -25,21 +25,22 @@ def rows(bits: int) -> Ladder:
     """Rows of one width."""
     name = f"w{bits}a{bits}"
     joined = f"joined-{name}kv{bits}"
-    first = (EVEN, TURN, INNER, PREFIX)
+    trained = (CLIPS, TUNE, DISTILL)
+    no_r4 = moves(NO_R4, PREFIX, *trained)
     return {
         f"quarot-{name}": (f"quarot-{name}", [OFF], [0]),
         f"bisup-quarot-{name}": (f"bisup-quarot-{name}", [OFF], [0]),
         joined: (joined, [], [0]),
-        f"{joined}, untrained": (joined, [moves(*first)], [0]),
-        f"{joined}, without prefix": (joined, [moves(EVEN, TURN, INNER, CLIPS, TUNE, DISTILL)], [0]),
-        f"{joined}, without clips and low rank": (joined, [moves(*first, TUNE, DISTILL)], [0]),
-        f"{joined}, without roundings": (joined, [moves(*first, CLIPS, DISTILL)], [0]),
-        f"{joined}, without distillation": (joined, [moves(*first, CLIPS, TUNE)], [0]),
-        f"{joined}, with mean shift": (joined, [moves(*first, CLIPS, TUNE, SHIFT, DISTILL)], [0]),
-        f"{joined}, without R4": (joined, [moves(EVEN, TURN, NO_R4, PREFIX, CLIPS, TUNE, DISTILL)], [0]),
+        f"{joined}, untrained": (joined, [moves(EVEN, PREFIX)], [0]),
+        f"{joined}, without prefix": (joined, [moves(EVEN, *trained)], [0]),
+        f"{joined}, without clips and low rank": (joined, [moves(EVEN, PREFIX, TUNE, DISTILL)], [0]),
+        f"{joined}, without roundings": (joined, [moves(EVEN, PREFIX, CLIPS, DISTILL)], [0]),
+        f"{joined}, without distillation": (joined, [moves(EVEN, PREFIX, CLIPS, TUNE)], [0]),
+        f"{joined}, with mean shift": (joined, [moves(EVEN, PREFIX, CLIPS, TUNE, SHIFT, DISTILL)], [0]),
+        f"{joined}, without R4": (joined, [no_r4], [0]),
         f"{joined}, without R4, column scale": (
             joined,
-            [COLUMN, moves(EVEN, TURN, NO_R4, PREFIX, CLIPS, TUNE, DISTILL)],
+            [COLUMN, no_r4],
             [0],
         ),
     }

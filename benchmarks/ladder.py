@@ -39,16 +39,14 @@ def climb(doc: str | None, ladder: Ladder, file: str) -> None:
     parser.add_argument("--only", nargs="*", help="names of rows, in this order")
     parser.add_argument("--seeds", type=int, nargs="*", help="of these seeds only")
     args = parser.parse_args()
-    if unknown := set(args.only or ()) - {*ladder, "full precision"}:
+    systems = {"full precision": (None, [], [0]), **ladder}
+    if unknown := set(args.only or ()) - systems.keys():
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
-    if "full precision" in (args.only or ["full precision"]):
-        row("full precision", None, [], 0, args, ROWS / file)
-    for name in args.only or ladder:
-        if name != "full precision":
-            recipe, overrides, seeds = ladder[name]
-            for seed in seeds:
-                if args.seeds is None or seed in args.seeds:
-                    row(name, recipe, overrides, seed, args, ROWS / file)
+    for name in args.only or systems:
+        recipe, overrides, seeds = systems[name]
+        for seed in seeds:
+            if recipe is None or args.seeds is None or seed in args.seeds:
+                row(name, recipe, overrides, seed, args, ROWS / file)
 
 
 def texts_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -66,7 +64,7 @@ def texts_parser(doc: str | None) -> argparse.ArgumentParser:
 def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: argparse.Namespace, rows: Path) -> None:
     """Measure one row and append it, unless it is there."""
     digest = load_recipe(recipe, overrides).digest if recipe else "full"
-    key = {"digest": digest, "version": code_version(), "seed": seed, "windows": args.windows, "model": args.model}
+    key = {"digest": digest, "version": code_version(), "seed": seed, "windows": args.windows, "model": called(args.model)}
     if there(rows, key):
         return
     work = Path(tempfile.mkdtemp(prefix="sordino-bench-"))
@@ -91,6 +89,11 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
         shutil.rmtree(work, ignore_errors=True)
     keep(rows, result)
     print(f"{name} seed {seed}: PPL {result['ppl']:.3f} at {result['bits_per_weight']:.3f} bits", flush=True)
+
+
+def called(model: str) -> str:
+    """A model's name in the rows: of a folder without the path, which is this machine's."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def there(rows: Path, key: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import sordino
-from ladder import ROWS, code_version, keep, texts_parser, there
+from ladder import ROWS, called, code_version, keep, texts_parser, there
 from sordino.contract import having
 from sordino.measure.evaluate import reference
 from sordino.measure.prompt import prefix_made_by, put_prefix
@@ -38,7 +38,7 @@ HELD_AGAINST = {"F0": ["Q0"], "F1": ["Q1", "Q2", "Q3", "shipped"], "FB": ["QB"]}
 def main() -> None:
     args = _arguments()
     recipe = load_recipe(args.recipe, [*args.set, "guard=off"])
-    key = {"digest": recipe.digest, "version": code_version(), "seed": args.seed, "model": args.model}
+    key = {"digest": recipe.digest, "version": code_version(), "seed": args.seed, "model": called(args.model)}
     key |= {"prompt": args.system_prompt, "windows": args.windows, "seqlen": args.seqlen}
     if there(ROWS / "prompt.jsonl", key):
         return

@@ -198,7 +198,7 @@ def systems_joined() -> str:
         found.setdefault(("smollm2", joined.ELSEWHERE.get(name, name)), row)  # the same recipe, measured by another ladder
     lines: list[str] = []
     for model in dict.fromkeys(m for m, name in found if name.startswith("joined")):
-        lines += ["", f"On {Path(model).name}:", "", "| recipe | bits/weight | PPL | C4 PPL | KL | CPU s |", "|---" * 6 + "|"]
+        lines += ["", f"On {model}:", "", "| recipe | bits/weight | PPL | C4 PPL | KL | CPU s |", "|---" * 6 + "|"]
         for name in ("full precision", *joined.LADDER):
             if row := found.get((model, name)):
                 shown = cells(name, [row])

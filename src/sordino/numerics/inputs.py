@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sordino.numerics.straight import fake_round, part, tiles
+from sordino.numerics.straight import fake_round, tiles
 
 _LEAST = 1e-8  # of a scale: a token of zeros has codes of zero
 
@@ -41,8 +41,8 @@ def encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes, int8 [..., C], of x [..., C] at a scale that broadcasts to it (round half to even)."""
     half = 1 << (bits - 1)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    for index in tiles(x.shape):
-        codes[index] = torch.div(x[index], part(scale, x.dim(), index)).round_().clamp_(-half, half - 1)
+    for values, out, s in tiles(x, codes, scale):
+        out.copy_(torch.div(values, s).round_().clamp_(-half, half - 1))
     return codes
 
 

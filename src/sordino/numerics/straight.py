@@ -16,8 +16,6 @@ from torch import Tensor
 
 _TILE = 1 << 16  # numbers: 256 KB in fp32
 
-Index = tuple[slice, ...]
-
 
 def fake_round(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
     """``clamp(round(x / scale), low, high) * scale`` in the dtype of x (round half to even).
@@ -40,9 +38,8 @@ class _Round(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
         """Round every tile."""
         out = torch.empty_like(x)
-        for index in tiles(x.shape):
-            s, a, b = (part(t, x.dim(), index) for t in (scale, low, high))
-            out[index] = torch.div(x[index], s).round_().clamp_(a, b).mul_(s)
+        for values, rounded, s, a, b in tiles(x, out, scale, low, high):
+            rounded.copy_(torch.div(values, s).round_().clamp_(a, b).mul_(s))
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             ctx.save_for_backward(x, scale, *(t for t in (low, high) if isinstance(t, Tensor)))
             ctx.bounds = tuple(None if isinstance(t, Tensor) else t for t in (low, high))
@@ -56,35 +53,42 @@ class _Round(torch.autograd.Function):
         low, high = (next(given) if bound is None else bound for bound in ctx.bounds)
         dx = torch.empty_like(x)
         ds = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
-        for index in tiles(x.shape):
-            s, a, b = (part(t, x.dim(), index) for t in (scale, low, high))
-            grad = grads[0][index].float()
-            steps = torch.div(x[index], s)
+        for values, given_grad, dv, s, a, b, pulled in tiles(x, grads[0], dx, scale, low, high, ds):
+            grad = given_grad.float()
+            steps = torch.div(values, s)
             near = steps.round()
             codes = near.clamp(a, b)
             clipped = near.sub_(codes).abs_().clamp_(max=1)  # 1 or 0, as numbers: booleans are slow
-            dx[index] = torch.addcmul(grad, grad, clipped, value=-1)
-            if ds is not None:
-                pull = codes.sub_(steps).addcmul_(steps, clipped).mul_(grad)
-                part(ds, x.dim(), index).add_(pull.sum_to_size(s.shape))
+            dv.copy_(torch.addcmul(grad, grad, clipped, value=-1))
+            if pulled is not None:
+                pulled.add_(codes.sub_(steps).addcmul_(steps, clipped).mul_(grad).sum_to_size(s.shape))
         return dx, ds, None, None
 
 
-def tiles(shape: torch.Size) -> Iterator[Index]:
-    """Indices that cut a tensor into contiguous pieces of about a tile."""
-    if not shape:
-        yield ()
+def tiles(x: Tensor, *others: Any) -> Iterator[list[Any]]:
+    """Cut a tensor into contiguous pieces of about a tile.
+
+    Args:
+        x: of any shape.
+        others: tensors that broadcast to x, cut alike; anything else (numbers, None) is given as it is.
+
+    Yields:
+        Views of x and the others.
+    """
+    shape, dims = x.shape, x.dim()
+    # Of equal dimensions; a scalar stays a tensor of one, which does not give its dtype away to the other operand.
+    whole = [t.reshape((*(1,) * (dims - t.dim()), *t.shape)) if isinstance(t, Tensor) else t for t in (x, *others)]
+    if not dims:
+        yield whole
         return
-    cut = next(k for k in range(len(shape)) if prod(shape[k + 1 :]) <= _TILE or k == len(shape) - 1)
+    cut = next(k for k in range(dims) if prod(shape[k + 1 :]) <= _TILE or k == dims - 1)
     step = max(1, _TILE // max(1, prod(shape[cut + 1 :])))
     for outer in product(*(range(n) for n in shape[:cut])):
         for i in range(0, shape[cut], step):
-            yield (*(slice(j, j + 1) for j in outer), slice(i, i + step))
+            index = (*(slice(j, j + 1) for j in outer), slice(i, i + step))
+            yield [_part(t, index) if isinstance(t, Tensor) else t for t in whole]
 
 
-def part(t: Any, dims: int, index: Index) -> Any:
-    """A tile of something that broadcasts to a tensor of so many dimensions; a number stays one. A view."""
-    if not isinstance(t, Tensor):
-        return t
-    t = t.reshape((*(1,) * (dims - t.dim()), *t.shape))
+def _part(t: Tensor, index: tuple[slice, ...]) -> Tensor:
+    """A tile of a tensor, whole where it broadcasts."""
     return t[tuple(slice(None) if n == 1 else i for n, i in zip(t.shape, index, strict=False))]

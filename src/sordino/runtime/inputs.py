@@ -57,10 +57,10 @@ class RoundInput:
     def __call__(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor]:
         """The input [..., C] on its grid."""
         x: Tensor = args[0]
-        scale: Tensor = module.get_buffer(SCALE) if self.trained is None else self.trained()
-        return (self._round(x, scale) if self.once is None else self.once(x, lambda: self._round(x, scale)),)
+        return (self._round(module, x) if self.once is None else self.once(x, lambda: self._round(module, x)),)
 
-    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
+    def _round(self, module: Any, x: Tensor) -> Tensor:
+        scale: Tensor = module.get_buffer(SCALE) if self.trained is None else self.trained()
         if self.kept:
             return round_with_kept(x, self.bits, scale, self.group, self.kept)
         return fake_encode(x, scale if self.static else token_scale(x, self.bits, scale, self.group), self.bits)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -53,9 +53,9 @@ def fused(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """What :class:`CausalAttention` computes, by torch's kernel: [B, H, L, d], twice [B, K, P + L, d] -> [B, L, H, d]."""
     before = key.shape[2] - query.shape[2]
     # Its causal mask begins at the first key: rows for the prefix are put before the queries, and dropped.
-    rows = functional.pad(query, (0, 0, before, 0)) if before else query
+    rows = F.pad(query, (0, 0, before, 0)) if before else query
     gqa = query.shape[1] != key.shape[1]
-    out = functional.scaled_dot_product_attention(rows, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(rows, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
     return out[:, :, before:].transpose(1, 2)
 
 
