@@ -58,7 +58,8 @@ sanitize: $(READY)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=halt_on_error=1 \
 	$(BIN)/python -c "import sys, pytest; from sordino.runtime import kernels; kernels.__path__ = ['$(SANITIZED)']; \
-	sys.exit(pytest.main(['tests/runtime/test_kernels.py', '-k', 'product or unpacked or head or overflow or threads']))"
+	sys.exit(pytest.main(['tests/runtime/test_kernels.py', 'tests/runtime/test_block.py', '-k', \
+	'product or unpacked or head or overflow or threads or logits or instruction or cropped']))"
 
 fix: $(READY)
 	$(BIN)/ruff check --fix .

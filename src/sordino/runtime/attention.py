@@ -133,6 +133,11 @@ def knows_treatment(name: str) -> None:
     _KNOWING.add(name)
 
 
+def plain_or_ours(name: str) -> bool:
+    """Whether an attention function is torch's or the one here, which differ in :func:`treat` alone."""
+    return name in (NAME, "sdpa")
+
+
 def _check(module: Any, *_: Any) -> None:
     if module.config._attn_implementation not in _KNOWING:
         raise InputError(
@@ -152,6 +157,8 @@ def _positions(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
     return args, kwargs | {"position_ids": positions}
 
+
+OWN_HOOKS = (_check, enter)
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
 # Without an entry here transformers would make no masks at all for this name.

@@ -1,8 +1,11 @@
-"""A layer of transformers' cache that holds packed codes instead of numbers.
+"""Layers of transformers' cache that grow in place, and one of them that holds packed codes instead of numbers.
 
-The rows of :class:`sordino.numerics.kv.KvGrid` stand where the plain layer has keys and values, so lengths, cropping and the
-reordering of beams are the plain layer's own. New tokens are rotated (R3), rounded and packed once, on their way in; the
-attention function gets what the rows say. Shapes: B batch, K key heads, S tokens, d head size.
+The plain layer copies all it holds whenever a token comes. These keep room behind the last token, and what others see are views
+of the filled part. In a packed layer the rows of :class:`sordino.numerics.kv.KvGrid` stand where the plain layer has keys and
+values, so lengths, cropping and the reordering of beams are the plain layer's own. New tokens are rotated (R3), rounded and
+packed once, on their way in; the attention function gets what the rows say.
+
+Shapes: B batch, K key heads, S tokens, d head size.
 """
 
 from __future__ import annotations
@@ -16,14 +19,90 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sordino.errors import InputError
 
 
-class PackedLayer(DynamicLayer):
+class RoomyLayer(DynamicLayer):
+    """Keys and values [B, K, S, w] at the beginning of tensors with room for more tokens.
+
+    Attributes:
+        room: those tensors, [B, K, room, w] each; None before the first token.
+        length: how many tokens of them are there, S.
+    """
+
+    def __init__(self) -> None:
+        self.room: tuple[Tensor, Tensor] | None = None
+        self.length = 0
+        self.checked: object = None  # runtime/block.py's own
+        self._given: list[Any] = [None, None]  # what others put in the place of keys and values, until more room is wanted
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def of(cls, plain: DynamicLayer) -> RoomyLayer:
+        """What a plain layer holds."""
+        new = cls()
+        new.keys, new.values = plain.keys, plain.values
+        new.dtype, new.device, new.is_initialized = plain.dtype, plain.device, True
+        return new
+
+    def _seen(self, which: int) -> Any:
+        if self._given[which] is not None or self.room is None:
+            return self._given[which]
+        return self.room[which].narrow(2, 0, self.length)
+
+    # The base class assigns to these, when it crops or reorders.
+    keys = property(lambda self: self._seen(0), lambda self, x: self._given.__setitem__(0, x))
+    values = property(lambda self: self._seen(1), lambda self, x: self._given.__setitem__(1, x))
+
+    def make_room(self, more: int) -> tuple[Tensor, Tensor]:
+        """:attr:`room` for so many tokens more."""
+        if self._given[0] is not None or self._given[1] is not None:
+            self._settle()
+        if self.room is None or self.length + more > self.room[0].shape[2]:
+            self._grow(more)
+        assert self.room is not None
+        return self.room
+
+    def _settle(self) -> None:
+        """Hold what was assigned."""
+        held = self.keys, self.values
+        self.length = held[0].shape[2]
+        if self.room is None or not all(map(_begins, self.room, held)):
+            self.room = held
+        self._given = [None, None]
+
+    def _grow(self, more: int) -> None:
+        assert self.room is not None
+        held = self.keys, self.values
+        tokens = self.length + more + (max(64, self.length // 4) if self.length else 0)
+        room = [x.new_empty((*x.shape[:2], tokens, x.shape[3])) for x in held]
+        for new, old in zip(room, held, strict=True):
+            new[:, :, : self.length] = old
+        self.room = room[0], room[1]
+
+    def put(self, keys: Tensor, values: Tensor) -> None:
+        """Append tokens [B, K, n, w]."""
+        more = keys.shape[2]
+        for room, new in zip(self.make_room(more), (keys, values), strict=True):
+            room[:, :, self.length : self.length + more] = new
+        self.length += more
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append new keys and values [B, K, n, d]; returns all."""
+        self.put(key_states, value_states)
+        return self.keys, self.values
+
+
+def _begins(room: Tensor, held: Tensor) -> bool:
+    """Whether a tensor is the filled part of another one."""
+    return room.data_ptr() == held.data_ptr() and room.stride() == held.stride() and room.shape[:2] == held.shape[:2]
+
+
+class PackedLayer(RoomyLayer):
     """Keys and values of one attention module as packed rows, uint8 [B, K, S, bytes].
 
     It keeps every token, also where the model slides a window: the mask leaves out what is too far away.
     """
 
     def __init__(self, attention: Any):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.grid, self.turn = attention.kv_grid, getattr(attention, "key_rotation", None)
         self.scales: tuple[Tensor, Tensor] = attention.key_scale, attention.value_scale
 
@@ -47,8 +126,7 @@ class PackedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         grid, size, (key_scale, value_scale) = self.grid, key_states.shape[-1], self.scales
         key = key_states if self.turn is None else self.turn.apply(key_states)
-        self.keys = torch.cat([self.keys, grid.pack(key, key_scale)], 2)  # type: ignore[list-item]
-        self.values = torch.cat([self.values, grid.pack(value_states, value_scale)], 2)  # type: ignore[list-item]
+        self.put(grid.pack(key, key_scale), grid.pack(value_states, value_scale))
         return (
             grid.unpack(self.keys, key_scale, size, key_states.dtype),
             grid.unpack(self.values, value_scale, size, value_states.dtype),

@@ -228,17 +228,18 @@ def give_bias(module: Any) -> None:
     bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=dtype, device=weight.device), requires_grad=False)
     module.register_parameter("bias", bias)
     if not isinstance(module, nn.Linear | QuantLinear):
-        module.register_forward_hook(_add_bias)
+        module.register_forward_hook(add_bias)
 
 
 def drop_bias(module: Any) -> None:
     """Undo :func:`give_bias`."""
     module.register_parameter("bias", None)
-    for key in [k for k, hook in module._forward_hooks.items() if hook is _add_bias]:
+    for key in [k for k, hook in module._forward_hooks.items() if hook is add_bias]:
         del module._forward_hooks[key]
 
 
-def _add_bias(module: Any, _: Any, out: Tensor) -> Tensor:
+def add_bias(module: Any, _: Any, out: Tensor) -> Tensor:
+    """Forward hook of a norm that has a bias."""
     shifted: Tensor = out + module.bias
     return shifted
 

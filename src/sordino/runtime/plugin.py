@@ -20,6 +20,7 @@ from sordino.errors import InputError
 from sordino.numerics.basis import Basis
 from sordino.numerics.kv import KvGrid
 from sordino.runtime.attention import install, round_kv
+from sordino.runtime.block import decode_in_one_call
 from sordino.runtime.inner import ATTENTION, dress
 from sordino.runtime.modules import (
     QuantEmbedding,
@@ -180,6 +181,7 @@ def _dress(model: Any, config: SordinoConfig) -> None:
             give_prefix(attention, *(torch.empty(shape, dtype=model.dtype, device="meta") for _ in range(2)))
     if config.prefix or config.kv is not None or "keys" in config.inner:
         install(model)
+    decode_in_one_call(model.get_decoder())
 
 
 def _rotate(model: Any, given: dict[str, Any]) -> None:

@@ -168,8 +168,22 @@ void centred(const Linear& w, int64_t o, int8_t* out) {
   }
 }
 
-}  // namespace
+void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t* codes) {
+  const uint8_t* end = row + bytes;
+  const uint64_t mask = spread(bits);
+  for (int64_t i = 0; i < n; i += 8, row += bits) {
+    const uint64_t eight = _pdep_u64(unit(row, end), mask);
+    std::memcpy(codes + i, &eight, 8);
+  }
+}
 
-const Kernels kAvx2 = {"avx2", 4, fits, arrange, product, integer, values, centred, encode_token};
+}  // namespace
+}  // namespace sordino
+
+#include "pieces.h"
+
+namespace sordino {
+
+const Kernels kAvx2 = {"avx2", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces};
 
 }  // namespace sordino

@@ -16,6 +16,10 @@ namespace sordino {
 namespace {
 
 constexpr int kHalf = kBlock / 2;  // bf16 numbers in a register
+#ifndef AHEAD
+#define AHEAD 4096
+#endif
+constexpr int kAhead = AHEAD;       // bytes: the processor's own prefetching ends at every page
 
 bool fits(const Linear& w) { return w.group % 8 == 0 || w.group == w.inputs; }
 
@@ -159,46 +163,90 @@ __m512 shifts(const Linear& w, int64_t o, int64_t g, __mmask16 some) {
   return _mm512_mul_ps(off, widen16(_mm256_maskz_loadu_epi16(some, w.scale + o * groups + g)));
 }
 
-template <Width kWidth, int kPieces, int M>
-void product_rows(const Linear& w, const Arranged& x, int64_t begin, int64_t end, float* y) {
-  const Decoder<kWidth> decode(w.bits);
+// Sums of four registers.
+__m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const auto quarter = [](__m512 v) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  };
+  __m128 w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
+  _MM_TRANSPOSE4_PS(w, x, y, z);
+  return _mm_add_ps(_mm_add_ps(w, x), _mm_add_ps(y, z));
+}
+
+// R rows of the weight side by side: their activations are loaded once, and no sum waits for another. `kWhole`: a register's width may
+// be read behind each of them.
+template <Width kWidth, int kPieces, int M, int R, bool kWhole>
+void product_tile(const Linear& w, const Arranged& x, const Decoder<kWidth>& decode, int64_t o, float* y) {
   const int64_t groups = w.groups(), bytes = w.row_bytes(), step = padded(w.group) * kPieces, block_bytes = 8 * w.bits;
-  const uint16_t* values = static_cast<const uint16_t*>(x.values);
   const int64_t stride = x.stride / 2;
-  for (int64_t o = begin; o < end; ++o) {
-    const uint8_t* row = w.codes + o * bytes;
-    __m512 sums[M];
-    for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups; ++g) {
-      const uint16_t* part = values + g * step;
-      int64_t at = g * w.group * w.bits / 8;
-      __m512 here[M][2];
-      for (int m = 0; m < M; ++m) here[m][0] = here[m][1] = _mm512_setzero_ps();
-      for (int64_t i = 0; i < w.group; i += kBlock, at += block_bytes, part += kPieces * kBlock) {
-        const int64_t left = bytes - at;
-        __m512i code[Decoder<kWidth>::n];
-        decode(_mm512_maskz_loadu_epi8(first(left < block_bytes ? left : block_bytes), row + at), code);
-        for (int m = 0; m < M; ++m) {
-          for (int piece = 0; piece < kPieces; ++piece) {
-            for (int k = 0; k < Decoder<kWidth>::n; ++k) {
-              const void* from = part + m * stride + piece * kBlock + k % 2 * kHalf;
-              here[m][k % 2] = _mm512_dpbf16_ps(here[m][k % 2], (__m512bh)code[k], (__m512bh)_mm512_load_si512(from));
+  const uint16_t* part = static_cast<const uint16_t*>(x.values);
+  const uint8_t* row = w.codes + o * bytes;
+  __m512 sums[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_ps();
+  for (int64_t from = 0; from < groups; from += 16) {
+    const int64_t some = groups - from < 16 ? groups - from : 16;
+    const __mmask16 mask = static_cast<__mmask16>(first(some));
+    alignas(64) float scale[R][16];
+    for (int r = 0; r < R; ++r) {
+      _mm512_store_ps(scale[r], widen16(_mm256_maskz_loadu_epi16(mask, w.scale + (o + r) * groups + from)));
+    }
+    for (int64_t g = 0; g < some; ++g) {
+      const uint16_t* xs = part + (from + g) * step;
+      int64_t at = (from + g) * w.group * w.bits / 8;
+      __m512 here[R][M][2];
+      for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) here[r][m][0] = here[r][m][1] = _mm512_setzero_ps();
+      for (int64_t i = 0; i < w.group; i += kBlock, at += block_bytes, xs += kPieces * kBlock) {
+        for (int r = 0; r < R; ++r) {
+          const uint8_t* p = row + r * bytes + at;
+          const int64_t left = bytes - at;
+          _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
+          const __m512i block =
+              kWhole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(first(left < block_bytes ? left : block_bytes), p);
+          __m512i code[Decoder<kWidth>::n];
+          decode(block, code);
+          for (int m = 0; m < M; ++m) {
+            for (int piece = 0; piece < kPieces; ++piece) {
+              for (int k = 0; k < Decoder<kWidth>::n; ++k) {
+                const __m512i v = _mm512_load_si512(xs + m * stride + piece * kBlock + k % 2 * kHalf);
+                here[r][m][k % 2] = _mm512_dpbf16_ps(here[r][m][k % 2], (__m512bh)code[k], (__m512bh)v);
+              }
             }
           }
         }
       }
-      const __m512 scale = _mm512_set1_ps(widen(w.scale[o * groups + g]));
-      for (int m = 0; m < M; ++m) sums[m] = _mm512_fmadd_ps(scale, _mm512_add_ps(here[m][0], here[m][1]), sums[m]);
-    }
-    for (int64_t g = 0; w.zero != nullptr && g < groups; g += 16) {
-      const __mmask16 some = static_cast<__mmask16>(first(groups - g));
-      const __m512 shift = shifts(w, o, g, some);
-      for (int m = 0; m < M; ++m) {
-        sums[m] = _mm512_fmadd_ps(shift, _mm512_maskz_loadu_ps(some, x.sums + m * groups + g), sums[m]);
+      for (int r = 0; r < R; ++r) {
+        const __m512 s = _mm512_set1_ps(scale[r][g]);
+        for (int m = 0; m < M; ++m) sums[r][m] = _mm512_fmadd_ps(s, _mm512_add_ps(here[r][m][0], here[r][m][1]), sums[r][m]);
       }
     }
-    for (int m = 0; m < M; ++m) y[(o - begin) * M + m] = _mm512_reduce_add_ps(sums[m]);
+    for (int r = 0; w.zero != nullptr && r < R; ++r) {
+      const __m512 shift = shifts(w, o + r, from, mask);
+      for (int m = 0; m < M; ++m) {
+        sums[r][m] = _mm512_fmadd_ps(shift, _mm512_maskz_loadu_ps(mask, x.sums + m * groups + from), sums[r][m]);
+      }
+    }
   }
+  if constexpr (R * M % 4 == 0) {
+    const __m512* all = &sums[0][0];
+    for (int i = 0; i < R * M; i += 4) _mm_storeu_ps(y + i, totals(all[i], all[i + 1], all[i + 2], all[i + 3]));
+  } else {
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) y[r * M + m] = _mm512_reduce_add_ps(sums[r][m]);
+  }
+}
+
+template <Width kWidth, int kPieces, int M>
+void product_rows(const Linear& w, const Arranged& x, int64_t begin, int64_t end, float* y) {
+  constexpr int R = M == 1 ? 4 : M == 2 ? 2 : 1;
+  const Decoder<kWidth> decode(w.bits);
+  int64_t o = begin;
+  // The last rows of the matrix have less than a register's width behind them.
+  const int64_t safe = w.outputs - 1 - 64 / (w.row_bytes() > 0 ? w.row_bytes() : 1);
+  for (; o + R <= end && o + R <= safe; o += R) product_tile<kWidth, kPieces, M, R, true>(w, x, decode, o, y + (o - begin) * M);
+  for (; o < end; ++o) product_tile<kWidth, kPieces, M, 1, false>(w, x, decode, o, y + (o - begin) * M);
 }
 
 template <Width kWidth, int kPieces>
@@ -300,8 +348,23 @@ void centred(const Linear& w, int64_t o, int8_t* out) {
   }
 }
 
-}  // namespace
+void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t* codes) {
+  const Bytes unpack(bits);
+  const int64_t block_bytes = 8 * bits;
+  for (int64_t i = 0, at = 0; i < n; i += kBlock, at += block_bytes) {
+    const int64_t left = bytes - at;
+    const __m512i code = unpack(_mm512_maskz_loadu_epi8(first(left < block_bytes ? left : block_bytes), row + at));
+    _mm512_storeu_si512(codes + i, code);
+  }
+}
 
-const Kernels kAvx512 = {"avx512", 6, fits, arrange, product, integer, values, centred, encode_token};
+}  // namespace
+}  // namespace sordino
+
+#include "pieces.h"
+
+namespace sordino {
+
+const Kernels kAvx512 = {"avx512", 6, fits, arrange, product, integer, values, centred, encode_token, &kPieces};
 
 }  // namespace sordino

@@ -4,9 +4,9 @@
 // belongs to the caller. Tensors are contiguous. Nothing is kept between calls but scratch memory of each thread.
 #include <atomic>
 #include <cstdlib>
-#include <new>
 
-#include "kernels.h"
+#include "block.h"
+#include "products.h"
 
 #ifdef _WIN32
 #define SORDINO_API extern "C" __declspec(dllexport)
@@ -16,8 +16,6 @@
 
 namespace sordino {
 namespace {
-
-constexpr int64_t kPiece = 1 << 15;  // weights that a thread takes at once: some microseconds of work
 
 std::atomic<const Kernels*> chosen{&kPortable};
 
@@ -39,43 +37,6 @@ const Kernels* available(int level) {
 #endif
 #endif
   return nullptr;
-}
-
-// Grows, never shrinks; 64-byte aligned. One a thread and purpose.
-struct Scratch {
-  void* data = nullptr;
-  size_t size = 0;
-
-  void* get(int64_t wanted) {
-    if (static_cast<size_t>(wanted) > size) {
-      release();
-      size = static_cast<size_t>(wanted) * 5 / 4;
-      data = ::operator new(size, std::align_val_t(64));
-    }
-    return data;
-  }
-  void release() {
-    if (data != nullptr) ::operator delete(data, std::align_val_t(64));
-  }
-  ~Scratch() { release(); }
-};
-
-// Pieces of rows of the weight: about kPiece weights, a multiple of 8 rows.
-int64_t rows_at_once(const Linear& w) {
-  const int64_t rows = kPiece / (w.inputs > 0 ? w.inputs : 1) / 8 * 8;
-  return rows < 8 ? 8 : rows > 512 ? 512 : rows;
-}
-
-float bias_at(const Linear& w, int64_t o) { return w.bias == nullptr ? 0.0f : read(w.bias, static_cast<Type>(w.bias_type), o); }
-
-// body(begin, end) over all rows of the weight, shared among threads.
-template <class Body>
-void over_outputs(const Linear& w, int threads, Body body) {
-  const int64_t step = rows_at_once(w);
-  parallel_for((w.outputs + step - 1) / step, threads, [&](int64_t i) {
-    const int64_t begin = i * step, end = begin + step < w.outputs ? begin + step : w.outputs;
-    body(begin, end);
-  });
 }
 
 // Integer products of codes int8 [rows, stride] whose sums are `sums`, scaled: the operations of QuantLinear._multiply.
@@ -208,4 +169,10 @@ SORDINO_API int sordino_centred(const Linear* w, int64_t begin, int64_t end, int
     for (int64_t o = begin + i * step; o < end && o < begin + (i + 1) * step; ++o) k.centred(*w, o, out + (o - begin) * w->inputs);
   });
   return 0;
+}
+
+// One token of each of `texts` texts through n layers (block.h); -1 for shapes it does not take. Every cache gets a row.
+SORDINO_API int sordino_decode(const Block* blocks, const Held* held, int n, const void* x, void* out, const void* cos,
+                               const void* sin, int one_place, int64_t texts, int threads) {
+  return decode(*chosen.load(), blocks, held, n, {x, out, cos, sin, texts, one_place, threads});
 }

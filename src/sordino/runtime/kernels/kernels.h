@@ -39,6 +39,8 @@ struct Arranged {
   int64_t stride;  // bytes
 };
 
+struct Pieces;
+
 struct Kernels {
   const char* name;
   int64_t bytes_per_input;  // of an arranged activation; times padded groups it is Arranged::stride
@@ -55,6 +57,25 @@ struct Kernels {
   void (*centred)(const Linear&, int64_t o, int8_t* out);
   // Codes of one token: int8 [n]; *scale is read, or, if `share` > 0, made: share * largest entry. Returns the codes' sum.
   int32_t (*encode)(const void* x, Type, int64_t n, int bits, float share, float* scale, int8_t* codes);
+  const Pieces* pieces;
+};
+
+// Small steps of a decoder layer beside its linears (pieces.h), for one token each. `T` stands for `type`.
+struct Span;
+struct Norm;
+struct Turn;
+struct Format;
+struct Pieces {
+  void (*norm)(const void* x, const Norm&, Type, int64_t n, void* out);
+  void (*rope)(const void* x, const void* cos, const void* sin, Type, int64_t n, void* out);
+  void (*turn)(void* x, const Turn&, Type, float* work);  // work: as many floats as x has entries
+  void (*glu)(const void* gate, const void* up, Type, int64_t n, void* out);
+  void (*add)(const void* a, const void* b, Type, int64_t n, void* out);
+  void (*store)(const void* x, const Format&, int64_t head, Type, int64_t n, uint8_t* row);
+  // Softmax attention over rows begin … end of one key head: for `heads` queries fp32 [heads, n], out [heads, n + 2] is the
+  // largest score, the sum of exp(score - largest), and the sum of exp(score - largest) times values.
+  void (*attend)(const float* query, int heads, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
+                 float* out);
 };
 
 extern const Kernels kPortable;

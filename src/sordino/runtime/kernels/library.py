@@ -29,6 +29,7 @@ _SIGNATURES = {
     "sordino_rescale": (_P, _P, _I64, _I64, _I64, _P, _I32, _P, _I32, _I32),
     "sordino_values": (_P, _I64, _I64, _I32, _P, _I32),
     "sordino_centred": (_P, _I64, _I64, _P, _I32),
+    "sordino_decode": (_P, _P, _I32, _P, _P, _P, _P, _I32, _I64, _I32),
 }
 
 
@@ -45,6 +46,69 @@ class Weight(ctypes.Structure):
         ("group", ctypes.c_int64),
         ("bits", ctypes.c_int32),
         ("bias_type", ctypes.c_int32),
+    )
+
+
+class Norm(ctypes.Structure):
+    """As in block.h; addresses are plain numbers here and below."""
+
+    _fields_ = (("gain", ctypes.c_uint64), ("bias", ctypes.c_uint64), ("eps", ctypes.c_double))
+
+
+class Rounding(ctypes.Structure):
+    """How a linear's input is rounded, as in block.h."""
+
+    _fields_ = (("scale", ctypes.c_uint64), ("group", ctypes.c_int64), ("bits", ctypes.c_int32), ("fixed", ctypes.c_int32))
+
+
+class Turn(ctypes.Structure):
+    """A rotation, as in block.h."""
+
+    _fields_ = (("left", ctypes.c_uint64), ("order", ctypes.c_int64), ("power", ctypes.c_int64))
+
+
+class Format(ctypes.Structure):
+    """How a cache stores keys or values, as in block.h."""
+
+    _fields_ = (
+        ("share", ctypes.c_uint64),
+        ("bits", ctypes.c_int32),
+        ("symmetric", ctypes.c_int32),
+        ("fixed", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+
+class Block(ctypes.Structure):
+    """A decoder layer, as in block.h; linears in the order q, k, v, o, gate, up, down."""
+
+    _fields_ = (
+        ("linear", Weight * 7),
+        ("rounding", Rounding * 7),
+        ("norm", Norm * 4),
+        ("keys", Turn),
+        ("down", Turn),
+        ("key", Format),
+        ("value", Format),
+        ("prefix_key", ctypes.c_uint64),
+        ("prefix_value", ctypes.c_uint64),
+        ("prefix", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("key_heads", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+        ("type", ctypes.c_int32),
+    )
+
+
+class Held(ctypes.Structure):
+    """Where a layer's cache is, as in block.h."""
+
+    _fields_ = (
+        ("keys", ctypes.c_uint64),
+        ("values", ctypes.c_uint64),
+        ("length", ctypes.c_int64),
+        ("room", ctypes.c_int64),
     )
 
 

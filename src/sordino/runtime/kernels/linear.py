@@ -16,7 +16,7 @@ from sordino.runtime.kernels.library import Weight, active
 
 # Up to so many rows the kernels multiply packed codes; for more, unpacking once and torch's matmul are faster.
 FEW_ROWS = 8
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class Packed:
@@ -26,7 +26,7 @@ class Packed:
         codes, scale, _, bias = tensors
         assert codes is not None and scale is not None
         self.at = _addresses(tensors)
-        bias_type = 0 if bias is None else _TYPES.get(bias.dtype, -1)
+        bias_type = 0 if bias is None else TYPES.get(bias.dtype, -1)
         shape = (scale.shape[0], inputs, group, bits)
         self.weight = Weight(*self.at, *shape, bias_type)
         self.address = ctypes.addressof(self.weight)
@@ -62,11 +62,11 @@ def packed(owner: Any, bias: Tensor | None, inputs: int, group: int, bits: int) 
     return known if known.usable else None
 
 
-def _able(x: Tensor) -> bool:
+def able(x: Tensor) -> bool:
     """Whether the kernels can take activations: on the CPU, of a known type, nothing to differentiate or to trace."""
     return (
         x.device.type == "cpu"
-        and x.dtype in _TYPES
+        and x.dtype in TYPES
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.compiler.is_compiling()
     )
@@ -75,7 +75,7 @@ def _able(x: Tensor) -> bool:
 def product(weight: Packed | None, x: Tensor) -> Tensor | None:
     """``x W^T + bias`` of few rows, [..., I] -> [..., O] in x's dtype, summed in fp32 and rounded once."""
     library = active()
-    if library is None or weight is None or not _able(x):
+    if library is None or weight is None or not able(x):
         return None
     inputs, outputs = weight.weight.inputs, weight.weight.outputs
     rows = x.numel() // inputs
@@ -83,7 +83,7 @@ def product(weight: Packed | None, x: Tensor) -> Tensor | None:
         return None
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
-    library.sordino_product(weight.address, x.data_ptr(), _TYPES[x.dtype], rows, out.data_ptr(), torch.get_num_threads())
+    library.sordino_product(weight.address, x.data_ptr(), TYPES[x.dtype], rows, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -98,11 +98,11 @@ def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, sc
         scale: fp32 [1], static; None for one scale a token.
     """
     library = active()
-    if library is None or weight is None or not _able(x) or x.numel() == 0:
+    if library is None or weight is None or not able(x) or x.numel() == 0:
         return None
     if scale is not None and scale.dtype != torch.float32:
         scale = scale.float()
-    rows, threads, kind = x.numel() // weight.weight.inputs, torch.get_num_threads(), _TYPES[x.dtype]
+    rows, threads, kind = x.numel() // weight.weight.inputs, torch.get_num_threads(), TYPES[x.dtype]
     share = 0.0 if scale is not None else clip / ((1 << (bits - 1)) - 1)
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], weight.weight.outputs), dtype=x.dtype)
@@ -131,13 +131,13 @@ def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, sc
 def values(weight: Packed | None, rows: slice, dtype: torch.dtype) -> Tensor | None:
     """Weights of some rows [rows, I], rounded once to fp32 or bf16."""
     library = active()
-    if library is None or weight is None or dtype not in _TYPES or torch.compiler.is_compiling():
+    if library is None or weight is None or dtype not in TYPES or torch.compiler.is_compiling():
         return None
     begin, end, step = rows.indices(weight.weight.outputs)
     if step != 1 or end < begin:
         return None
     out = torch.empty((end - begin, weight.weight.inputs), dtype=dtype)
-    library.sordino_values(weight.address, begin, end, _TYPES[dtype], out.data_ptr(), torch.get_num_threads())
+    library.sordino_values(weight.address, begin, end, TYPES[dtype], out.data_ptr(), torch.get_num_threads())
     return out
 
 

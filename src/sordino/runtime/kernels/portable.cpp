@@ -8,15 +8,18 @@ namespace {
 
 constexpr int kLanes = 16;  // partial sums side by side, so that a compiler may use vectors without reordering a sum
 
+void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t* codes) {
+  const uint8_t* end = row + bytes;
+  const uint64_t mask = (1u << bits) - 1;
+  for (int64_t i = 0; i < n; i += 8, row += bits) {
+    const uint64_t word = unit(row, end);
+    for (int k = 0; k < 8; ++k) codes[i + k] = static_cast<uint8_t>((word >> (k * bits)) & mask);
+  }
+}
+
 // Codes of row o, one a byte; `out` has room for a whole last unit of eight.
 void expand(const Linear& w, int64_t o, uint8_t* out) {
-  const uint8_t* row = w.codes + o * w.row_bytes();
-  const uint8_t* end = row + w.row_bytes();
-  const uint64_t mask = (1u << w.bits) - 1;
-  for (int64_t i = 0; i < w.inputs; i += 8, row += w.bits) {
-    const uint64_t word = unit(row, end);
-    for (int k = 0; k < 8; ++k) out[i + k] = static_cast<uint8_t>((word >> (k * w.bits)) & mask);
-  }
+  unpack_row(w.codes + o * w.row_bytes(), w.row_bytes(), w.bits, w.inputs, out);
 }
 
 uint8_t* scratch(int64_t bytes) {
@@ -92,7 +95,12 @@ void centred(const Linear& w, int64_t o, int8_t* out) {
 }
 
 }  // namespace
+}  // namespace sordino
 
-const Kernels kPortable = {"portable", 4, fits, arrange, product, integer, values, centred, encode_token};
+#include "pieces.h"
+
+namespace sordino {
+
+const Kernels kPortable = {"portable", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces};
 
 }  // namespace sordino

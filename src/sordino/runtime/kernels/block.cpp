@@ -1,0 +1,289 @@
+// One token through decoder layers: norms, linears, rotary embedding, cache and attention in one call.
+//
+// Every intermediate is rounded to the model's dtype where torch's operations round it; what is summed is summed in fp32.
+#include <cmath>
+
+#include "block.h"
+#include "products.h"
+
+namespace sordino {
+namespace {
+
+constexpr int64_t kChunk = 256;  // rows of a cache that one piece of attention looks at
+
+int64_t width(int type) { return type == kFloat ? 4 : 2; }
+
+// Memory of one call, handed out piece by piece; a first pass without memory adds up what is needed.
+struct Arena {
+  char* data;
+  int64_t used = 0;
+
+  char* take(int64_t bytes) {
+    char* here = data == nullptr ? nullptr : data + used;
+    used += padded(bytes);
+    return here;
+  }
+};
+
+// The input of one linear as its kernel wants it.
+struct Ready {
+  const Linear* w;
+  const Rounding* rounding;
+  Arranged arranged;
+  char* rounded;  // T [rows, inputs]: codes times scales, where groups of weights keep codes from being multiplied
+  int8_t* codes;  // [rows, stride]: or codes that are
+  int64_t stride;
+  float scale[kMaxRows];
+  int32_t sums[kMaxRows];
+  bool integer;
+};
+
+// Whether input codes are multiplied with weight codes: both have one scale a row.
+bool whole(const Linear& w, const Rounding& r) {
+  return r.bits != 0 && w.group == w.inputs && w.zero == nullptr && (r.fixed || r.group == w.inputs);
+}
+
+struct Call {
+  const Kernels& k;
+  const Block& b;
+  const Held& held;
+  const Token& s;
+  const Type type;
+  const int64_t wide;  // bytes of a number
+
+  const Linear& linear(int which) const { return b.linear[which]; }
+  const Kernels& kernels(const Linear& w) const { return k.fits(w) ? k : kPortable; }
+
+  Ready reserve(Arena& arena, int which) const {
+    const Linear& w = linear(which);
+    Ready r{&w, &b.rounding[which], {}, nullptr, nullptr, 0, {}, {}, whole(w, b.rounding[which])};
+    r.stride = padded(w.inputs);
+    if (r.integer) {
+      r.codes = reinterpret_cast<int8_t*>(arena.take(s.texts * r.stride));
+      return r;
+    }
+    if (r.rounding->bits != 0) {
+      r.rounded = arena.take(s.texts * w.inputs * wide);
+      r.codes = reinterpret_cast<int8_t*>(arena.take(r.stride));
+    }
+    r.arranged.stride = padded(padded(w.group) * w.groups() * kernels(w).bytes_per_input);
+    r.arranged.values = arena.take(s.texts * r.arranged.stride);
+    r.arranged.sums = reinterpret_cast<float*>(arena.take(s.texts * w.groups() * 4));
+    return r;
+  }
+
+  void prepare(Ready& r, const char* x) const {
+    const Linear& w = *r.w;
+    const Rounding& how = *r.rounding;
+    const float high = static_cast<float>((1 << (how.bits == 0 ? 0 : how.bits - 1)) - 1);
+    for (int64_t m = 0; how.bits != 0 && m < s.texts; ++m) {
+      const char* row = x + m * w.inputs * wide;
+      if (r.integer) {
+        const float share = how.fixed ? 0 : static_cast<float>(static_cast<double>(how.scale[0]) / static_cast<double>(high));
+        r.scale[m] = how.scale[0];
+        int8_t* to = r.codes + m * r.stride;
+        r.sums[m] = k.encode(row, type, w.inputs, how.bits, share, &r.scale[m], to);
+        std::memset(to + w.inputs, 0, static_cast<size_t>(r.stride - w.inputs));
+        continue;
+      }
+      const int64_t group = how.fixed ? w.inputs : how.group;
+      for (int64_t g = 0, from = 0; from < w.inputs; ++g, from += group) {
+        float scale = how.scale[how.fixed ? 0 : g];
+        k.encode(row + from * wide, type, group, how.bits, how.fixed ? 0 : scale / high, &scale, r.codes);
+        char* to = r.rounded + m * w.inputs * wide;
+        for (int64_t i = 0; i < group; ++i) write(to, type, from + i, static_cast<float>(r.codes[i]) * scale);
+      }
+    }
+    if (!r.integer) kernels(w).arrange(w, how.bits != 0 ? r.rounded : x, type, s.texts, r.arranged);
+  }
+
+  // Rows begin … end of x W^T + bias, into T [rows, outputs].
+  void multiply(const Ready& r, int64_t begin, int64_t end, char* out) const {
+    const Linear& w = *r.w;
+    const int rows = static_cast<int>(s.texts);
+    union {
+      float y[512 * kMaxRows];
+      int32_t n[512 * kMaxRows];
+    } sums;
+    if (r.integer) k.integer(w, r.codes, r.stride, rows, begin, end, sums.n);
+    else kernels(w).product(w, r.arranged, type, rows, begin, end, sums.y);
+    for (int64_t o = begin; o < end; ++o) {
+      for (int m = 0; m < rows; ++m) {
+        const int64_t at = (o - begin) * rows + m;
+        float value = sums.y[at];
+        if (r.integer) {
+          value = static_cast<float>(sums.n[at] - w.middle() * r.sums[m]) * (r.scale[m] * widen(w.scale[o]));
+          if (w.bias != nullptr) value += bias_at(w, o);
+        } else {
+          value += bias_at(w, o);
+        }
+        write(out, type, m * w.outputs + o, value);
+      }
+    }
+  }
+
+  // Several linears of one input at once.
+  void multiply(Ready* const* some, int n, char* const* outs) const {
+    int64_t steps[3], pieces = 0;
+    for (int i = 0; i < n; ++i) {
+      steps[i] = rows_at_once(*some[i]->w);
+      pieces += (some[i]->w->outputs + steps[i] - 1) / steps[i];
+    }
+    parallel_for(pieces, s.threads, [&](int64_t piece) {
+      int i = 0;
+      for (; piece * steps[i] >= some[i]->w->outputs; ++i) piece -= (some[i]->w->outputs + steps[i] - 1) / steps[i];
+      const int64_t begin = piece * steps[i], end = begin + steps[i], all = some[i]->w->outputs;
+      multiply(*some[i], begin, end < all ? end : all, outs[i]);
+    });
+  }
+
+  void norm(Where where, const char* x, int64_t n, int64_t rows, char* out) const {
+    for (int64_t m = 0; m < rows; ++m) k.pieces->norm(x + m * n * wide, b.norm[where], type, n, out + m * n * wide);
+  }
+
+  // Norm, rotary embedding and R3 of all heads of one token, in place.
+  void place(char* x, int64_t heads, Where of, int64_t m, char* work) const {
+    const int64_t one = b.size * wide, at = s.one_place ? 0 : m * one;
+    const char *cos = static_cast<const char*>(s.cos) + at, *sin = static_cast<const char*>(s.sin) + at;
+    for (int64_t h = 0; h < heads; ++h, x += one) {
+      if (b.norm[of].gain != nullptr) k.pieces->norm(x, b.norm[of], type, b.size, x);
+      k.pieces->rope(x, cos, sin, type, b.size, work);
+      std::memcpy(x, work, static_cast<size_t>(one));
+      if (b.keys.order != 0) k.pieces->turn(x, b.keys, type, reinterpret_cast<float*>(work));
+    }
+  }
+
+  Span span(const Format& f, const uint8_t* data, int64_t head) const {
+    return {data, row_bytes(f, type, b.size), f.bits, type, f.symmetric, f.fixed, f.bits == 0 ? 0 : f.share[head]};
+  }
+
+  // Attention over the prefix and length + 1 rows of the cache, pieces of it side by side, then put together.
+  void attention(const char* query, char* out, float* wide_query, float* parts) const {
+    const int64_t group = b.heads / b.key_heads, rows = held.length + 1, one = group * (b.size + 2);
+    const int64_t pieces = (b.prefix > 0) + (rows + kChunk - 1) / kChunk;
+    for (int64_t i = 0; i < s.texts * b.heads * b.size; ++i) wide_query[i] = read(query, type, i) * b.scaling;
+    const Format plain{nullptr, 0, 0, 0, 0};
+    parallel_for(s.texts * b.key_heads * pieces, s.threads, [&](int64_t i) {
+      const int64_t pair = i / pieces, piece = i % pieces, head = pair % b.key_heads;
+      const float* q = wide_query + pair * group * b.size;
+      const int heads = static_cast<int>(group);
+      if (b.prefix > 0 && piece == 0) {
+        const int64_t at = head * b.prefix * b.size * wide;
+        const Span keys = span(plain, static_cast<const uint8_t*>(b.prefix_key) + at, head);
+        const Span values = span(plain, static_cast<const uint8_t*>(b.prefix_value) + at, head);
+        return k.pieces->attend(q, heads, b.size, keys, values, 0, b.prefix, parts + i * one);
+      }
+      const int64_t begin = (piece - (b.prefix > 0)) * kChunk, end = begin + kChunk < rows ? begin + kChunk : rows;
+      const Span keys = span(b.key, held.keys + pair * held.room * row_bytes(b.key, type, b.size), head);
+      const Span values = span(b.value, held.values + pair * held.room * row_bytes(b.value, type, b.size), head);
+      k.pieces->attend(q, heads, b.size, keys, values, begin, end, parts + i * one);
+    });
+    for (int64_t i = 0; i < s.texts * b.heads; ++i) {
+      const float* mine = parts + i / group * pieces * one + i % group * (b.size + 2);
+      merge(mine, pieces, one, out + i * b.size * wide);
+    }
+  }
+
+  void merge(const float* parts, int64_t pieces, int64_t stride, char* out) const {
+    float largest = parts[0], total = 0;
+    for (int64_t p = 1; p < pieces; ++p) largest = parts[p * stride] > largest ? parts[p * stride] : largest;
+    float sums[512] = {};
+    for (int64_t p = 0; p < pieces; ++p) {
+      const float* part = parts + p * stride;
+      const float weight = std::exp(part[0] - largest);
+      total += weight * part[1];
+      for (int64_t i = 0; i < b.size; ++i) sums[i] += weight * part[2 + i];
+    }
+    for (int64_t i = 0; i < b.size; ++i) write(out, type, i, sums[i] / total);
+  }
+
+  void store(const char* x, const Format& f, uint8_t* data) const {
+    const int64_t bytes = row_bytes(f, type, b.size);
+    for (int64_t pair = 0; pair < s.texts * b.key_heads; ++pair) {
+      uint8_t* row = data + (pair * held.room + held.length) * bytes;
+      k.pieces->store(x + pair * b.size * wide, f, pair % b.key_heads, type, b.size, row);
+    }
+  }
+
+  // With no memory in the arena: only counts.
+  void run(Arena& arena) const {
+    const int64_t hidden = linear(kQuery).inputs, middle = linear(kDown).inputs;
+    const int64_t queries = linear(kQuery).outputs, keys = linear(kKey).outputs;
+    const int64_t pieces = (b.prefix > 0) + (held.length + kChunk) / kChunk;
+    char* normed = arena.take(s.texts * hidden * wide);
+    char *query = arena.take(s.texts * queries * wide), *key = arena.take(s.texts * keys * wide);
+    char *value = arena.take(s.texts * keys * wide), *seen = arena.take(s.texts * queries * wide);
+    char *added = arena.take(s.texts * hidden * wide), *stream = arena.take(s.texts * hidden * wide);
+    char *gate = arena.take(s.texts * middle * wide), *up = arena.take(s.texts * middle * wide);
+    char* work = arena.take((middle > b.size ? middle : b.size) * 4);
+    float* wide_query = reinterpret_cast<float*>(arena.take(s.texts * queries * 4));
+    float* parts = reinterpret_cast<float*>(arena.take(s.texts * b.heads * pieces * (b.size + 2) * 4));
+    Ready ready[kLinears];
+    for (int i = 0; i < kLinears; ++i) ready[i] = reserve(arena, i);
+    if (arena.data == nullptr) return;
+
+    const char* x = static_cast<const char*>(s.x);
+    norm(kBefore, x, hidden, s.texts, normed);
+    for (int i = kQuery; i <= kValue; ++i) prepare(ready[i], normed);
+    Ready* first[] = {&ready[kQuery], &ready[kKey], &ready[kValue]};
+    char* outs[] = {query, key, value};
+    multiply(first, 3, outs);
+    for (int64_t m = 0; m < s.texts; ++m) {
+      place(query + m * queries * wide, b.heads, kOfQuery, m, work);
+      place(key + m * keys * wide, b.key_heads, kOfKey, m, work);
+    }
+    store(key, b.key, held.keys);
+    store(value, b.value, held.values);
+    attention(query, seen, wide_query, parts);
+    prepare(ready[kOutput], seen);
+    over_outputs(linear(kOutput), s.threads, [&](int64_t begin, int64_t end) { multiply(ready[kOutput], begin, end, added); });
+    k.pieces->add(x, added, type, s.texts * hidden, stream);
+
+    norm(kBetween, stream, hidden, s.texts, normed);
+    prepare(ready[kGate], normed);
+    prepare(ready[kUp], normed);
+    over_outputs(linear(kGate), s.threads, [&](int64_t begin, int64_t end) {
+      multiply(ready[kGate], begin, end, gate);
+      multiply(ready[kUp], begin, end, up);
+      for (int64_t m = 0; m < s.texts; ++m) {
+        const int64_t at = (m * middle + begin) * wide;
+        k.pieces->glu(gate + at, up + at, type, end - begin, gate + at);
+      }
+    });
+    for (int64_t m = 0; b.down.order != 0 && m < s.texts; ++m) {
+      k.pieces->turn(gate + m * middle * wide, b.down, type, reinterpret_cast<float*>(work));
+    }
+    prepare(ready[kDown], gate);
+    over_outputs(linear(kDown), s.threads, [&](int64_t begin, int64_t end) { multiply(ready[kDown], begin, end, added); });
+    k.pieces->add(stream, added, type, s.texts * hidden, static_cast<char*>(s.out));
+  }
+};
+
+bool takes(const Block& b, const Held& held, const Token& s) {
+  return s.texts >= 1 && s.texts <= kMaxRows && b.heads <= kMaxHeads * b.key_heads && b.size <= 512 && held.length < held.room;
+}
+
+}  // namespace
+
+int decode(const Kernels& k, const Block* blocks, const Held* held, int n, const Token& token) {
+  for (int i = 0; i < n; ++i)
+    if (!takes(blocks[i], held[i], token)) return -1;
+  thread_local Scratch stream, memory;
+  const int64_t bytes = token.texts * blocks[0].linear[kQuery].inputs * width(blocks[0].type);
+  char* between = static_cast<char*>(stream.get(2 * bytes));
+  Token now = token;
+  for (int i = 0; i < n; ++i) {
+    const Block& b = blocks[i];
+    now.x = i == 0 ? token.x : now.out;
+    now.out = i == n - 1 ? token.out : between + i % 2 * bytes;
+    const Type type = static_cast<Type>(b.type);
+    const Call call{k, b, held[i], now, type, width(type)};
+    Arena count{nullptr};
+    call.run(count);
+    Arena arena{static_cast<char*>(memory.get(count.used))};
+    call.run(arena);
+  }
+  return 0;
+}
+
+}  // namespace sordino

@@ -1,0 +1,84 @@
+// A decoder layer of the RMSNorm/GQA/RoPE/SwiGLU family as one call (block.cpp) sees it. Mirrored in library.py.
+#pragma once
+#include "kernels.h"
+
+namespace sordino {
+
+enum Which { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLinears };
+enum Where { kBefore, kBetween, kOfQuery, kOfKey, kNorms };  // norms: before attention, before the MLP, of heads
+
+constexpr int kMaxHeads = 16;  // query heads that share a key head
+
+struct Norm {
+  const void* gain;  // [n] of the model's dtype; null: there is none
+  const void* bias;  // [n], or null
+  double eps;
+};
+
+// How a linear's input is rounded.
+struct Rounding {
+  const float* scale;  // static: [1]; else the share of the largest entry that codes reach, one for each group of channels
+  int64_t group;       // channels that share a dynamic scale
+  int32_t bits;        // 0: not rounded
+  int32_t fixed;       // static
+};
+
+// kron(left, Sylvester matrix of order 2^power), left scaled so that the whole is orthonormal.
+struct Turn {
+  const float* left;  // [order, order]
+  int64_t order;      // 0: no rotation
+  int64_t power;
+};
+
+// How a cache stores rows of keys or values: numerics/kv.py.
+struct Format {
+  const float* share;  // [key heads]: static scales, or shares of extremes
+  int32_t bits;        // 0: as numbers of the model's dtype
+  int32_t symmetric, fixed, unused;
+};
+
+struct Block {
+  Linear linear[kLinears];
+  Rounding rounding[kLinears];
+  Norm norm[kNorms];
+  Turn keys, down;
+  Format key, value;
+  const void *prefix_key, *prefix_value;  // [key heads, prefix, size] of the model's dtype
+  int64_t prefix, heads, key_heads, size;
+  float scaling;
+  int32_t type;
+};
+
+// Rows of one key head.
+struct Span {
+  const uint8_t* data;
+  int64_t stride;  // bytes
+  int32_t bits;    // 0: numbers of `type`
+  int32_t type, symmetric, fixed;
+  float share;  // the scale, if fixed
+};
+
+inline int64_t row_bytes(const Format& f, int type, int64_t n) {
+  if (f.bits == 0) return n * (type == kFloat ? 4 : 2);
+  return (n * f.bits + 31) / 32 * 4 + (f.fixed ? 0 : 2 + (f.symmetric ? 0 : 1));
+}
+
+// Where one layer's cache is: [texts, key heads, room, row_bytes] each, `length` rows of every text filled.
+struct Held {
+  uint8_t *keys, *values;
+  int64_t length, room;
+};
+
+// One token of each text.
+struct Token {
+  const void* x;          // [texts, hidden]
+  void* out;              // likewise
+  const void *cos, *sin;  // [texts, size], or [1, size] if `one_place`
+  int64_t texts;
+  int32_t one_place, threads;
+};
+
+// Takes a token through `n` layers; -1 for shapes it does not take, and then nothing is written.
+int decode(const Kernels&, const Block* blocks, const Held* held, int n, const Token&);
+
+}  // namespace sordino

@@ -1,0 +1,52 @@
+// What the C functions share: scratch memory, and how the rows of a weight are divided among threads.
+#pragma once
+#include <new>
+
+#include "kernels.h"
+
+namespace sordino {
+namespace {
+
+constexpr int64_t kPiece = 1 << 15;  // weights that a thread takes at once: some microseconds of work
+
+// Grows, never shrinks; 64-byte aligned. One a thread and purpose.
+struct Scratch {
+  void* data = nullptr;
+  size_t size = 0;
+
+  void* get(int64_t wanted) {
+    if (static_cast<size_t>(wanted) > size) {
+      release();
+      data = nullptr, size = 0;
+      const size_t more = static_cast<size_t>(wanted) * 5 / 4;
+      data = ::operator new(more, std::align_val_t(64));
+      size = more;
+    }
+    return data;
+  }
+  void release() {
+    if (data != nullptr) ::operator delete(data, std::align_val_t(64));
+  }
+  ~Scratch() { release(); }
+};
+
+// Pieces of rows of the weight: about kPiece weights, a multiple of 8 rows.
+inline int64_t rows_at_once(const Linear& w) {
+  const int64_t rows = kPiece / (w.inputs > 0 ? w.inputs : 1) / 8 * 8;
+  return rows < 8 ? 8 : rows > 512 ? 512 : rows;
+}
+
+inline float bias_at(const Linear& w, int64_t o) { return w.bias == nullptr ? 0.0f : read(w.bias, static_cast<Type>(w.bias_type), o); }
+
+// body(begin, end) over all rows of the weight, shared among threads.
+template <class Body>
+void over_outputs(const Linear& w, int threads, Body body) {
+  const int64_t step = rows_at_once(w);
+  parallel_for((w.outputs + step - 1) / step, threads, [&](int64_t i) {
+    const int64_t begin = i * step, end = begin + step < w.outputs ? begin + step : w.outputs;
+    body(begin, end);
+  });
+}
+
+}  // namespace
+}  // namespace sordino

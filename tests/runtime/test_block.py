@@ -1,0 +1,218 @@
+"""Decoding in one native call: the same logits as transformers' own forward, whatever the recipe, and only where it may."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import sordino
+from sordino.recipe import load_recipe
+from sordino.runtime import kernels
+from sordino.runtime.block import one_call
+from sordino.runtime.kernels import library
+from tiny import make_tiny
+
+LEVELS = kernels.available()
+pytestmark = pytest.mark.skipif(not LEVELS, reason="no compiler was there when Sordino was installed")
+SMALL: dict[str, Any] = {"windows": 8, "seqlen": 48}
+PROMPT, NEW = 12, 14
+
+RECIPES: dict[str, tuple[str, list[str]]] = {
+    "weights alone": ("rtn-w4", []),
+    "2 bits, a scale a row": ("rtn-w4", [f"format.weights.{x}" for x in ("bits=2", "symmetric=true", 'group="channel"')]),
+    "norms with a bias": ("d2quant-paper-w3", []),
+    "static, prefix, R3, R4": ("prefixquant-w4a4kv4-static", []),
+    "dynamic, prefix, R3, R4": ("prefixquant-w4a4kv4-dynamic", []),
+    "groups of weights, rounded inputs": ("w4a4kv4", ['moves=[{move="rotate-inner"}]']),
+    "groups of channels": ("quarot-w4a4", []),
+    "integer products": ("w8a8", []),
+    "3-bit cache": ("rtn-w4", ['format.kv={bits=3, mode="dynamic", symmetric=true}']),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Layers that the kernel was asked for, one entry a call."""
+    native, seen = library.active(), []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(native, name)
+
+        def sordino_decode(self, *args: Any) -> int:
+            seen.append(args[2])
+            return int(native.sordino_decode(*args))
+
+    monkeypatch.setattr(library._State, "library", Counting())
+    yield seen
+
+
+def quantized(folder: Path, recipe: str, sets: list[str], family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    """A tiny model, quantized and loaded."""
+    make_tiny(folder / "model", family, layers=2)
+    sordino.quantize(str(folder / "model"), load_recipe(recipe, [*sets, "guard=off"]), folder / "out", **SMALL)
+    return AutoModelForCausalLM.from_pretrained(folder / "out", dtype=dtype).eval()
+
+
+@torch.no_grad()
+def decoded(model: Any, on: bool, texts: int = 1, seed: int = 0) -> tuple[Tensor, DynamicCache]:
+    """Logits [B, NEW, V] of tokens decoded one by one, and the cache."""
+    ids = torch.randint(2, 300, (texts, PROMPT + NEW), generator=torch.Generator().manual_seed(seed))
+    with one_call(on):
+        cache = model(ids[:, :PROMPT], use_cache=True).past_key_values
+        parts = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(PROMPT, PROMPT + NEW)]
+    return torch.cat(parts, 1), cache
+
+
+def apart(a: Tensor, b: Tensor) -> Tensor:
+    """Relative distance of every token's logits."""
+    return ((a - b).float().norm(dim=-1) / b.float().norm(dim=-1)).flatten()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_logits_and_cache_equal_those_of_torch(recipe: str, tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES[recipe])
+    for texts in (1, 3):
+        calls.clear()
+        ours, cache = decoded(model, True, texts)
+        assert calls == [2] * NEW
+        theirs, other = decoded(model, False, texts)
+        assert len(calls) == NEW
+        # A sum in another order may let a code at a tie fall the other way.
+        assert float(apart(ours, theirs).median()) <= 1e-5 and float(apart(ours, theirs).max()) <= 2e-2
+        assert cache.get_seq_length() == other.get_seq_length() == PROMPT + NEW
+        for a, b in zip(cache.layers, other.layers, strict=True):
+            assert a.keys.shape == b.keys.shape and (a.values.float() - b.values.float()).ne(0).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("recipe", ["weights alone", "dynamic, prefix, R3, R4"])
+def test_every_family(family: str, recipe: str, tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES[recipe], family=family)
+    ours, _ = decoded(model, True)
+    # Mistral's window slides: its plain cache forgets, which the kernel leaves to transformers.
+    assert bool(calls) == (family != "mistral" or recipe != "weights alone")
+    assert float(apart(ours, decoded(model, False)[0]).median()) <= 1e-5
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("recipe", ["norms with a bias", "static, prefix, R3, R4", "groups of channels"])
+def test_every_instruction_set_and_half_precision(recipe: str, level: str, tmp_path: Path) -> None:
+    exact = quantized(tmp_path, *RECIPES[recipe])
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
+    with kernels.using(level):
+        truth, torchs = decoded(exact, False)[0], decoded(half, False)[0]
+        assert float(apart(decoded(exact, True)[0], truth).median()) <= 1e-5
+        ours = decoded(half, True)[0]
+    assert float(apart(ours, truth).mean()) <= 1.3 * float(apart(torchs, truth).mean())
+
+
+def test_long_texts_and_threads(tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES["3-bit cache"])
+    ids = torch.randint(2, 300, (2, 400), generator=torch.Generator().manual_seed(3))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with torch.no_grad():
+            outs = []
+            for on in (True, False):
+                with one_call(on):
+                    cache = model(ids, use_cache=True).past_key_values
+                    outs.append(model(ids[:, :1], past_key_values=cache).logits)
+    finally:
+        torch.set_num_threads(before)
+    assert calls == [2] and float(apart(*outs).max()) <= 1e-5
+
+
+def test_generate_batches_and_beams(tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES["dynamic, prefix, R3, R4"])
+    ids = torch.randint(2, 300, (2, 9))
+    fixed: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    padded = torch.ones_like(ids)
+    padded[0, :4] = 0
+    for options in ({}, {"num_beams": 2}, {"num_beams": 3}):
+        for mask in (torch.ones_like(ids), padded):
+            calls.clear()
+            with one_call(True):
+                ours = model.generate(ids, attention_mask=mask, **fixed, **options)
+            used = len(calls)
+            with one_call(False):
+                assert torch.equal(ours, model.generate(ids, attention_mask=mask, **fixed, **options))
+            # Padding, and more than four texts at once, are transformers' own.
+            assert used == (15 if bool(mask.all()) and options != {"num_beams": 3} else 0)
+
+
+def test_a_cropped_cache_goes_on(tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES["3-bit cache"])
+    outs = []
+    for on in (True, False):
+        _, cache = decoded(model, on)
+        with torch.no_grad(), one_call(on):
+            cache.crop(-5)
+            assert cache.get_seq_length() == PROMPT + NEW - 5
+            model(torch.tensor([[7, 8, 9]]), past_key_values=cache)
+            outs.append(model(torch.tensor([[10]]), past_key_values=cache).logits)
+            assert cache.get_seq_length() == PROMPT + NEW - 1
+    assert float(apart(*outs).max()) <= 1e-5
+
+
+def _hook(model: Any) -> None:
+    model.get_decoder().layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+
+
+def _adapter(model: Any) -> None:
+    mlp = model.get_decoder().layers[0].mlp
+    mlp.down_proj = nn.Sequential(mlp.down_proj)
+
+
+def _patch(model: Any) -> None:
+    norm = model.get_decoder().layers[0].input_layernorm
+    norm.forward = lambda x: type(norm).forward(norm, x) * 2
+
+
+@pytest.mark.parametrize("change", [_hook, _adapter, _patch])
+def test_what_others_put_into_a_layer_is_left_to_transformers(change: Any, tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES["weights alone"])
+    decoded(model, True)
+    assert len(calls) == NEW
+    change(model)
+    ours, theirs = decoded(model, True)[0], decoded(model, False)[0]
+    assert len(calls) == NEW and torch.equal(ours, theirs)
+
+
+def test_moved_and_copied_models(tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES["weights alone"])
+    first = decoded(model, True)[0]
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_decoder().layers[0].input_layernorm.weight.mul_(2)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    assert torch.equal(decoded(model, True)[0], first) and len(calls) == 2 * NEW
+    changed = decoded(other, True)[0]
+    assert len(calls) == 3 * NEW
+    assert not torch.equal(changed, first) and float(apart(changed, decoded(other, False)[0]).max()) <= 1e-5
+
+
+def test_hidden_states_and_attentions_are_transformers_own(tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES["weights alone"])
+    with torch.no_grad():
+        cache = model(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
+        out = model(torch.tensor([[6]]), past_key_values=cache, output_hidden_states=True)
+    assert len(out.hidden_states) == 3 and not calls
+
+
+def test_gradients_go_through_torch(tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES["weights alone"])
+    gain = model.get_decoder().layers[0].input_layernorm.weight
+    gain.requires_grad_(True)
+    cache = model(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
+    model(torch.tensor([[6]]), past_key_values=cache).logits.sum().backward()
+    assert gain.grad is not None and not calls
