@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,10 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
 }
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Layers that the kernel was asked for, one entry a call."""
-    native, seen = library.active(), []
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers that the kernel is asked for from now on, one entry a call."""
+    native = library.active()
+    seen: list[int] = []
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
@@ -51,7 +50,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             return int(native.sordino_decode(*args))
 
     monkeypatch.setattr(library._State, "library", Counting())
-    yield seen
+    return seen
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return counted(monkeypatch)
 
 
 def quantized(folder: Path, recipe: str, sets: list[str], family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
@@ -104,13 +108,17 @@ def test_every_family(family: str, recipe: str, tmp_path: Path, calls: list[int]
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("recipe", ["norms with a bias", "static, prefix, R3, R4", "groups of channels"])
-def test_every_instruction_set_and_half_precision(recipe: str, level: str, tmp_path: Path) -> None:
+def test_every_instruction_set_and_half_precision(
+    recipe: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact = quantized(tmp_path, *RECIPES[recipe])
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
     with kernels.using(level):
         truth, torchs = decoded(exact, False)[0], decoded(half, False)[0]
+        seen = counted(monkeypatch)
         assert float(apart(decoded(exact, True)[0], truth).median()) <= 1e-5
         ours = decoded(half, True)[0]
+        assert len(seen) == 2 * NEW
     assert float(apart(ours, truth).mean()) <= 1.3 * float(apart(torchs, truth).mean())
 
 

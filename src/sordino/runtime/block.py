@@ -238,11 +238,11 @@ def _describe(layer: Any, dtype: torch.dtype) -> library.Block | None:
     if any(isinstance(h, RotateInput) for h in linears[-1]._forward_pre_hooks.values()):
         block.down = _turn(rotation(linears[-1].in_features))
     if (grid := getattr(attention, "kv_grid", None)) is not None:
-        if not all(_ready(attention.get_buffer(n), torch.float32) for n in (KEY_SCALE, VALUE_SCALE)):
+        shares = [attention.get_buffer(n) for n in (KEY_SCALE, VALUE_SCALE)]
+        if not all(s.dtype in TYPES and _ready(s, s.dtype) for s in shares):
             return None
         block.key, block.value = (
-            library.Format(attention.get_buffer(n).data_ptr(), grid.bits, grid.symmetric, grid.static)
-            for n in (KEY_SCALE, VALUE_SCALE)
+            library.Format(s.data_ptr(), grid.bits, grid.symmetric, grid.static, TYPES[s.dtype]) for s in shares
         )
     if (key := getattr(attention, KEY, None)) is not None:
         value = attention.get_buffer(VALUE)

@@ -154,7 +154,7 @@ struct Call {
   }
 
   Span span(const Format& f, const uint8_t* data, int64_t head) const {
-    return {data, row_bytes(f, type, b.size), f.bits, type, f.symmetric, f.fixed, f.bits == 0 ? 0 : f.share[head]};
+    return {data, row_bytes(f, type, b.size), f.bits, type, f.symmetric, f.fixed, f.bits == 0 ? 0 : f.of(head)};
   }
 
   // Attention over the prefix and length + 1 rows of the cache, pieces of it side by side, then put together.

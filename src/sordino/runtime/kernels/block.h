@@ -32,9 +32,11 @@ struct Turn {
 
 // How a cache stores rows of keys or values: numerics/kv.py.
 struct Format {
-  const float* share;  // [key heads]: static scales, or shares of extremes
-  int32_t bits;        // 0: as numbers of the model's dtype
-  int32_t symmetric, fixed, unused;
+  const void* share;  // [key heads] of share_type: static scales, or shares of extremes
+  int32_t bits;       // 0: as numbers of the model's dtype
+  int32_t symmetric, fixed, share_type;
+
+  float of(int64_t head) const { return read(share, static_cast<Type>(share_type), head); }
 };
 
 struct Block {

@@ -75,7 +75,7 @@ class Format(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("symmetric", ctypes.c_int32),
         ("fixed", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("share_type", ctypes.c_int32),
     )
 
 

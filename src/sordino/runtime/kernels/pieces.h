@@ -122,7 +122,7 @@ void store_row(const T* x, const Format& f, int64_t head, int64_t n, uint8_t* ro
     return;
   }
   constexpr float kMagic = 12582912.0f;
-  const float share = f.share[head], half = static_cast<float>(1 << (f.bits - 1)), top = static_cast<float>((1 << f.bits) - 1);
+  const float share = f.of(head), half = static_cast<float>(1 << (f.bits - 1)), top = static_cast<float>((1 << f.bits) - 1);
   float scale = share, zero = half, low = 0, high = 0;
   if (!f.fixed) {
     for (int64_t i = 0; i < n; ++i) {
