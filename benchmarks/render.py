@@ -75,11 +75,12 @@ def main() -> None:
     body += prefix("## The prefix on full precision (`benchmarks/prefix.py`)") + kv_memory()
     body += equivalence("## Ways to compute the same thing (`benchmarks/equivalence.py`)")
     body += prompt("## A protected system prompt (`benchmarks/prompt.py`)")
-    body += solver_options() + analyses() + large_shape()
+    body += solver_options() + analyses() + large_shape() + speeds("## Speed (`benchmarks/speed.py`)")
     (ROOT / "docs" / "results.md").write_text(body)
     fill(ROOT / "README.md", table(first | second | third, SHOWN, 4))
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 7))
     fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + prefix() + equivalence())
+    fill(ROOT / "docs" / "kernels.md", speeds() or "Nothing yet: `benchmarks/speed.py` was not run.\n")
     none = "Nothing yet: `benchmarks/bisup.py` is written and was not run.\n"
     fill(ROOT / "docs" / "methods" / "bisup.md", (hosts or none) + together + prompt())
 
@@ -335,6 +336,28 @@ def analyses() -> str:
         ]
         lines += [f"({m['ppl']['before rounding']:.3f} → {m['ppl']['as stored']:.3f}, fp32, held-out windows)."]
     return "\n".join(lines) + "\n"
+
+
+def speeds(title: str = "") -> str:
+    """Prefill and decode, from the last row of each part."""
+    rows = last("speed.jsonl", "part", "subject")
+    lines: list[str] = ["", title] if title and rows else []
+    for (part, subject), row in rows.items():
+        found = row["bench"]
+        lines += ["", f"{subject}, {found['threads']} threads, after {found['prompt_tokens']} tokens"]
+        lines[-1] += ", without the one call a token" if part == "no call" else ""
+        lines[-1] += f" ({found['kernels']}; one thread's bf16 matmul: {row['gflops']} GFLOP/s):"
+        lines += ["", "| model | prefill tokens/s | × bf16 | × fp32 | decode tokens/s | × bf16 | × fp32 | peak MiB |"]
+        lines += ["|---" * 8 + "|"]
+        for model in found["models"]:
+            shown = [model["model"].rpartition("/")[2]]
+            for phase in ("prefill", "decode"):
+                low, high = model[f"{phase}_tokens_per_s_range"]
+                shown.append(f"{model[f'{phase}_tokens_per_s']:.0f} ({low:.0f} … {high:.0f})")
+                ratios = [model[f"ratio_to_{p}"] for p in ("bf16", "fp32")]
+                shown += ["–" if r is None else f"{r[phase]:.2f}" for r in ratios]
+            lines.append("| " + " | ".join([*shown, f"{model['peak_memory_bytes'] / 2**20:.0f}"]) + " |")
+    return "\n".join(lines) + "\n" if lines else ""
 
 
 def large_shape() -> str:

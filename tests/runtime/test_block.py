@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from inspect import signature
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -193,6 +196,15 @@ def test_what_others_put_into_a_layer_is_left_to_transformers(change: Any, tmp_p
     change(model)
     ours, theirs = decoded(model, True)[0], decoded(model, False)[0]
     assert len(calls) == NEW and torch.equal(ours, theirs)
+
+
+def test_pickled_models_and_signatures(tmp_path: Path) -> None:
+    model = quantized(tmp_path, *RECIPES["weights alone"])
+    decoder = model.get_decoder()
+    assert signature(decoder.forward) == signature(MethodType(type(decoder).forward, decoder))
+    first = decoded(model, True)[0]
+    other = pickle.loads(pickle.dumps(model))
+    assert float(apart(decoded(other, True)[0], first).max()) <= 1e-5
 
 
 def test_moved_and_copied_models(tmp_path: Path, calls: list[int]) -> None:

@@ -14,8 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from math import sqrt
+from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -26,18 +25,19 @@ from transformers.activations import SiLUActivation
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from sordino.numerics.hadamard import Rotation, rotation
+from sordino.numerics.hadamard import rotation
 from sordino.runtime.attention import KEY_SCALE, OWN_HOOKS, VALUE_SCALE, plain_or_ours
 from sordino.runtime.cache import PackedLayer, RoomyLayer, enter
 from sordino.runtime.inputs import RotateInput
 from sordino.runtime.kernels import library
 from sordino.runtime.kernels.linear import TYPES, able
+from sordino.runtime.kernels.rows import LARGEST_HEAD, format_of, turn_of
 from sordino.runtime.modules import SCALE, QuantLinear, add_bias
 from sordino.runtime.prefix import KEY, VALUE
 
 VARIABLE = "SORDINO_ONE_CALL"
 FEW_TEXTS = 4  # kMaxRows of kernels.h
-_MOST_HEADS, _LARGEST_HEAD = 16, 512  # kMaxHeads of block.h
+_MOST_HEADS = 16  # kMaxHeads of block.h
 FAMILIES = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 _LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -60,13 +60,15 @@ def one_call(on: bool) -> Iterator[None]:
 
 def decode_in_one_call(decoder: Any) -> None:
     """Give the decoder of a model, if its layers are of a known family, the forward described above."""
+    plain = type(decoder).forward
+
+    @wraps(plain)  # others look at its signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = None if args else _step(self, **kwargs)
+        return plain(self, *args, **kwargs) if out is None else out
+
     if all(type(layer).__name__ in FAMILIES for layer in decoder.layers):
-        decoder.forward = MethodType(_forward, decoder)
-
-
-def _forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
-    out = None if args else _step(decoder, **kwargs)
-    return type(decoder).forward(decoder, *args, **kwargs) if out is None else out
+        decoder.forward = MethodType(forward, decoder)
 
 
 def _step(
@@ -219,7 +221,7 @@ def _describe(layer: Any, dtype: torch.dtype) -> library.Block | None:
         return None
     if (
         size % 2
-        or size > _LARGEST_HEAD
+        or size > LARGEST_HEAD
         or not isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation)
         or not _hooks_are_ours(layer, linears, norms)
     ):
@@ -234,16 +236,15 @@ def _describe(layer: Any, dtype: torch.dtype) -> library.Block | None:
         heads=heads, key_heads=key_heads, size=size, scaling=attention.scaling, type=TYPES[dtype],
     )  # fmt: skip
     if (turn := getattr(attention, "key_rotation", None)) is not None:
-        block.keys = _turn(turn)
+        block.keys = turn_of(turn)
     if any(isinstance(h, RotateInput) for h in linears[-1]._forward_pre_hooks.values()):
-        block.down = _turn(rotation(linears[-1].in_features))
+        block.down = turn_of(rotation(linears[-1].in_features))
     if (grid := getattr(attention, "kv_grid", None)) is not None:
         shares = [attention.get_buffer(n) for n in (KEY_SCALE, VALUE_SCALE)]
-        if not all(s.dtype in TYPES and _ready(s, s.dtype) for s in shares):
+        formats = [f for s in shares if (f := format_of(grid, s)) is not None]
+        if len(formats) < len(shares):
             return None
-        block.key, block.value = (
-            library.Format(s.data_ptr(), grid.bits, grid.symmetric, grid.static, TYPES[s.dtype]) for s in shares
-        )
+        block.key, block.value = formats
     if (key := getattr(attention, KEY, None)) is not None:
         value = attention.get_buffer(VALUE)
         if not _ready(key, dtype) or not _ready(value, dtype):
@@ -300,14 +301,3 @@ def _norm(norm: Any) -> library.Norm:
         return library.Norm()
     bias = getattr(norm, "bias", None)
     return library.Norm(norm.weight.data_ptr(), 0 if bias is None else bias.data_ptr(), norm.variance_epsilon)
-
-
-def _turn(turn: Rotation) -> library.Turn:
-    left = _left(turn)
-    return library.Turn(left.data_ptr(), left.shape[0], turn.power)
-
-
-@cache
-def _left(turn: Rotation) -> Tensor:
-    """The small factor of a rotation with the scale of the large one, fp32; kept, since kernels hold its address."""
-    return (turn.left / sqrt(1 << turn.power)).float().contiguous()

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sordino.errors import InputError
+from sordino.runtime.kernels import rows
 
 
 class RoomyLayer(DynamicLayer):
@@ -116,21 +117,35 @@ class PackedLayer(RoomyLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty rows; transformers calls it before the first update."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        rows = (key_states.shape[0], key_states.shape[1], 0, self.grid.row_bytes(key_states.shape[-1]))
-        self.keys, self.values = (torch.empty(rows, dtype=torch.uint8, device=self.device) for _ in range(2))
+        shape = (key_states.shape[0], key_states.shape[1], 0, self.grid.row_bytes(key_states.shape[-1]))
+        self.keys, self.values = (torch.empty(shape, dtype=torch.uint8, device=self.device) for _ in range(2))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Round and pack new keys and values [B, K, S, d]; returns the values of all, in their dtype."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        grid, size, (key_scale, value_scale) = self.grid, key_states.shape[-1], self.scales
-        key = key_states if self.turn is None else self.turn.apply(key_states)
-        self.put(grid.pack(key, key_scale), grid.pack(value_states, value_scale))
-        return (
-            grid.unpack(self.keys, key_scale, size, key_states.dtype),
-            grid.unpack(self.values, value_scale, size, value_states.dtype),
-        )
+        self._pack(key_states, value_states)
+        return self._unpacked(0, key_states), self._unpacked(1, value_states)
+
+    def _pack(self, keys: Tensor, values: Tensor) -> None:
+        """Append rows of keys and values [B, K, n, d]."""
+        more, (key_scale, value_scale) = keys.shape[2], self.scales
+        room, length = self.make_room(more), self.length
+        if rows.store(self.grid, key_scale, self.turn, keys, room[0], length) and rows.store(
+            self.grid, value_scale, None, values, room[1], length
+        ):
+            self.length += more
+            return
+        turned = keys if self.turn is None else self.turn.apply(keys)
+        self.put(self.grid.pack(turned, key_scale), self.grid.pack(values, value_scale))
+
+    def _unpacked(self, which: int, like: Tensor) -> Tensor:
+        """Values of all rows of keys (0) or values (1)."""
+        grid, scale, size = self.grid, self.scales[which], like.shape[-1]
+        assert self.room is not None
+        found = rows.load(grid, scale, self.room[which], self.length, size, like.dtype)
+        return grid.unpack(self._seen(which), scale, size, like.dtype) if found is None else found
 
 
 def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sordino.numerics.hadamard import rotation
 from sordino.numerics.inputs import fake_encode, token_scale
 from sordino.numerics.kept import round_with_kept
+from sordino.runtime.kernels.rows import turned as turned_rows
 from sordino.runtime.modules import ORDER, SCALE, input_groups
 
 
@@ -25,7 +26,8 @@ class RotateInput:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         """The input [..., C] in the rotated basis."""
-        return (self.rotation.apply(args[0]),)
+        out = turned_rows(self.rotation, args[0])
+        return (self.rotation.apply(args[0]) if out is None else out,)
 
 
 class OrderInput:

@@ -358,13 +358,39 @@ void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t*
   }
 }
 
+// In a register: an entry and its partner at distance h become their sum and difference.
+__m512 step(__m512 v, __m512i partner, __mmask16 second) {
+  const __m512 other = _mm512_permutexvar_ps(partner, v);
+  return _mm512_mask_sub_ps(_mm512_add_ps(other, v), second, other, v);
+}
+
+__m512i partners(int h) {
+  alignas(64) int32_t at[16];
+  for (int i = 0; i < 16; ++i) at[i] = i ^ h;
+  return _mm512_load_si512(at);
+}
+
+void sixteen(float* work, int64_t n) {
+  const __m512i one = partners(1), two = partners(2), four = partners(4), eight = partners(8);
+  for (int64_t i = 0; i < n; i += 16) {
+    __m512 v = _mm512_loadu_ps(work + i);
+    v = step(v, one, 0xaaaa);
+    v = step(v, two, 0xcccc);
+    v = step(v, four, 0xf0f0);
+    v = step(v, eight, 0xff00);
+    _mm512_storeu_ps(work + i, v);
+  }
+}
+
 }  // namespace
 }  // namespace sordino
 
+#define SORDINO_SIXTEEN
 #include "pieces.h"
+#include "attend512.h"
 
 namespace sordino {
 
-const Kernels kAvx512 = {"avx512", 6, fits, arrange, product, integer, values, centred, encode_token, &kPieces};
+const Kernels kAvx512 = {"avx512", 6, fits, arrange, product, integer, values, centred, encode_token, &kPieces512};
 
 }  // namespace sordino

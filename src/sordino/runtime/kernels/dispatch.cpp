@@ -138,12 +138,12 @@ SORDINO_API int sordino_encode(const void* x, int type, int64_t rows, int64_t n,
 // Scales integer products [rows, end - begin] into columns begin … end of out [rows, outputs].
 SORDINO_API int sordino_rescale(const Linear* w, const int32_t* sums, int64_t rows, int64_t begin, int64_t end,
                                 const float* scale, int one_scale, void* out, int type, int threads) {
-  parallel_for(rows, threads, [&](int64_t m) {
-    const float s = scale[one_scale ? 0 : m];
-    for (int64_t o = begin; o < end; ++o) {
-      float value = static_cast<float>(sums[m * (end - begin) + o - begin]) * (s * widen(w->scale[o]));
-      if (w->bias != nullptr) value += bias_at(*w, o);
-      write(out, static_cast<Type>(type), m * w->outputs + o, value);
+  const Kernels& k = *chosen.load();
+  const int64_t width = type == kFloat ? 4 : 2, step = 8;
+  parallel_for((rows + step - 1) / step, threads, [&](int64_t i) {
+    for (int64_t m = i * step; m < rows && m < (i + 1) * step; ++m) {
+      char* to = static_cast<char*>(out) + (m * w->outputs + begin) * width;
+      k.pieces->rescale(sums + m * (end - begin), *w, begin, end - begin, scale[one_scale ? 0 : m], static_cast<Type>(type), to);
     }
   });
   return 0;
@@ -175,4 +175,59 @@ SORDINO_API int sordino_centred(const Linear* w, int64_t begin, int64_t end, int
 SORDINO_API int sordino_decode(const Block* blocks, const Held* held, int n, const void* x, void* out, const void* cos,
                                const void* sin, int one_place, int64_t texts, int threads) {
   return decode(*chosen.load(), blocks, held, n, {x, out, cos, sin, texts, one_place, threads});
+}
+
+// Rotates rows [rows, order << power]: out may be x.
+SORDINO_API int sordino_turn(const Turn* turn, const void* x, void* out, int type, int64_t rows, int threads) {
+  const Kernels& k = *chosen.load();
+  const int64_t n = turn->order << turn->power, bytes = n * (type == kFloat ? 4 : 2), step = 8;
+  parallel_for((rows + step - 1) / step, threads, [&](int64_t i) {
+    thread_local Scratch memory;
+    float* work = static_cast<float*>(memory.get(n * 4));
+    for (int64_t m = i * step; m < rows && m < (i + 1) * step; ++m) {
+      char* to = static_cast<char*>(out) + m * bytes;
+      if (out != x) std::memcpy(to, static_cast<const char*>(x) + m * bytes, static_cast<size_t>(bytes));
+      k.pieces->turn(to, *turn, static_cast<Type>(type), work);
+    }
+  });
+  return 0;
+}
+
+// Rows of a cache, `row_bytes` each, at places from … from + tokens of [pairs, room], pair p of key head p mod key_heads.
+
+// Writes x [pairs, tokens, size], rotated first if `turn` has an order.
+SORDINO_API int sordino_store(const Format* f, const Turn* turn, const void* x, int type, int64_t pairs, int64_t key_heads,
+                              int64_t tokens, int64_t size, uint8_t* rows, int64_t room, int64_t from, int threads) {
+  if (size > 512) return -1;
+  const Kernels& k = *chosen.load();
+  const int64_t width = type == kFloat ? 4 : 2, bytes = row_bytes(*f, type, size), step = 64;
+  const int64_t pieces = (tokens + step - 1) / step;
+  parallel_for(pairs * pieces, threads, [&](int64_t i) {
+    const int64_t pair = i / pieces;
+    for (int64_t s = i % pieces * step; s < tokens && s < (i % pieces + 1) * step; ++s) {
+      alignas(64) char one[512 * 4];
+      float work[512];
+      std::memcpy(one, static_cast<const char*>(x) + (pair * tokens + s) * size * width, static_cast<size_t>(size * width));
+      if (turn->order != 0) k.pieces->turn(one, *turn, static_cast<Type>(type), work);
+      k.pieces->store(one, *f, pair % key_heads, static_cast<Type>(type), size, rows + (pair * room + from + s) * bytes);
+    }
+  });
+  return 0;
+}
+
+// Reads the first `tokens` of them: out [pairs, tokens, size].
+SORDINO_API int sordino_load(const Format* f, const uint8_t* rows, int64_t room, int64_t pairs, int64_t key_heads,
+                             int64_t tokens, int64_t size, int type, void* out, int threads) {
+  if (size > 512) return -1;
+  const Kernels& k = *chosen.load();
+  const int64_t width = type == kFloat ? 4 : 2, bytes = row_bytes(*f, type, size), step = 64;
+  const int64_t pieces = (tokens + step - 1) / step;
+  parallel_for(pairs * pieces, threads, [&](int64_t i) {
+    const int64_t pair = i / pieces, head = pair % key_heads;
+    const Span span{rows + pair * room * bytes, bytes, f->bits, type, f->symmetric, f->fixed, f->of(head)};
+    for (int64_t s = i % pieces * step; s < tokens && s < (i % pieces + 1) * step; ++s) {
+      k.pieces->load(span, s, size, static_cast<Type>(type), static_cast<char*>(out) + (pair * tokens + s) * size * width);
+    }
+  });
+  return 0;
 }

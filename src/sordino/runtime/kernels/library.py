@@ -29,6 +29,9 @@ _SIGNATURES = {
     "sordino_rescale": (_P, _P, _I64, _I64, _I64, _P, _I32, _P, _I32, _I32),
     "sordino_values": (_P, _I64, _I64, _I32, _P, _I32),
     "sordino_centred": (_P, _I64, _I64, _P, _I32),
+    "sordino_turn": (_P, _P, _P, _I32, _I64, _I32),
+    "sordino_store": (_P, _P, _P, _I32, _I64, _I64, _I64, _I64, _P, _I64, _I64, _I32),
+    "sordino_load": (_P, _P, _I64, _I64, _I64, _I64, _I64, _I32, _P, _I32),
     "sordino_decode": (_P, _P, _I32, _P, _P, _P, _P, _I32, _I64, _I32),
 }
 

@@ -7,6 +7,7 @@ Shapes: O = out_features, I = in_features, M rows of activations.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from typing import Any
 
 import torch
@@ -87,6 +88,35 @@ def product(weight: Packed | None, x: Tensor) -> Tensor | None:
     return out
 
 
+class _Last:
+    """Codes of the tensor rounded last: the linears of a site get the same one, one after another."""
+
+    of: weakref.ref[Tensor] | None = None
+    key: tuple[Any, ...] = ()
+    made: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def encode(cls, library: Any, x: Tensor, rows: int, bits: int, share: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes int8 [rows, I] and scales fp32 [rows] (static: [1]) of x, contiguous."""
+        # A tensor of inference mode does not say whether it was written to.
+        key = () if x.is_inference() else (x._version, x.data_ptr(), rows, bits, share, None if scale is None else float(scale))
+        if key and cls.made is not None and cls.of is not None and cls.of() is x and cls.key == key:
+            return cls.made
+        codes = torch.empty((rows, x.numel() // rows), dtype=torch.int8)
+        scales = torch.empty(rows) if scale is None else scale
+        library.sordino_encode(
+            x.data_ptr(), TYPES[x.dtype], rows, codes.shape[1], bits, share, scales.data_ptr(), codes.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        cls.of, cls.key, cls.made = weakref.ref(x, cls._forget), key, (codes, scales)
+        return cls.made
+
+    @classmethod
+    def _forget(cls, gone: Any) -> None:
+        if cls.of is gone:
+            cls.of, cls.made = None, None
+
+
 def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, scale: Tensor | None) -> Tensor | None:
     """The product of rounded inputs and weights with one scale a row: [..., I] -> [..., O] in x's dtype, exact until scaled.
 
@@ -112,11 +142,7 @@ def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, sc
             weight.address, x.data_ptr(), kind, rows, bits, share, fixed, out.data_ptr(), threads
         )  # fmt: skip
         return out
-    codes = torch.empty((rows, weight.weight.inputs), dtype=torch.int8)
-    scales = torch.empty(rows) if scale is None else scale
-    library.sordino_encode(
-        x.data_ptr(), kind, rows, weight.weight.inputs, bits, share, scales.data_ptr(), codes.data_ptr(), threads
-    )  # fmt: skip
+    codes, scales = _Last.encode(library, x, rows, bits, share, scale)
     for begin, end in tiles(weight.weight.outputs, weight.weight.inputs):
         tile = torch.empty((end - begin, weight.weight.inputs), dtype=torch.int8)
         library.sordino_centred(weight.address, begin, end, tile.data_ptr(), threads)

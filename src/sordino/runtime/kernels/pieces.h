@@ -52,27 +52,69 @@ void rope_of(const T* x, const T* cos, const T* sin, int64_t n, T* out) {
   }
 }
 
+#ifndef SORDINO_SIXTEEN
+// The first four steps of a butterfly: every 16 entries times the Sylvester matrix of order 16.
+inline void sixteen(float* work, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    for (int h = 1; h < 16; h *= 2) {
+      for (int j = 0; j < 16; j += 2 * h) {
+        for (int k = j; k < j + h; ++k) {
+          const float a = work[i + k], b = work[i + k + h];
+          work[i + k] = a + b, work[i + k + h] = a - b;
+        }
+      }
+    }
+  }
+}
+#endif
+
+// Sixteen numbers at once: compilers map them to whatever registers a unit has.
+typedef float Sixteen __attribute__((vector_size(64)));
+
+inline void butterfly(float* __restrict a, float* __restrict b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = a[i], y = b[i];
+    a[i] = x + y, b[i] = x - y;
+  }
+}
+
+// Entries to … to + 64 of row `of` of left^T times the rows of `work`, each `size` long.
+inline void mix(const Turn& turn, const float* work, int64_t size, int64_t of, int64_t to, float* out) {
+  Sixteen sums[4] = {};
+  for (int64_t from = 0; from < turn.order; ++from) {
+    const float factor = turn.left[from * turn.order + of], *row = work + from * size + to;
+    for (int k = 0; k < 4; ++k) {
+      Sixteen v;
+      std::memcpy(&v, row + 16 * k, 64);
+      sums[k] += factor * v;
+    }
+  }
+  std::memcpy(out, sums, 256);
+}
+
 template <class T>
 void turn_of(T* x, const Turn& turn, float* work) {
   const int64_t size = int64_t{1} << turn.power, n = turn.order * size;
   for (int64_t i = 0; i < n; ++i) work[i] = get(x, i);
-  for (int64_t h = 1; h < size; h *= 2) {
-    for (int64_t i = 0; i < n; i += 2 * h) {
-      for (int64_t j = i; j < i + h; ++j) {
-        const float a = work[j], b = work[j + h];
-        work[j] = a + b, work[j + h] = a - b;
-      }
-    }
+  if (size >= 16) sixteen(work, n);
+  for (int64_t h = size >= 16 ? 16 : 1; h < size; h *= 2) {
+    for (int64_t i = 0; i < n; i += 2 * h) butterfly(work + i, work + i + h, h);
   }
-  for (int64_t to = 0; to < turn.order; ++to) {
-    for (int64_t t = 0; t < size; t += kTogether) {
-      const int64_t some = size - t < kTogether ? size - t : kTogether;
-      float sums[kTogether] = {};
-      for (int64_t from = 0; from < turn.order; ++from) {
-        const float factor = turn.left[from * turn.order + to], *row = work + from * size + t;
-        for (int64_t i = 0; i < some; ++i) sums[i] += factor * row[i];
-      }
-      for (int64_t i = 0; i < some; ++i) put(x, to * size + t + i, sums[i]);
+  if (turn.order == 1) {
+    for (int64_t i = 0; i < n; ++i) put(x, i, work[i] * turn.left[0]);
+    return;
+  }
+  for (int64_t of = 0; of < turn.order; ++of) {
+    int64_t t = 0;
+    for (; t + 64 <= size; t += 64) {
+      float sums[64];
+      mix(turn, work, size, of, t, sums);
+      for (int64_t i = 0; i < 64; ++i) put(x, of * size + t + i, sums[i]);
+    }
+    for (; t < size; ++t) {
+      float sum = 0;
+      for (int64_t from = 0; from < turn.order; ++from) sum += turn.left[from * turn.order + of] * work[from * size + t];
+      put(x, of * size + t, sum);
     }
   }
 }
@@ -183,6 +225,27 @@ inline void load_row(const Span& s, int64_t i, int64_t n, float* out, uint8_t* c
   for (int64_t k = 0; k < n; ++k) out[k] = (static_cast<float>(codes[k]) - zero) * scale;
 }
 
+template <class T>
+void load_as(const Span& s, int64_t i, int64_t n, T* out) {
+  alignas(64) float numbers[kMaxSize];
+  alignas(64) uint8_t codes[kMaxSize + kBlock];
+  load_row(s, i, n, numbers, codes);
+  for (int64_t k = 0; k < n; ++k) put(out, k, numbers[k]);
+}
+
+template <class T>
+void rescale_to(const int32_t* sums, const Linear& w, int64_t begin, int64_t n, float scale, T* out) {
+  const uint16_t* rows = w.scale + begin;
+  if (w.bias == nullptr) {
+    for (int64_t i = 0; i < n; ++i) put(out, i, static_cast<float>(sums[i]) * (scale * widen(rows[i])));
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const float bias = read(w.bias, static_cast<Type>(w.bias_type), begin + i);
+      put(out, i, static_cast<float>(sums[i]) * (scale * widen(rows[i])) + bias);
+    }
+  }
+}
+
 inline float dot(const float* a, const float* b, int64_t n) {
   float lanes[kSide] = {}, rest = 0;
   int64_t i = 0;
@@ -190,6 +253,25 @@ inline float dot(const float* a, const float* b, int64_t n) {
     for (int k = 0; k < kSide; ++k) lanes[k] += a[i + k] * b[i + k];
   for (; i < n; ++i) rest += a[i] * b[i];
   return sum_of(lanes) + rest;
+}
+
+// Turns scores [kTogether] into weights, and brings what was summed before to their largest one: [largest, sum, n sums].
+inline void renew(float* scores, int64_t rows, int64_t n, float* mine) {
+  float most[kSide], sums[kSide] = {};
+  for (int64_t i = rows; i < kTogether; ++i) scores[i] = -INFINITY;
+  for (int k = 0; k < kSide; ++k) most[k] = mine[0];
+  for (int64_t i = 0; i < kTogether; i += kSide)
+    for (int k = 0; k < kSide; ++k) most[k] = scores[i + k] > most[k] ? scores[i + k] : most[k];
+  float largest = most[0];
+  for (int k = 1; k < kSide; ++k) largest = most[k] > largest ? most[k] : largest;
+  for (int64_t i = 0; i < kTogether; ++i) scores[i] = exponential(scores[i] - largest);
+  for (int64_t i = rows; i < kTogether; ++i) scores[i] = 0;
+  for (int64_t i = 0; i < kTogether; i += kSide)
+    for (int k = 0; k < kSide; ++k) sums[k] += scores[i + k];
+  const float before = mine[0] == largest ? 1.0f : exponential(mine[0] - largest);
+  mine[0] = largest, mine[1] = mine[1] * before + sum_of(sums);
+  if (before != 1.0f)
+    for (int64_t k = 0; k < n; ++k) mine[2 + k] *= before;
 }
 
 void attend_to(const float* query, int heads, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
@@ -208,16 +290,7 @@ void attend_to(const float* query, int heads, int64_t n, const Span& keys, const
       load_row(keys, from + i, n, numbers, codes);
       for (int h = 0; h < heads; ++h) scores[h][i] = dot(query + h * n, numbers, n);
     }
-    for (int h = 0; h < heads; ++h) {
-      float *mine = out + h * (n + 2), largest = mine[0], sum = 0;
-      for (int64_t i = 0; i < some; ++i) largest = scores[h][i] > largest ? scores[h][i] : largest;
-      const float before = mine[0] == largest ? 1.0f : exponential(mine[0] - largest);
-      for (int64_t i = 0; i < some; ++i) scores[h][i] = exponential(scores[h][i] - largest);
-      for (int64_t i = 0; i < some; ++i) sum += scores[h][i];
-      mine[0] = largest, mine[1] = mine[1] * before + sum;
-      if (before != 1.0f)
-        for (int64_t k = 0; k < n; ++k) mine[2 + k] *= before;
-    }
+    for (int h = 0; h < heads; ++h) renew(scores[h], some, n, out + h * (n + 2));
     for (int64_t i = 0; i < some; ++i) {
       load_row(values, from + i, n, numbers, codes);
       for (int h = 0; h < heads; ++h) {
@@ -266,7 +339,16 @@ void any_store(const void* x, const Format& f, int64_t head, Type type, int64_t 
   SORDINO_EITHER(store_row(static_cast<const F*>(x), f, head, n, row), store_row(static_cast<const H*>(x), f, head, n, row));
 }
 
-const Pieces kPieces = {any_norm, any_rope, any_turn, any_glu, any_add, any_store, attend_to};
+void any_load(const Span& s, int64_t i, int64_t n, Type type, void* out) {
+  SORDINO_EITHER(load_as(s, i, n, static_cast<F*>(out)), load_as(s, i, n, static_cast<H*>(out)));
+}
+
+void any_rescale(const int32_t* sums, const Linear& w, int64_t begin, int64_t n, float scale, Type type, void* out) {
+  SORDINO_EITHER(rescale_to(sums, w, begin, n, scale, static_cast<F*>(out)),
+                 rescale_to(sums, w, begin, n, scale, static_cast<H*>(out)));
+}
+
+const Pieces kPieces = {any_norm, any_rope, any_turn, any_glu, any_add, any_store, any_load, any_rescale, attend_to};
 
 }  // namespace
 }  // namespace sordino

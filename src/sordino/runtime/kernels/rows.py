@@ -1,0 +1,83 @@
+"""What attention, caches and online rotations ask of the kernels; None (or False) says that torch has to do it.
+
+Shapes: B batch, K key heads, S tokens, d head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from sordino.numerics.hadamard import Rotation
+from sordino.numerics.kv import KvGrid
+from sordino.runtime.kernels import library
+from sordino.runtime.kernels.linear import TYPES, able
+
+LARGEST_HEAD = 512
+_NO_TURN = library.Turn()
+
+
+@cache
+def turn_of(turn: Rotation) -> library.Turn:
+    """A rotation as the kernels see it; kept, since they hold its address."""
+    return library.Turn(_left(turn).data_ptr(), turn.left.shape[0], turn.power)
+
+
+@cache
+def _left(turn: Rotation) -> Tensor:
+    """The small factor of a rotation with the scale of the large one, fp32."""
+    with torch.inference_mode(False):
+        return (turn.left / sqrt(1 << turn.power)).float().contiguous()
+
+
+def format_of(grid: KvGrid, share: Tensor) -> library.Format | None:
+    """How a cache stores rows, as the kernels see it; None where they cannot read the scales [K]."""
+    if share.dtype not in TYPES or share.device.type != "cpu" or not share.is_contiguous():
+        return None
+    return library.Format(share.data_ptr(), grid.bits, grid.symmetric, grid.static, TYPES[share.dtype])
+
+
+def turned(turn: Rotation, x: Tensor) -> Tensor | None:
+    """``turn.apply(x)`` for x [..., d], summed in fp32 and rounded once."""
+    native = library.active()
+    if native is None or not able(x) or x.shape[-1] != turn.size or x.numel() == 0:
+        return None
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    how = ctypes.addressof(turn_of(turn))
+    rows = x.numel() // turn.size
+    native.sordino_turn(how, x.data_ptr(), out.data_ptr(), TYPES[x.dtype], rows, torch.get_num_threads())
+    return out
+
+
+def store(grid: KvGrid, share: Tensor, turn: Rotation | None, x: Tensor, room: Tensor, place: int) -> bool:
+    """Rotate, round and pack x [B, K, S, d] into rows ``place`` … of room uint8 [B, K, room, bytes]."""
+    native, how = library.active(), format_of(grid, share)
+    if native is None or how is None or not able(x) or not room.is_contiguous() or x.shape[-1] > LARGEST_HEAD:
+        return False
+    x = x.contiguous()
+    texts, heads, tokens, size = x.shape
+    rotation = _NO_TURN if turn is None else turn_of(turn)
+    done = native.sordino_store(
+        ctypes.addressof(how), ctypes.addressof(rotation), x.data_ptr(), TYPES[x.dtype], texts * heads, heads, tokens, size,
+        room.data_ptr(), room.shape[2], place, torch.get_num_threads(),
+    )  # fmt: skip
+    return bool(done == 0)
+
+
+def load(grid: KvGrid, share: Tensor, room: Tensor, tokens: int, size: int, dtype: torch.dtype) -> Tensor | None:
+    """Values [B, K, S, d] of the first S rows of room uint8 [B, K, room, bytes]."""
+    native, how = library.active(), format_of(grid, share)
+    if native is None or how is None or dtype not in TYPES or room.device.type != "cpu" or not room.is_contiguous():
+        return None
+    texts, heads = room.shape[:2]
+    out = torch.empty((texts, heads, tokens, size), dtype=dtype)
+    done = native.sordino_load(
+        ctypes.addressof(how), room.data_ptr(), room.shape[2], texts * heads, heads, tokens, size, TYPES[dtype], out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out if done == 0 else None

@@ -1,0 +1,104 @@
+"""Rotations and packed rows by the kernels against torch's, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sordino.numerics.hadamard import rotation
+from sordino.numerics.kv import KvGrid
+from sordino.runtime import kernels
+from sordino.runtime.kernels import rows
+from sordino.runtime.modules import QuantLinear
+
+LEVELS = kernels.available()
+every_level = pytest.mark.parametrize("level", LEVELS)
+pytestmark = pytest.mark.skipif(not LEVELS, reason="no compiler was there when Sordino was installed")
+examples = settings(max_examples=60, deadline=None, derandomize=True)
+TYPES = st.sampled_from([torch.float32, torch.bfloat16])
+SEEDS = st.integers(0, 2**31)
+
+
+@every_level
+@examples
+@given(
+    size=st.one_of(st.integers(1, 200), st.sampled_from([256, 576, 896, 1536, 4864])),
+    count=st.integers(1, 20), dtype=TYPES, seed=SEEDS,
+)  # fmt: skip
+def test_rotations(level: str, size: int, count: int, dtype: torch.dtype, seed: int) -> None:
+    x = torch.randn(count, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    with kernels.using(level):
+        ours = rows.turned(rotation(size), x)
+    assert ours is not None and ours.dtype == dtype
+    exact = x.double() @ rotation(size).matrix()
+    step = torch.finfo(dtype).eps
+    assert float((ours - exact).norm()) <= 4 * step * float(exact.norm()) + (1e-6 if dtype == torch.float32 else 0)
+
+
+@every_level
+@examples
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]), kind=st.sampled_from(["static", "symmetric", "asymmetric"]), size=st.integers(1, 130),
+    tokens=st.integers(1, 70), place=st.integers(0, 5), dtype=TYPES, half_scales=st.booleans(), seed=SEEDS,
+)  # fmt: skip
+def test_packed_rows_are_bit_equal(
+    level: str, bits: int, kind: str, size: int, tokens: int, place: int, dtype: torch.dtype, half_scales: bool, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    grid = KvGrid(bits, kind != "asymmetric", kind == "static")
+    x = (torch.randn(2, 3, tokens, size, generator=g) * torch.randn(2, 3, tokens, 1, generator=g).exp()).to(dtype)
+    share = torch.rand(3, generator=g) * 0.5 + 0.5
+    share = share.bfloat16() if half_scales else share
+    room = torch.full((2, 3, place + tokens + 2, grid.row_bytes(size)), 255, dtype=torch.uint8)
+    with kernels.using(level):
+        assert rows.store(grid, share, None, x, room, place)
+        found = rows.load(grid, share, room, place + tokens, size, dtype)
+    packed = grid.pack(x, share)
+    assert torch.equal(room[:, :, place : place + tokens], packed)
+    assert bool((room[:, :, :place] == 255).all()) and bool((room[:, :, place + tokens :] == 255).all())
+    assert found is not None and torch.equal(found[:, :, place:], grid.unpack(packed, share, size, dtype))
+
+
+def test_rotated_rows_are_those_of_rotated_keys() -> None:
+    grid, turn = KvGrid(4, False, False), rotation(64)
+    x, share = torch.randn(1, 2, 5, 64), torch.ones(2)
+    room = torch.zeros(1, 2, 8, grid.row_bytes(64), dtype=torch.uint8)
+    assert rows.store(grid, share, turn, x, room, 1)
+    found = rows.load(grid, share, room, 6, 64, torch.float32)
+    assert found is not None
+    # A number at a tie may fall the other way: one step of its token's scale.
+    assert float((found[:, :, 1:] - grid.fake(turn.apply(x), share)).abs().max()) <= 0.6
+
+
+def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
+    x = torch.randn(2, 8)
+    assert rows.turned(rotation(8), x.double()) is None
+    assert rows.turned(rotation(8), x.requires_grad_(True)) is None
+    with kernels.using("off"):
+        assert rows.turned(rotation(8), x.detach()) is None
+    share = torch.ones(1, dtype=torch.float64)
+    assert not rows.store(
+        KvGrid(4, True, True), share, None, x.detach()[None, None], torch.zeros(1, 1, 2, 4).to(torch.uint8), 0
+    )
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_linears_of_one_input_share_its_codes_and_notice_a_change(mode: str) -> None:
+    linears = [QuantLinear(32, 16, False, 4, 32, True, inputs={"bits": 4, "mode": mode}) for _ in range(2)]
+    for linear in linears:
+        linear.weight_packed.random_(generator=torch.Generator().manual_seed(0))
+        linear.weight_scale.fill_(0.1)
+        linear.get_buffer("input_scale").fill_(0.5)
+    with torch.no_grad():
+        x = torch.randn(40, 32)
+        first, second = (linear(x) for linear in linears)
+        assert torch.equal(first, second)
+        x.mul_(-1.7)
+        changed = linears[1](x)
+        linears[0].get_buffer("input_scale").fill_(0.4)
+        finer = linears[0](x)
+        with kernels.using("off"):
+            assert torch.equal(changed, linears[1](x)) and torch.equal(finer, linears[0](x))
+    assert not torch.equal(changed, first) and not torch.equal(finer, changed)
