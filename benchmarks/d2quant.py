@@ -9,6 +9,7 @@ from ladder import Ladder, climb
 
 SEEDS = [0, 1, 2]
 DOWN = "format.weights.override"
+GPTQ = 'format.weights.solver={name="gptq"}'
 LONGER = ["moves.0.epochs=2", "moves.1.epochs=6"]
 # Tuning that can flip codes, then a distillation of scales and gains that sees most of the validation text.
 BOTH = 'moves=[{{move="tune", epochs=1}}, {{move="distill", epochs={}, windows=416, scales=0.003, gains=0.003}}]'
@@ -27,6 +28,9 @@ def rungs(bits: int) -> Ladder:
         f"rtn-w{bits}": ("rtn-w4", [f"format.weights.bits={bits}"], [0]),
         f"gptq-w{bits}": (f"gptq-w{bits}", [], SEEDS),
         f"gptaq-w{bits}": (f"gptaq-w{bits}", [], SEEDS),
+        # The whole of GPTAQ is about making up for what the stream has lost; does it leave anything to the mean shift?
+        f"rotated gptq-w{bits}": (w, [plain, rotate, GPTQ], SEEDS),
+        f"rotated gptq-w{bits} + mean shift": (w, [plain, GPTQ], SEEDS),
         f"rotated gptaq-w{bits}": (w, [plain, rotate], SEEDS),
         f"rotated gptaq-w{bits} + mean shift": (w, [plain], SEEDS),
         f"rotated gptaq-w{bits} + column scale": (paper, [rotate], SEEDS),

@@ -350,7 +350,7 @@ def speeds(title: str = "") -> str:
         lines += ["", "| model | prefill tokens/s | × bf16 | × fp32 | decode tokens/s | × bf16 | × fp32 | peak MiB |"]
         lines += ["|---" * 8 + "|"]
         for model in found["models"]:
-            shown = [model["model"].rpartition("/")[2]]
+            shown = [model["model"]]
             for phase in ("prefill", "decode"):
                 low, high = model[f"{phase}_tokens_per_s_range"]
                 shown.append(f"{model[f'{phase}_tokens_per_s']:.0f} ({low:.0f} … {high:.0f})")

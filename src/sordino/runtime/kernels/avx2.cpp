@@ -184,6 +184,6 @@ void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t*
 
 namespace sordino {
 
-const Kernels kAvx2 = {"avx2", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces};
+const Kernels kAvx2 = {"avx2", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces, nullptr};
 
 }  // namespace sordino

@@ -391,6 +391,6 @@ void sixteen(float* work, int64_t n) {
 
 namespace sordino {
 
-const Kernels kAvx512 = {"avx512", 6, fits, arrange, product, integer, values, centred, encode_token, &kPieces512};
+const Kernels kAvx512 = {"avx512", 6, fits, arrange, product, integer, values, centred, encode_token, &kPieces512, nullptr};
 
 }  // namespace sordino

@@ -5,6 +5,10 @@
 #include <atomic>
 #include <cstdlib>
 
+#ifdef SORDINO_AMX
+#include <cpuid.h>
+#endif
+
 #include "block.h"
 #include "products.h"
 
@@ -29,6 +33,13 @@ const Kernels* available(int level) {
   }
 #endif
 #ifdef SORDINO_AVX512
+#ifdef SORDINO_AMX
+  if (level == 3 && available(2) != nullptr) {
+    constexpr unsigned kTiles = 1u << 24 | 1u << 25;  // AMX-TILE, AMX-INT8
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) == kTiles && allowed_tiles()) return &tiled();
+  }
+#endif
   if (level == 2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("bmi2")) {
@@ -64,7 +75,7 @@ void integer_product(const Kernels& k, const Linear& w, const int8_t* codes, int
 
 using namespace sordino;
 
-// 0 portable, 1 AVX2, 2 AVX-512: chooses it if this machine has it. Returns 0 or -1.
+// 0 portable, 1 AVX2, 2 AVX-512, 3 AMX: chooses it if this machine has it. Returns 0 or -1.
 SORDINO_API int sordino_choose(int level) {
   const Kernels* found = available(level);
   if (found == nullptr) return -1;
@@ -229,5 +240,14 @@ SORDINO_API int sordino_load(const Format* f, const uint8_t* rows, int64_t room,
       k.pieces->load(span, s, size, static_cast<Type>(type), static_cast<char*>(out) + (pair * tokens + s) * size * width);
     }
   });
+  return 0;
+}
+
+// Scaled products of input codes and weight codes (Kernels::many); -1 where the instruction set has nothing for it.
+SORDINO_API int sordino_many(const Linear* w, const int8_t* codes, int64_t rows, const float* scale, int one_scale, void* out,
+                             int type, int threads) {
+  const Kernels& k = *chosen.load();
+  if (k.many == nullptr) return -1;
+  k.many(*w, codes, scale, one_scale != 0, static_cast<Type>(type), rows, out, threads);
   return 0;
 }

@@ -58,6 +58,9 @@ struct Kernels {
   // Codes of one token: int8 [n]; *scale is read, or, if `share` > 0, made: share * largest entry. Returns the codes' sum.
   int32_t (*encode)(const void* x, Type, int64_t n, int bits, float share, float* scale, int8_t* codes);
   const Pieces* pieces;
+  // Products of input codes x int8 [rows, inputs] and weight codes less 2^(b-1), scaled, into out [rows, outputs]: many rows,
+  // one scale a row of the weight, symmetric. Null: there is none.
+  void (*many)(const Linear&, const int8_t* x, const float* scale, bool one_scale, Type, int64_t rows, void* out, int threads);
 };
 
 // Small steps of a decoder layer beside its linears (pieces.h), for one token each. `T` stands for `type`.
@@ -87,6 +90,10 @@ extern const Kernels kAvx2;
 #endif
 #ifdef SORDINO_AVX512
 extern const Kernels kAvx512;
+#endif
+#ifdef SORDINO_AMX
+bool allowed_tiles();     // asks the system for the registers
+const Kernels& tiled();  // AVX-512 with them
 #endif
 
 // Calls body(context, i) for 0 <= i < n on up to `threads` threads, the caller's among them; returns when all are done.

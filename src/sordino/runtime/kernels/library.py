@@ -1,7 +1,7 @@
 """The shared library behind the kernels: found, loaded and told which instruction set to use.
 
 Installing Sordino builds it if there is a C++ compiler. Without it, or where ``SORDINO_KERNELS=off`` says so, everything
-runs on torch alone, with the same results and slower. ``SORDINO_KERNELS=portable|avx2|avx512`` forces an instruction set;
+runs on torch alone, with the same results and slower. ``SORDINO_KERNELS=portable|avx2|avx512|amx`` forces an instruction set;
 it is meant for tests and for the hunt for errors.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sordino.errors import InputError
 
-LEVELS = ("portable", "avx2", "avx512")  # in the order of sordino_choose in dispatch.cpp
+LEVELS = ("portable", "avx2", "avx512", "amx")  # in the order of sordino_choose in dispatch.cpp
 VARIABLE = "SORDINO_KERNELS"
 _NAME = "sordino_kernels.so"
 
@@ -29,6 +29,7 @@ _SIGNATURES = {
     "sordino_rescale": (_P, _P, _I64, _I64, _I64, _P, _I32, _P, _I32, _I32),
     "sordino_values": (_P, _I64, _I64, _I32, _P, _I32),
     "sordino_centred": (_P, _I64, _I64, _P, _I32),
+    "sordino_many": (_P, _P, _I64, _P, _I32, _P, _I32, _I32),
     "sordino_turn": (_P, _P, _P, _I32, _I64, _I32),
     "sordino_store": (_P, _P, _P, _I32, _I64, _I64, _I64, _I64, _P, _I64, _I64, _I32),
     "sordino_load": (_P, _P, _I64, _I64, _I64, _I64, _I64, _I32, _P, _I32),

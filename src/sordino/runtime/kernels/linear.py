@@ -143,12 +143,18 @@ def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, sc
         )  # fmt: skip
         return out
     codes, scales = _Last.encode(library, x, rows, bits, share, scale)
+    fixed = int(scale is not None)
+    done = library.sordino_many(
+        weight.address, codes.data_ptr(), rows, scales.data_ptr(), fixed, out.data_ptr(), kind, threads
+    )  # fmt: skip
+    if done == 0:
+        return out
     for begin, end in tiles(weight.weight.outputs, weight.weight.inputs):
         tile = torch.empty((end - begin, weight.weight.inputs), dtype=torch.int8)
         library.sordino_centred(weight.address, begin, end, tile.data_ptr(), threads)
         sums = torch._int_mm(codes, tile.T)
         library.sordino_rescale(
-            weight.address, sums.data_ptr(), rows, begin, end, scales.data_ptr(), int(scale is not None),
+            weight.address, sums.data_ptr(), rows, begin, end, scales.data_ptr(), fixed,
             out.data_ptr(), kind, threads,
         )  # fmt: skip
     return out

@@ -101,6 +101,6 @@ void centred(const Linear& w, int64_t o, int8_t* out) {
 
 namespace sordino {
 
-const Kernels kPortable = {"portable", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces};
+const Kernels kPortable = {"portable", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces, nullptr};
 
 }  // namespace sordino

@@ -1,0 +1,150 @@
+// Integer products of many rows by matrix tiles (AMX: Sapphire Rapids and later), everything else as with AVX-512.
+//
+// A tile is 16 rows of 64 bytes. One instruction adds the products of 16 rows of input codes and 16 rows of a weight, 64 inputs
+// long, to 16 x 16 sums. Weight codes are unpacked and laid out for it once for all rows of the input, 32 outputs at a time, and
+// sums are scaled as soon as they are complete.
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "products.h"
+
+namespace sordino {
+namespace {
+
+constexpr int kTile = 16, kWide = 2 * kTile;
+
+struct alignas(64) Config {
+  uint8_t palette = 1, start = 0, unused[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// What tile instructions read and write is not told to every compiler: memory is as it should be from here on.
+void written(const void* what) { __asm__ volatile("" : : "r"(what) : "memory"); }
+
+// Outputs o … o + 31 (those that are there) as tiles: for every 64 inputs two tiles [16 quads of inputs, 16 outputs, 4]; `plain` has room
+// for 16 rows of codes.
+void lay_out(const Linear& w, int64_t o, int8_t* to, int8_t* plain) {
+  const int64_t steps = padded(w.inputs) / kBlock, stride = padded(w.inputs);
+  for (int half = 0; half < 2; ++half) {
+    for (int r = 0; r < kTile; ++r) {
+      int8_t* row = plain + r * stride;
+      const int64_t at = o + half * kTile + r, used = at < w.outputs ? w.inputs : 0;
+      if (used > 0) kAvx512.centred(w, at, row);
+      std::memset(row + used, 0, static_cast<size_t>(stride - used));
+    }
+    const __m512i rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                            _mm512_set1_epi32(static_cast<int>(stride)));
+    for (int64_t s = 0; s < steps; ++s) {
+      for (int quad = 0; quad < kTile; ++quad) {
+        const __m512i column = _mm512_i32gather_epi32(rows, plain + s * kBlock + 4 * quad, 1);
+        _mm512_storeu_si512(to + ((s * 2 + half) * kTile + quad) * 64, column);
+      }
+    }
+  }
+}
+
+struct Scaled {
+  alignas(64) float scale[kWide], bias[kWide];
+  int64_t outputs;
+};
+
+// 16 rows of 32 sums into rows of out [rows, outputs], from output o on.
+void put_rows(const int32_t* sums, const Scaled& w, const float* scale, bool one_scale, int64_t m, int64_t rows, int64_t o,
+              Type type, void* out) {
+  for (int64_t r = 0; r < kTile && m + r < rows; ++r) {
+    const __m512 s = _mm512_set1_ps(scale[one_scale ? 0 : m + r]);
+    for (int half = 0; half < 2; ++half) {
+      const int64_t from = o + half * kTile, left = w.outputs - from;
+      if (left <= 0) break;
+      const __mmask16 some = static_cast<__mmask16>(left >= kTile ? 0xffff : (1u << left) - 1);
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * kWide + half * kTile));
+      __m512 v = _mm512_mul_ps(sum, _mm512_mul_ps(s, _mm512_load_ps(w.scale + half * kTile)));
+      v = _mm512_add_ps(v, _mm512_load_ps(w.bias + half * kTile));
+      const int64_t at = (m + r) * w.outputs + from;
+      if (type == kFloat) _mm512_mask_storeu_ps(static_cast<float*>(out) + at, some, v);
+      else _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + at, some, (__m256i)_mm512_cvtneps_pbh(v));
+    }
+  }
+}
+
+// Codes [rows, inputs] as tiles [blocks of 16 rows, steps of 64 inputs, 16, 64], zero where there are none: rows that lie a power of two
+// apart would fight for the same lines of the cache.
+void cut(const int8_t* x, int64_t rows, int64_t inputs, int8_t* to, int threads) {
+  const int64_t steps = padded(inputs) / kBlock, blocks = (rows + kWide - 1) / kWide * 2;
+  parallel_for(blocks, threads, [&](int64_t b) {
+    for (int64_t r = 0; r < kTile; ++r) {
+      const int64_t m = b * kTile + r;
+      for (int64_t s = 0; s < steps; ++s) {
+        const int64_t left = m < rows ? inputs - s * kBlock : 0;
+        const __mmask64 some = left >= 64 ? ~0ull : (1ull << left) - 1;
+        const __m512i v = _mm512_maskz_loadu_epi8(some, x + m * inputs + s * kBlock);
+        _mm512_storeu_si512(to + ((b * steps + s) * kTile + r) * kBlock, v);
+      }
+    }
+  });
+}
+
+void many(const Linear& w, const int8_t* x, const float* scale, bool one_scale, Type type, int64_t rows, void* out, int threads) {
+  constexpr int64_t kBytes = kTile * kBlock;
+  const int64_t steps = padded(w.inputs) / kBlock, stride = padded(w.inputs);
+  thread_local Scratch all;
+  int8_t* cuts = static_cast<int8_t*>(all.get((rows + kWide) * stride));
+  cut(x, rows, w.inputs, cuts, threads);
+  parallel_for((w.outputs + kWide - 1) / kWide, threads, [&](int64_t piece) {
+    thread_local Scratch memory;
+    int8_t* tiles = static_cast<int8_t*>(memory.get(steps * 2 * kBytes + kTile * stride));
+    const int64_t o = piece * kWide;
+    lay_out(w, o, tiles, tiles + steps * 2 * kBytes);
+    Scaled scaled{{}, {}, w.outputs};
+    for (int64_t i = 0; i < kWide && o + i < w.outputs; ++i) scaled.scale[i] = widen(w.scale[o + i]), scaled.bias[i] = bias_at(w, o + i);
+    const Config config;
+    written(&config);
+    _tile_loadconfig(&config);
+    for (int64_t m = 0; m < rows; m += kWide) {
+      const int8_t *a = cuts + m * stride, *b = tiles;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t s = 0; s < steps; ++s, a += kBytes, b += 2 * kBytes) {
+        _tile_loadd(4, a, kBlock);
+        _tile_loadd(6, b, kBlock);
+        _tile_dpbssd(0, 4, 6);
+        _tile_loadd(7, b + kBytes, kBlock);
+        _tile_dpbssd(1, 4, 7);
+        _tile_loadd(5, a + steps * kBytes, kBlock);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+      }
+      alignas(64) int32_t sums[2][kTile * kWide];
+      _tile_stored(0, sums[0], 4 * kWide);
+      _tile_stored(1, sums[0] + kTile, 4 * kWide);
+      _tile_stored(2, sums[1], 4 * kWide);
+      _tile_stored(3, sums[1] + kTile, 4 * kWide);
+      written(sums);
+      put_rows(sums[0], scaled, scale, one_scale, m, rows, o, type, out);
+      if (m + kTile < rows) put_rows(sums[1], scaled, scale, one_scale, m + kTile, rows, o, type, out);
+    }
+    _tile_release();
+  });
+}
+
+}  // namespace
+
+bool allowed_tiles() {
+  constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, for the whole process
+  return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+}
+
+const Kernels& tiled() {
+  static const Kernels all = [] {
+    Kernels k = kAvx512;
+    k.name = "amx", k.many = many;
+    return k;
+  }();
+  return all;
+}
+
+}  // namespace sordino
