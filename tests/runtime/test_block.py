@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from pathlib import Path
 from types import MethodType
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import sordino
 from sordino.recipe import load_recipe
-from sordino.runtime import kernels
+from sordino.runtime import block, kernels
 from sordino.runtime.block import one_call
 from sordino.runtime.kernels import library
 from tiny import make_tiny
@@ -219,6 +220,26 @@ def test_moved_and_copied_models(tmp_path: Path, calls: list[int]) -> None:
     changed = decoded(other, True)[0]
     assert len(calls) == 3 * NEW
     assert not torch.equal(changed, first) and float(apart(changed, decoded(other, False)[0]).max()) <= 1e-5
+
+
+@pytest.mark.parametrize("recipe", ["d2quant-w3", "atom-w4a4"])
+def test_formats_without_a_kernel_are_looked_at_once_a_text(
+    recipe: str, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantized(tmp_path, recipe, [])
+    looks: list[int] = []
+    monkeypatch.setattr(block, "_begin", lambda *given, begin=block._begin: looks.append(1) or begin(*given))
+    ours = decoded(model, True)[0]
+    assert torch.equal(ours, decoded(model, False)[0]) and not calls and len(looks) == 1
+
+
+def test_texts_side_by_side(tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES["3-bit cache"])
+    alone = [decoded(model, True, seed=i)[0] for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda i: decoded(model, True, seed=i)[0], range(4)))
+    assert len(calls) == 8 * NEW
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_hidden_states_and_attentions_are_transformers_own(tmp_path: Path, calls: list[int]) -> None:

@@ -64,7 +64,7 @@ def decode_in_one_call(decoder: Any) -> None:
 
     @wraps(plain)  # others look at its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = None if args else _step(self, **kwargs)
+        out = None if args or torch.compiler.is_compiling() else _step(self, **kwargs)
         return plain(self, *args, **kwargs) if out is None else out
 
     if all(type(layer).__name__ in FAMILIES for layer in decoder.layers):
@@ -89,21 +89,19 @@ def _step(
         return None
     if type(cache) is not DynamicCache or not cache.layers or use_cache is False or decoder.training:
         return None
-    if config.output_hidden_states or config.output_attentions or any(others[k] for k in others if k != "return_dict"):
+    asked = any(v is not None and v is not False for k, v in others.items() if k != "return_dict")
+    if asked or config.output_hidden_states or config.output_attentions:
         return None
     if others.get("return_dict") is False or not _all_seen(attention_mask):
         return None
-    first: Any = cache.layers[0]
-    if not isinstance(first, RoomyLayer) or first.checked is None or first.checked is not decoder.__dict__.get("_one_call"):
-        if not _begin(decoder, cache):
-            return None
-        first = cache.layers[0]
-    known: Known = first.checked
+    known = _looked_at(decoder, cache)
+    if known is None:
+        return None
     held = known.find(cache, ids.shape[0])
     if held is None:
         return None
     x = decoder.embed_tokens(ids)
-    places = torch.tensor([[first.length]]) if position_ids is None else position_ids
+    places = torch.tensor([[held[0].length]]) if position_ids is None else position_ids
     cos, sin = decoder.rotary_emb(x, position_ids=places)
     if not (x.dtype == cos.dtype == known.dtype) or not able(x) or cos.shape[-1] != known.size:
         return None
@@ -124,6 +122,20 @@ def _step(
 def _all_seen(mask: Any) -> bool:
     """Whether a mask hides nothing: there is none, or it is [B, S], of ones."""
     return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()))
+
+
+def _looked_at(decoder: Any, cache: Any) -> Known | None:
+    """What the kernel knows of a decoder, looked at once a text; None if it cannot go on with the text."""
+    known: Known | None = decoder.__dict__.get("_one_call")
+    if known is not None and getattr(cache.layers[0], "checked", None) is known:
+        return known
+    if known is not None and getattr(cache.layers[0], "refused_by", None) is known:
+        return None
+    fits = _begin(decoder, cache)
+    known = decoder.__dict__["_one_call"]
+    if not fits:
+        cache.layers[0].refused_by = known
+    return known if fits else None
 
 
 def _begin(decoder: Any, cache: Any) -> bool:
@@ -170,7 +182,6 @@ class Known:
         same = all((getattr(x.self_attn, "kv_grid", None) is not None) == self.packed for x in layers)
         all_fit = same and len(fit) == len(layers) and plain_or_ours(config._attn_implementation)
         self.blocks = (library.Block * len(layers))(*fit) if all_fit else None
-        self.held = (library.Held * len(layers))()
         self.window: int | None = getattr(config, "sliding_window", None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -194,14 +205,15 @@ class Known:
         length = cache.get_seq_length()
         if self.window is not None and length >= self.window:
             return None
-        for held, layer in zip(self.held, cache.layers, strict=True):
+        found = (library.Held * len(cache.layers))()
+        for held, layer in zip(found, cache.layers, strict=True):
             if getattr(layer, "checked", None) is not self:
                 return None
             keys, values = layer.make_room(1)
             if layer.length != length or keys.shape[0] != texts:
                 return None
             held.keys, held.values, held.length, held.room = keys.data_ptr(), values.data_ptr(), length, keys.shape[2]
-        return self.held
+        return found
 
 
 def _nothing() -> None:

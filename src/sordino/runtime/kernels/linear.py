@@ -91,30 +91,30 @@ def product(weight: Packed | None, x: Tensor) -> Tensor | None:
 class _Last:
     """Codes of the tensor rounded last: the linears of a site get the same one, one after another."""
 
-    of: weakref.ref[Tensor] | None = None
-    key: tuple[Any, ...] = ()
-    made: tuple[Tensor, Tensor] | None = None
+    # Tensor, what its codes depend on, and they: replaced as a whole, since threads may share this.
+    kept: tuple[weakref.ref[Tensor], tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def encode(cls, library: Any, x: Tensor, rows: int, bits: int, share: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes int8 [rows, I] and scales fp32 [rows] (static: [1]) of x, contiguous."""
         # A tensor of inference mode does not say whether it was written to.
         key = () if x.is_inference() else (x._version, x.data_ptr(), rows, bits, share, None if scale is None else float(scale))
-        if key and cls.made is not None and cls.of is not None and cls.of() is x and cls.key == key:
-            return cls.made
+        kept = cls.kept
+        if key and kept is not None and kept[0]() is x and kept[1] == key:
+            return kept[2]
         codes = torch.empty((rows, x.numel() // rows), dtype=torch.int8)
         scales = torch.empty(rows) if scale is None else scale
         library.sordino_encode(
             x.data_ptr(), TYPES[x.dtype], rows, codes.shape[1], bits, share, scales.data_ptr(), codes.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
-        cls.of, cls.key, cls.made = weakref.ref(x, cls._forget), key, (codes, scales)
-        return cls.made
+        cls.kept = weakref.ref(x, cls._forget), key, (codes, scales)
+        return codes, scales
 
     @classmethod
     def _forget(cls, gone: Any) -> None:
-        if cls.of is gone:
-            cls.of, cls.made = None, None
+        if cls.kept is not None and cls.kept[0] is gone:
+            cls.kept = None
 
 
 def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, scale: Tensor | None) -> Tensor | None:
