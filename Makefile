@@ -58,8 +58,9 @@ sanitize: $(READY)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=halt_on_error=1 \
 	$(BIN)/python -c "import sys, pytest; from sordino.runtime import kernels; kernels.__path__ = ['$(SANITIZED)']; \
-	sys.exit(pytest.main(['tests/runtime/test_kernels.py', 'tests/runtime/test_block.py', '-k', \
-	'product or unpacked or head or overflow or threads or logits or instruction or cropped']))"
+	sys.exit(pytest.main(['tests/runtime/test_kernels.py', 'tests/runtime/test_block.py', \
+	'tests/runtime/test_rows.py', '-k', 'product or unpacked or head or overflow or threads or logits or instruction or cropped or ' \
+	'rotat or packed_rows or side_by_side']))"
 
 fix: $(READY)
 	$(BIN)/ruff check --fix .

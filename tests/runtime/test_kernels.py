@@ -265,7 +265,7 @@ def test_environment_chooses(checkpoint: Path, tmp_path: Path) -> None:
     ]
     assert "torch: the kernels are switched off" in off.out
     assert wrong.code == 2
-    assert wrong.err == "sordino: SORDINO_KERNELS=sse: one of off, portable, avx2, avx512\n"
+    assert wrong.err == "sordino: SORDINO_KERNELS=sse: one of off, portable, avx2, avx512, amx\n"
 
 
 def test_missing_instruction_sets_and_libraries_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
