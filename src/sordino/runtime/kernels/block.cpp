@@ -102,8 +102,8 @@ struct Call {
     const Linear& w = *r.w;
     const int rows = static_cast<int>(s.texts);
     union {
-      float y[512 * kMaxRows];
-      int32_t n[512 * kMaxRows];
+      float y[kMostRows * kMaxRows];
+      int32_t n[kMostRows * kMaxRows];
     } sums;
     if (r.integer) k.integer(w, r.codes, r.stride, rows, begin, end, sums.n);
     else kernels(w).product(w, r.arranged, type, rows, begin, end, sums.y);
@@ -187,7 +187,7 @@ struct Call {
   void merge(const float* parts, int64_t pieces, int64_t stride, char* out) const {
     float largest = parts[0], total = 0;
     for (int64_t p = 1; p < pieces; ++p) largest = parts[p * stride] > largest ? parts[p * stride] : largest;
-    float sums[512] = {};
+    float sums[kMaxSize] = {};
     for (int64_t p = 0; p < pieces; ++p) {
       const float* part = parts + p * stride;
       const float weight = std::exp(part[0] - largest);
@@ -260,7 +260,7 @@ struct Call {
 };
 
 bool takes(const Block& b, const Held& held, const Token& s) {
-  return s.texts >= 1 && s.texts <= kMaxRows && b.heads <= kMaxHeads * b.key_heads && b.size <= 512 && held.length < held.room;
+  return s.texts >= 1 && s.texts <= kMaxRows && b.heads <= kMaxHeads * b.key_heads && b.size <= kMaxSize && held.length < held.room;
 }
 
 }  // namespace

@@ -7,7 +7,8 @@ namespace sordino {
 enum Which { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLinears };
 enum Where { kBefore, kBetween, kOfQuery, kOfKey, kNorms };  // norms: before attention, before the MLP, of heads
 
-constexpr int kMaxHeads = 16;  // query heads that share a key head
+constexpr int kMaxHeads = 16;      // query heads that share a key head
+constexpr int64_t kMaxSize = 512;  // of a head
 
 struct Norm {
   const void* gain;  // [n] of the model's dtype; null: there is none

@@ -54,7 +54,7 @@ const Kernels* available(int level) {
 void integer_product(const Kernels& k, const Linear& w, const int8_t* codes, int64_t stride, const int32_t* sums,
                      const float* scale, Type type, int64_t rows, void* out, int threads) {
   over_outputs(w, threads, [&](int64_t begin, int64_t end) {
-    int32_t y[512 * kMaxRows];
+    int32_t y[kMostRows * kMaxRows];
     for (int64_t m = 0; m < rows; m += kMaxRows) {
       const int some = static_cast<int>(rows - m < kMaxRows ? rows - m : kMaxRows);
       k.integer(w, codes + m * stride, stride, some, begin, end, y);
@@ -97,7 +97,7 @@ SORDINO_API int sordino_product(const Linear* w, const void* x, int type, int64_
     const int some = static_cast<int>(rows - m < kMaxRows ? rows - m : kMaxRows);
     k.arrange(*w, static_cast<const char*>(x) + m * w->inputs * width, static_cast<Type>(type), some, arranged);
     over_outputs(*w, threads, [&](int64_t begin, int64_t end) {
-      float y[512 * kMaxRows];
+      float y[kMostRows * kMaxRows];
       k.product(*w, arranged, static_cast<Type>(type), some, begin, end, y);
       for (int64_t o = begin; o < end; ++o) {
         const float bias = bias_at(*w, o);
@@ -209,15 +209,15 @@ SORDINO_API int sordino_turn(const Turn* turn, const void* x, void* out, int typ
 // Writes x [pairs, tokens, size], rotated first if `turn` has an order.
 SORDINO_API int sordino_store(const Format* f, const Turn* turn, const void* x, int type, int64_t pairs, int64_t key_heads,
                               int64_t tokens, int64_t size, uint8_t* rows, int64_t room, int64_t from, int threads) {
-  if (size > 512) return -1;
+  if (size > kMaxSize) return -1;
   const Kernels& k = *chosen.load();
   const int64_t width = type == kFloat ? 4 : 2, bytes = row_bytes(*f, type, size), step = 64;
   const int64_t pieces = (tokens + step - 1) / step;
   parallel_for(pairs * pieces, threads, [&](int64_t i) {
     const int64_t pair = i / pieces;
     for (int64_t s = i % pieces * step; s < tokens && s < (i % pieces + 1) * step; ++s) {
-      alignas(64) char one[512 * 4];
-      float work[512];
+      alignas(64) char one[kMaxSize * 4];
+      float work[kMaxSize];
       std::memcpy(one, static_cast<const char*>(x) + (pair * tokens + s) * size * width, static_cast<size_t>(size * width));
       if (turn->order != 0) k.pieces->turn(one, *turn, static_cast<Type>(type), work);
       k.pieces->store(one, *f, pair % key_heads, static_cast<Type>(type), size, rows + (pair * room + from + s) * bytes);
@@ -229,7 +229,7 @@ SORDINO_API int sordino_store(const Format* f, const Turn* turn, const void* x, 
 // Reads the first `tokens` of them: out [pairs, tokens, size].
 SORDINO_API int sordino_load(const Format* f, const uint8_t* rows, int64_t room, int64_t pairs, int64_t key_heads,
                              int64_t tokens, int64_t size, int type, void* out, int threads) {
-  if (size > 512) return -1;
+  if (size > kMaxSize) return -1;
   const Kernels& k = *chosen.load();
   const int64_t width = type == kFloat ? 4 : 2, bytes = row_bytes(*f, type, size), step = 64;
   const int64_t pieces = (tokens + step - 1) / step;

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kSide = 16;         // partial sums side by side
 constexpr int64_t kTogether = 64;  // rows of the cache whose scores are made before their values are read
-constexpr int64_t kMaxSize = 512;  // of a head
 
 inline float get(const float* x, int64_t i) { return x[i]; }
 inline float get(const uint16_t* x, int64_t i) { return widen(x[i]); }

@@ -8,6 +8,7 @@ namespace sordino {
 namespace {
 
 constexpr int64_t kPiece = 1 << 15;  // weights that a thread takes at once: some microseconds of work
+constexpr int64_t kMostRows = 512;  // of a weight in such a piece
 
 // Grows, never shrinks; 64-byte aligned. One a thread and purpose.
 struct Scratch {
@@ -33,7 +34,7 @@ struct Scratch {
 // Pieces of rows of the weight: about kPiece weights, a multiple of 8 rows.
 inline int64_t rows_at_once(const Linear& w) {
   const int64_t rows = kPiece / (w.inputs > 0 ? w.inputs : 1) / 8 * 8;
-  return rows < 8 ? 8 : rows > 512 ? 512 : rows;
+  return rows < 8 ? 8 : rows > kMostRows ? kMostRows : rows;
 }
 
 inline float bias_at(const Linear& w, int64_t o) { return w.bias == nullptr ? 0.0f : read(w.bias, static_cast<Type>(w.bias_type), o); }
