@@ -70,8 +70,10 @@ def bench(shape: str, names: list[str], tokens: int, env: dict[str, str], thread
         command = [SORDINO, "bench", "--shape", shape, *given, *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | env)
         result: dict[str, Any] = json.loads(out.read_text())
+    # Names instead of this machine's files; full precision comes behind the checkpoints.
     for name, model in zip(names, result["models"], strict=False):
         model["model"] = name
+    result["model"] = names[0]
     return result
 
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import sordino
+from levels import every_level, needs_kernels
 from sordino.recipe import load_recipe
 from sordino.runtime import block, kernels
 from sordino.runtime.block import one_call
 from sordino.runtime.kernels import library
 from tiny import make_tiny
 
-LEVELS = kernels.available()
-pytestmark = pytest.mark.skipif(not LEVELS, reason="no compiler was there when Sordino was installed")
+pytestmark = needs_kernels
 SMALL: dict[str, Any] = {"windows": 8, "seqlen": 48}
 PROMPT, NEW = 12, 14
 
@@ -110,7 +110,7 @@ def test_every_family(family: str, recipe: str, tmp_path: Path, calls: list[int]
     assert float(apart(ours, decoded(model, False)[0]).median()) <= 1e-5
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@every_level
 @pytest.mark.parametrize("recipe", ["norms with a bias", "static, prefix, R3, R4", "groups of channels"])
 def test_every_instruction_set_and_half_precision(
     recipe: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sordino
+from levels import LEVELS, SEEDS, TYPES, every_level, examples, needs_kernels
 from sordino.errors import InputError
 from sordino.runtime import kernels
 from sordino.runtime.kernels import library
@@ -21,15 +22,10 @@ from sordino.runtime.kernels import linear as native
 from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, pack_linear
 from tiny import Sordino, make_tiny
 
-LEVELS = kernels.available()
-every_level = pytest.mark.parametrize("level", LEVELS)
-pytestmark = pytest.mark.skipif(not LEVELS, reason="no compiler was there when Sordino was installed")
-examples = settings(max_examples=60, deadline=None, derandomize=True)
+pytestmark = needs_kernels
 
 BITS = st.sampled_from([2, 3, 4, 5, 6, 8])
-TYPES = st.sampled_from([torch.float32, torch.bfloat16])
 ROWS = st.integers(1, native.FEW_ROWS)
-SEEDS = st.integers(0, 2**31)
 
 
 @st.composite

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from levels import SEEDS, TYPES, every_level, examples, needs_kernels
 from sordino.numerics.hadamard import rotation
 from sordino.numerics.kv import KvGrid
 from sordino.runtime import kernels
 from sordino.runtime.kernels import rows
 from sordino.runtime.modules import QuantLinear
 
-LEVELS = kernels.available()
-every_level = pytest.mark.parametrize("level", LEVELS)
-pytestmark = pytest.mark.skipif(not LEVELS, reason="no compiler was there when Sordino was installed")
-examples = settings(max_examples=60, deadline=None, derandomize=True)
-TYPES = st.sampled_from([torch.float32, torch.bfloat16])
-SEEDS = st.integers(0, 2**31)
+pytestmark = needs_kernels
 
 
 @every_level

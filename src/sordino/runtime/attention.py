@@ -21,7 +21,7 @@ from sordino.errors import InputError
 from sordino.numerics.hadamard import Rotation, rotation
 from sordino.numerics.kv import KvGrid
 from sordino.runtime.cache import enter
-from sordino.runtime.kernels.rows import turned
+from sordino.runtime.kernels.rows import rotate
 from sordino.runtime.prefix import KEY, check_rotary, give_prefix, join
 
 NAME = "sordino"
@@ -61,18 +61,13 @@ def treat(
     grid: KvGrid | None = getattr(module, "kv_grid", None)
     packed = grid is not None and getattr(module, "packed_cache", False)
     if turn is not None:
-        query = _turned(turn, query)
-        key = key if packed else _turned(turn, key)
+        query = rotate(turn, query)
+        key = key if packed else rotate(turn, key)
     if grid is not None and not packed:
         trained = getattr(module, "trained_scales", {})
         shares = [trained[n]() if n in trained else module.get_buffer(n) for n in (KEY_SCALE, VALUE_SCALE)]
         key, value = grid.fake(key, shares[0]), grid.fake(value, shares[1])
     return query, *join(module, key, value, mask)
-
-
-def _turned(turn: Rotation, x: Tensor) -> Tensor:
-    out = turned(turn, x)
-    return turn.apply(x) if out is None else out
 
 
 def attend(

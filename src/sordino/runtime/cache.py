@@ -137,7 +137,7 @@ class PackedLayer(RoomyLayer):
         ):
             self.length += more
             return
-        turned = keys if self.turn is None else self.turn.apply(keys)
+        turned = keys if self.turn is None else rows.rotate(self.turn, keys)
         self.put(self.grid.pack(turned, key_scale), self.grid.pack(values, value_scale))
 
     def _unpacked(self, which: int, like: Tensor) -> Tensor:

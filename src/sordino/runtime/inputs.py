@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sordino.numerics.hadamard import rotation
 from sordino.numerics.inputs import fake_encode, token_scale
 from sordino.numerics.kept import round_with_kept
-from sordino.runtime.kernels.rows import turned as turned_rows
+from sordino.runtime.kernels.rows import rotate
 from sordino.runtime.modules import ORDER, SCALE, input_groups
 
 
@@ -26,8 +26,7 @@ class RotateInput:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         """The input [..., C] in the rotated basis."""
-        out = turned_rows(self.rotation, args[0])
-        return (self.rotation.apply(args[0]) if out is None else out,)
+        return (rotate(self.rotation, args[0]),)
 
 
 class OrderInput:

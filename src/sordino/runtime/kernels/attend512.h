@@ -40,14 +40,7 @@ struct Reader {
   // Scale and zero point of a row of n entries; 1 and 0 for plain numbers.
   void fixed(const uint8_t* row, int64_t n, float* scale, float* zero) const {
     *scale = 1, *zero = 0;
-    if (s.bits == 0) return;
-    *scale = s.share, *zero = static_cast<float>(1 << (s.bits - 1));
-    if (s.fixed) return;
-    const uint8_t* behind = row + (n * s.bits + 31) / 32 * 4;
-    uint16_t kept;
-    std::memcpy(&kept, behind, 2);
-    *scale = widen(kept);
-    if (!s.symmetric) *zero = static_cast<float>(behind[2]);
+    if (s.bits != 0) unit_of(s, row, n, scale, zero);
   }
 };
 
@@ -118,11 +111,7 @@ template <int H>
 void attend_some(const float* query, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end, float* out) {
   const Reader key(keys), value(values);
   float scores[H][kTogether];
-  for (int h = 0; h < H; ++h) {
-    float* mine = out + h * (n + 2);
-    mine[0] = -INFINITY;
-    for (int64_t k = 1; k < n + 2; ++k) mine[k] = 0;
-  }
+  begin_sums(H, n, out);
   for (int64_t from = begin; from < end; from += kTogether) {
     const int64_t some = end - from < kTogether ? end - from : kTogether;
     scores_of<H>(query, n, key, from, some, scores);
@@ -146,7 +135,11 @@ void attend512(const float* query, int heads, int64_t n, const Span& keys, const
   }
 }
 
-const Pieces kPieces512 = {any_norm, any_rope, any_turn, any_glu, any_add, any_store, any_load, any_rescale, attend512};
+constexpr Pieces kPieces512 = [] {
+  Pieces pieces = kPieces;
+  pieces.attend = attend512;
+  return pieces;
+}();
 
 }  // namespace
 }  // namespace sordino

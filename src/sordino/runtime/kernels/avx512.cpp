@@ -16,10 +16,7 @@ namespace sordino {
 namespace {
 
 constexpr int kHalf = kBlock / 2;  // bf16 numbers in a register
-#ifndef AHEAD
-#define AHEAD 4096
-#endif
-constexpr int kAhead = AHEAD;       // bytes: the processor's own prefetching ends at every page
+constexpr int kAhead = 4096;       // bytes: the processor's own prefetching ends at every page
 
 bool fits(const Linear& w) { return w.group % 8 == 0 || w.group == w.inputs; }
 

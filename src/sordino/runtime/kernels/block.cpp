@@ -11,8 +11,6 @@ namespace {
 
 constexpr int64_t kChunk = 256;  // rows of a cache that one piece of attention looks at
 
-int64_t width(int type) { return type == kFloat ? 4 : 2; }
-
 // Memory of one call, handed out piece by piece; a first pass without memory adds up what is needed.
 struct Arena {
   char* data;
@@ -110,13 +108,7 @@ struct Call {
     for (int64_t o = begin; o < end; ++o) {
       for (int m = 0; m < rows; ++m) {
         const int64_t at = (o - begin) * rows + m;
-        float value = sums.y[at];
-        if (r.integer) {
-          value = static_cast<float>(sums.n[at] - w.middle() * r.sums[m]) * (r.scale[m] * widen(w.scale[o]));
-          if (w.bias != nullptr) value += bias_at(w, o);
-        } else {
-          value += bias_at(w, o);
-        }
+        const float value = r.integer ? scaled(w, o, sums.n[at] - w.middle() * r.sums[m], r.scale[m]) : sums.y[at] + bias_at(w, o);
         write(out, type, m * w.outputs + o, value);
       }
     }
@@ -137,8 +129,8 @@ struct Call {
     });
   }
 
-  void norm(Where where, const char* x, int64_t n, int64_t rows, char* out) const {
-    for (int64_t m = 0; m < rows; ++m) k.pieces->norm(x + m * n * wide, b.norm[where], type, n, out + m * n * wide);
+  void norm(Where where, const char* x, int64_t n, char* out) const {
+    for (int64_t m = 0; m < s.texts; ++m) k.pieces->norm(x + m * n * wide, b.norm[where], type, n, out + m * n * wide);
   }
 
   // Norm, rotary embedding and R3 of all heads of one token, in place.
@@ -153,8 +145,8 @@ struct Call {
     }
   }
 
-  Span span(const Format& f, const uint8_t* data, int64_t head) const {
-    return {data, row_bytes(f, type, b.size), f.bits, type, f.symmetric, f.fixed, f.bits == 0 ? 0 : f.of(head)};
+  Span span(const Format& f, const void* data, int64_t head) const {
+    return span_of(f, static_cast<const uint8_t*>(data), head, type, b.size);
   }
 
   // Attention over the prefix and length + 1 rows of the cache, pieces of it side by side, then put together.
@@ -169,8 +161,8 @@ struct Call {
       const int heads = static_cast<int>(group);
       if (b.prefix > 0 && piece == 0) {
         const int64_t at = head * b.prefix * b.size * wide;
-        const Span keys = span(plain, static_cast<const uint8_t*>(b.prefix_key) + at, head);
-        const Span values = span(plain, static_cast<const uint8_t*>(b.prefix_value) + at, head);
+        const Span keys = span(plain, static_cast<const char*>(b.prefix_key) + at, head);
+        const Span values = span(plain, static_cast<const char*>(b.prefix_value) + at, head);
         return k.pieces->attend(q, heads, b.size, keys, values, 0, b.prefix, parts + i * one);
       }
       const int64_t begin = (piece - (b.prefix > 0)) * kChunk, end = begin + kChunk < rows ? begin + kChunk : rows;
@@ -223,7 +215,7 @@ struct Call {
     if (arena.data == nullptr) return;
 
     const char* x = static_cast<const char*>(s.x);
-    norm(kBefore, x, hidden, s.texts, normed);
+    norm(kBefore, x, hidden, normed);
     for (int i = kQuery; i <= kValue; ++i) prepare(ready[i], normed);
     Ready* first[] = {&ready[kQuery], &ready[kKey], &ready[kValue]};
     char* outs[] = {query, key, value};
@@ -239,7 +231,7 @@ struct Call {
     over_outputs(linear(kOutput), s.threads, [&](int64_t begin, int64_t end) { multiply(ready[kOutput], begin, end, added); });
     k.pieces->add(x, added, type, s.texts * hidden, stream);
 
-    norm(kBetween, stream, hidden, s.texts, normed);
+    norm(kBetween, stream, hidden, normed);
     prepare(ready[kGate], normed);
     prepare(ready[kUp], normed);
     over_outputs(linear(kGate), s.threads, [&](int64_t begin, int64_t end) {

@@ -36,8 +36,6 @@ struct Format {
   const void* share;  // [key heads] of share_type: static scales, or shares of extremes
   int32_t bits;       // 0: as numbers of the model's dtype
   int32_t symmetric, fixed, share_type;
-
-  float of(int64_t head) const { return read(share, static_cast<Type>(share_type), head); }
 };
 
 struct Block {
@@ -61,10 +59,21 @@ struct Span {
   float share;  // the scale, if fixed
 };
 
-inline int64_t row_bytes(const Format& f, int type, int64_t n) {
-  if (f.bits == 0) return n * (type == kFloat ? 4 : 2);
-  return (n * f.bits + 31) / 32 * 4 + (f.fixed ? 0 : 2 + (f.symmetric ? 0 : 1));
+namespace {
+
+inline float share_of(const Format& f, int64_t head) { return read(f.share, static_cast<Type>(f.share_type), head); }
+
+inline int64_t row_bytes(const Format& f, int32_t type, int64_t n) {
+  if (f.bits == 0) return n * width(type);
+  return code_bytes(n, f.bits) + (f.fixed ? 0 : 2 + (f.symmetric ? 0 : 1));
 }
+
+// The rows of key head `head` that begin at `data`.
+inline Span span_of(const Format& f, const uint8_t* data, int64_t head, int32_t type, int64_t n) {
+  return {data, row_bytes(f, type, n), f.bits, type, f.symmetric, f.fixed, f.bits == 0 ? 0 : share_of(f, head)};
+}
+
+}  // namespace
 
 // Where one layer's cache is: [texts, key heads, room, row_bytes] each, `length` rows of every text filled.
 struct Held {

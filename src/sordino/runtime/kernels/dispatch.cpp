@@ -50,7 +50,7 @@ const Kernels* available(int level) {
   return nullptr;
 }
 
-// Integer products of codes int8 [rows, stride] whose sums are `sums`, scaled: the operations of QuantLinear._multiply.
+// Integer products of codes int8 [rows, stride] whose sums are `sums`, scaled.
 void integer_product(const Kernels& k, const Linear& w, const int8_t* codes, int64_t stride, const int32_t* sums,
                      const float* scale, Type type, int64_t rows, void* out, int threads) {
   over_outputs(w, threads, [&](int64_t begin, int64_t end) {
@@ -61,9 +61,7 @@ void integer_product(const Kernels& k, const Linear& w, const int8_t* codes, int
       for (int64_t o = begin; o < end; ++o) {
         for (int j = 0; j < some; ++j) {
           const int32_t sum = y[(o - begin) * some + j] - w.middle() * sums[m + j];
-          float value = static_cast<float>(sum) * (scale[m + j] * widen(w.scale[o]));
-          if (w.bias != nullptr) value += bias_at(w, o);
-          write(out, type, (m + j) * w.outputs + o, value);
+          write(out, type, (m + j) * w.outputs + o, scaled(w, o, sum, scale[m + j]));
         }
       }
     }
@@ -92,10 +90,10 @@ SORDINO_API int sordino_product(const Linear* w, const void* x, int type, int64_
   const int64_t all = rows < kMaxRows ? rows : kMaxRows;
   char* data = static_cast<char*>(memory.get(all * (stride + w->groups() * 4)));
   const Arranged arranged{data, reinterpret_cast<float*>(data + all * stride), stride};
-  const int64_t width = type == kFloat ? 4 : 2;
+  const int64_t wide = width(type);
   for (int64_t m = 0; m < rows; m += kMaxRows) {
     const int some = static_cast<int>(rows - m < kMaxRows ? rows - m : kMaxRows);
-    k.arrange(*w, static_cast<const char*>(x) + m * w->inputs * width, static_cast<Type>(type), some, arranged);
+    k.arrange(*w, static_cast<const char*>(x) + m * w->inputs * wide, static_cast<Type>(type), some, arranged);
     over_outputs(*w, threads, [&](int64_t begin, int64_t end) {
       float y[kMostRows * kMaxRows];
       k.product(*w, arranged, static_cast<Type>(type), some, begin, end, y);
@@ -116,14 +114,14 @@ SORDINO_API int sordino_rounded_product(const Linear* w, const void* x, int type
                                         const float* fixed, void* out, int threads) {
   const Kernels& k = *chosen.load();
   thread_local Scratch memory;
-  const int64_t stride = padded(w->inputs), width = type == kFloat ? 4 : 2;
+  const int64_t stride = padded(w->inputs), wide = width(type);
   char* data = static_cast<char*>(memory.get(rows * (stride + 8)));
   int8_t* codes = reinterpret_cast<int8_t*>(data);
   float* scale = reinterpret_cast<float*>(data + rows * stride);
   int32_t* sums = reinterpret_cast<int32_t*>(scale + rows);
   for (int64_t m = 0; m < rows; ++m) {
     if (fixed != nullptr) scale[m] = *fixed;
-    const void* row = static_cast<const char*>(x) + m * w->inputs * width;
+    const void* row = static_cast<const char*>(x) + m * w->inputs * wide;
     int8_t* to = codes + m * stride;
     sums[m] = k.encode(row, static_cast<Type>(type), w->inputs, bits, fixed != nullptr ? 0.0f : share, scale + m, to);
     std::memset(to + w->inputs, 0, static_cast<size_t>(stride - w->inputs));
@@ -136,10 +134,10 @@ SORDINO_API int sordino_rounded_product(const Linear* w, const void* x, int type
 SORDINO_API int sordino_encode(const void* x, int type, int64_t rows, int64_t n, int bits, float share, float* scale,
                                int8_t* codes, int threads) {
   const Kernels& k = *chosen.load();
-  const int64_t width = type == kFloat ? 4 : 2, step = 8;
+  const int64_t wide = width(type), step = 8;
   parallel_for((rows + step - 1) / step, threads, [&](int64_t i) {
     for (int64_t m = i * step; m < rows && m < (i + 1) * step; ++m) {
-      const void* row = static_cast<const char*>(x) + m * n * width;
+      const void* row = static_cast<const char*>(x) + m * n * wide;
       k.encode(row, static_cast<Type>(type), n, bits, share, share > 0 ? scale + m : scale, codes + m * n);
     }
   });
@@ -150,10 +148,10 @@ SORDINO_API int sordino_encode(const void* x, int type, int64_t rows, int64_t n,
 SORDINO_API int sordino_rescale(const Linear* w, const int32_t* sums, int64_t rows, int64_t begin, int64_t end,
                                 const float* scale, int one_scale, void* out, int type, int threads) {
   const Kernels& k = *chosen.load();
-  const int64_t width = type == kFloat ? 4 : 2, step = 8;
+  const int64_t wide = width(type), step = 8;
   parallel_for((rows + step - 1) / step, threads, [&](int64_t i) {
     for (int64_t m = i * step; m < rows && m < (i + 1) * step; ++m) {
-      char* to = static_cast<char*>(out) + (m * w->outputs + begin) * width;
+      char* to = static_cast<char*>(out) + (m * w->outputs + begin) * wide;
       k.pieces->rescale(sums + m * (end - begin), *w, begin, end - begin, scale[one_scale ? 0 : m], static_cast<Type>(type), to);
     }
   });
@@ -163,10 +161,10 @@ SORDINO_API int sordino_rescale(const Linear* w, const int32_t* sums, int64_t ro
 // Weights of rows begin … end: fp32 or bf16 [end - begin, inputs], rounded once.
 SORDINO_API int sordino_values(const Linear* w, int64_t begin, int64_t end, int type, void* out, int threads) {
   const Kernels& k = *chosen.load();
-  const int64_t step = rows_at_once(*w), width = type == kFloat ? 4 : 2;
+  const int64_t step = rows_at_once(*w), wide = width(type);
   parallel_for((end - begin + step - 1) / step, threads, [&](int64_t i) {
     for (int64_t o = begin + i * step; o < end && o < begin + (i + 1) * step; ++o) {
-      k.values(*w, o, static_cast<Type>(type), static_cast<char*>(out) + (o - begin) * w->inputs * width);
+      k.values(*w, o, static_cast<Type>(type), static_cast<char*>(out) + (o - begin) * w->inputs * wide);
     }
   });
   return 0;
@@ -191,7 +189,7 @@ SORDINO_API int sordino_decode(const Block* blocks, const Held* held, int n, con
 // Rotates rows [rows, order << power]: out may be x.
 SORDINO_API int sordino_turn(const Turn* turn, const void* x, void* out, int type, int64_t rows, int threads) {
   const Kernels& k = *chosen.load();
-  const int64_t n = turn->order << turn->power, bytes = n * (type == kFloat ? 4 : 2), step = 8;
+  const int64_t n = turn->order << turn->power, bytes = n * width(type), step = 8;
   parallel_for((rows + step - 1) / step, threads, [&](int64_t i) {
     thread_local Scratch memory;
     float* work = static_cast<float*>(memory.get(n * 4));
@@ -211,14 +209,14 @@ SORDINO_API int sordino_store(const Format* f, const Turn* turn, const void* x, 
                               int64_t tokens, int64_t size, uint8_t* rows, int64_t room, int64_t from, int threads) {
   if (size > kMaxSize) return -1;
   const Kernels& k = *chosen.load();
-  const int64_t width = type == kFloat ? 4 : 2, bytes = row_bytes(*f, type, size), step = 64;
+  const int64_t wide = width(type), bytes = row_bytes(*f, type, size), step = 64;
   const int64_t pieces = (tokens + step - 1) / step;
   parallel_for(pairs * pieces, threads, [&](int64_t i) {
     const int64_t pair = i / pieces;
     for (int64_t s = i % pieces * step; s < tokens && s < (i % pieces + 1) * step; ++s) {
       alignas(64) char one[kMaxSize * 4];
       float work[kMaxSize];
-      std::memcpy(one, static_cast<const char*>(x) + (pair * tokens + s) * size * width, static_cast<size_t>(size * width));
+      std::memcpy(one, static_cast<const char*>(x) + (pair * tokens + s) * size * wide, static_cast<size_t>(size * wide));
       if (turn->order != 0) k.pieces->turn(one, *turn, static_cast<Type>(type), work);
       k.pieces->store(one, *f, pair % key_heads, static_cast<Type>(type), size, rows + (pair * room + from + s) * bytes);
     }
@@ -231,13 +229,13 @@ SORDINO_API int sordino_load(const Format* f, const uint8_t* rows, int64_t room,
                              int64_t tokens, int64_t size, int type, void* out, int threads) {
   if (size > kMaxSize) return -1;
   const Kernels& k = *chosen.load();
-  const int64_t width = type == kFloat ? 4 : 2, bytes = row_bytes(*f, type, size), step = 64;
+  const int64_t wide = width(type), bytes = row_bytes(*f, type, size), step = 64;
   const int64_t pieces = (tokens + step - 1) / step;
   parallel_for(pairs * pieces, threads, [&](int64_t i) {
     const int64_t pair = i / pieces, head = pair % key_heads;
-    const Span span{rows + pair * room * bytes, bytes, f->bits, type, f->symmetric, f->fixed, f->of(head)};
+    const Span span = span_of(*f, rows + pair * room * bytes, head, type, size);
     for (int64_t s = i % pieces * step; s < tokens && s < (i % pieces + 1) * step; ++s) {
-      k.pieces->load(span, s, size, static_cast<Type>(type), static_cast<char*>(out) + (pair * tokens + s) * size * width);
+      k.pieces->load(span, s, size, static_cast<Type>(type), static_cast<char*>(out) + (pair * tokens + s) * size * wide);
     }
   });
   return 0;

@@ -28,6 +28,7 @@ struct Linear {
 };
 
 constexpr int kMaxRows = 4;      // of activations that one pass over the weights serves
+constexpr int kLanes = 16;       // partial sums side by side, so that a compiler may use vectors without reordering a sum
 constexpr int64_t kBlock = 64;   // inputs that a vector unit handles at once; activations are padded to it
 
 inline int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
@@ -37,30 +38,6 @@ struct Arranged {
   void* values;    // for M rows, `stride` bytes each, 64-byte aligned; padding is zero
   float* sums;     // [M, G]: of every group's activations
   int64_t stride;  // bytes
-};
-
-struct Pieces;
-
-struct Kernels {
-  const char* name;
-  int64_t bytes_per_input;  // of an arranged activation; times padded groups it is Arranged::stride
-  // Whether product and integer can take a weight's groups (portable takes all).
-  bool (*fits)(const Linear&);
-  void (*arrange)(const Linear&, const void* x, Type, int64_t rows, const Arranged&);
-  // y[(o - begin) * rows + m] = sum_i x[m, i] w[o, i], for begin <= o < end and rows <= kMaxRows.
-  void (*product)(const Linear&, const Arranged&, Type, int rows, int64_t begin, int64_t end, float* y);
-  // The same of input codes int8 [rows, stride] and weight codes as stored (unsigned), exact.
-  void (*integer)(const Linear&, const int8_t* x, int64_t stride, int rows, int64_t begin, int64_t end, int32_t* y);
-  // Row o's weights: fp32 or bf16 [I], rounded once.
-  void (*values)(const Linear&, int64_t o, Type, void* out);
-  // Row o's codes less 2^(b-1): int8 [I].
-  void (*centred)(const Linear&, int64_t o, int8_t* out);
-  // Codes of one token: int8 [n]; *scale is read, or, if `share` > 0, made: share * largest entry. Returns the codes' sum.
-  int32_t (*encode)(const void* x, Type, int64_t n, int bits, float share, float* scale, int8_t* codes);
-  const Pieces* pieces;
-  // Products of input codes x int8 [rows, inputs] and weight codes less 2^(b-1), scaled, into out [rows, outputs]: many rows,
-  // one scale a row of the weight, symmetric. Null: there is none.
-  void (*many)(const Linear&, const int8_t* x, const float* scale, bool one_scale, Type, int64_t rows, void* out, int threads);
 };
 
 // Small steps of a decoder layer beside its linears (pieces.h), for one token each. `T` stands for `type`.
@@ -82,6 +59,28 @@ struct Pieces {
   // largest score, the sum of exp(score - largest), and the sum of exp(score - largest) times values.
   void (*attend)(const float* query, int heads, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
                  float* out);
+};
+
+struct Kernels {
+  const char* name;
+  int64_t bytes_per_input;  // of an arranged activation; times padded groups it is Arranged::stride
+  // Whether product and integer can take a weight's groups (portable takes all).
+  bool (*fits)(const Linear&);
+  void (*arrange)(const Linear&, const void* x, Type, int64_t rows, const Arranged&);
+  // y[(o - begin) * rows + m] = sum_i x[m, i] w[o, i], for begin <= o < end and rows <= kMaxRows.
+  void (*product)(const Linear&, const Arranged&, Type, int rows, int64_t begin, int64_t end, float* y);
+  // The same of input codes int8 [rows, stride] and weight codes as stored (unsigned), exact.
+  void (*integer)(const Linear&, const int8_t* x, int64_t stride, int rows, int64_t begin, int64_t end, int32_t* y);
+  // Row o's weights: fp32 or bf16 [I], rounded once.
+  void (*values)(const Linear&, int64_t o, Type, void* out);
+  // Row o's codes less 2^(b-1): int8 [I].
+  void (*centred)(const Linear&, int64_t o, int8_t* out);
+  // Codes of one token: int8 [n]; *scale is read, or, if `share` > 0, made: share * largest entry. Returns the codes' sum.
+  int32_t (*encode)(const void* x, Type, int64_t n, int bits, float share, float* scale, int8_t* codes);
+  const Pieces* pieces;
+  // Products of input codes x int8 [rows, inputs] and weight codes less 2^(b-1), scaled, into out [rows, outputs]: many rows,
+  // one scale a row of the weight, symmetric. Null: there is none.
+  void (*many)(const Linear&, const int8_t* x, const float* scale, bool one_scale, Type, int64_t rows, void* out, int threads);
 };
 
 extern const Kernels kPortable;
@@ -120,6 +119,12 @@ inline uint16_t narrow(float f) {  // to nearest, ties to even; NaN stays NaN
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
+inline int64_t width(int32_t type) { return type == kFloat ? 4 : 2; }  // bytes of a number
+
+inline int64_t code_bytes(int64_t n, int bits) { return (n * bits + 31) / 32 * 4; }  // of n codes, padded to 32-bit words
+
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to nearest even, and leaves the integer in the low bits
+
 inline float read(const void* x, Type type, int64_t i) {
   return type == kFloat ? static_cast<const float*>(x)[i] : widen(static_cast<const uint16_t*>(x)[i]);
 }
@@ -148,7 +153,6 @@ inline int zero_at(const Linear& w, int64_t o, int64_t group) {
 // Shared by all instruction sets: plain loops that each unit's compiler vectorizes. The operations and their order are
 // those of numerics/inputs.py, so that codes are bit-equal to torch's.
 inline int32_t encode_token(const void* x, Type type, int64_t n, int bits, float share, float* scale, int8_t* codes) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to nearest even
   const float high = static_cast<float>((1 << (bits - 1)) - 1), low = -high - 1;
   const float* wide = static_cast<const float*>(x);
   const uint16_t* half = static_cast<const uint16_t*>(x);

@@ -108,7 +108,8 @@ class _Last:
             x.data_ptr(), TYPES[x.dtype], rows, codes.shape[1], bits, share, scales.data_ptr(), codes.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
-        cls.kept = weakref.ref(x, cls._forget), key, (codes, scales)
+        if key:
+            cls.kept = weakref.ref(x, cls._forget), key, (codes, scales)
         return codes, scales
 
     @classmethod
@@ -143,9 +144,9 @@ def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, sc
         )  # fmt: skip
         return out
     codes, scales = _Last.encode(library, x, rows, bits, share, scale)
-    fixed = int(scale is not None)
+    one_scale = int(scale is not None)
     done = library.sordino_many(
-        weight.address, codes.data_ptr(), rows, scales.data_ptr(), fixed, out.data_ptr(), kind, threads
+        weight.address, codes.data_ptr(), rows, scales.data_ptr(), one_scale, out.data_ptr(), kind, threads
     )  # fmt: skip
     if done == 0:
         return out
@@ -154,7 +155,7 @@ def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, sc
         library.sordino_centred(weight.address, begin, end, tile.data_ptr(), threads)
         sums = torch._int_mm(codes, tile.T)
         library.sordino_rescale(
-            weight.address, sums.data_ptr(), rows, begin, end, scales.data_ptr(), fixed,
+            weight.address, sums.data_ptr(), rows, begin, end, scales.data_ptr(), one_scale,
             out.data_ptr(), kind, threads,
         )  # fmt: skip
     return out

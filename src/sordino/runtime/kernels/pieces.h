@@ -9,7 +9,6 @@
 namespace sordino {
 namespace {
 
-constexpr int kSide = 16;         // partial sums side by side
 constexpr int64_t kTogether = 64;  // rows of the cache whose scores are made before their values are read
 
 inline float get(const float* x, int64_t i) { return x[i]; }
@@ -20,19 +19,19 @@ inline float as(const float*, float v) { return v; }
 inline float as(const uint16_t*, float v) { return widen(narrow(v)); }
 
 inline float sum_of(const float* lanes) {
-  float half[kSide / 2], quarter[kSide / 4];
-  for (int k = 0; k < kSide / 2; ++k) half[k] = lanes[k] + lanes[k + kSide / 2];
-  for (int k = 0; k < kSide / 4; ++k) quarter[k] = half[k] + half[k + kSide / 4];
+  float half[kLanes / 2], quarter[kLanes / 4];
+  for (int k = 0; k < kLanes / 2; ++k) half[k] = lanes[k] + lanes[k + kLanes / 2];
+  for (int k = 0; k < kLanes / 4; ++k) quarter[k] = half[k] + half[k + kLanes / 4];
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
 template <class T>
 void norm_of(const T* x, const Norm& norm, int64_t n, T* out) {
   const T *gain = static_cast<const T*>(norm.gain), *bias = static_cast<const T*>(norm.bias);
-  float lanes[kSide] = {}, rest = 0;
+  float lanes[kLanes] = {}, rest = 0;
   int64_t i = 0;
-  for (; i + kSide <= n; i += kSide)
-    for (int k = 0; k < kSide; ++k) lanes[k] += get(x, i + k) * get(x, i + k);
+  for (; i + kLanes <= n; i += kLanes)
+    for (int k = 0; k < kLanes; ++k) lanes[k] += get(x, i + k) * get(x, i + k);
   for (; i < n; ++i) rest += get(x, i) * get(x, i);
   const float r = 1.0f / std::sqrt((sum_of(lanes) + rest) / static_cast<float>(n) + static_cast<float>(norm.eps));
   for (i = 0; i < n; ++i) put(out, i, get(gain, i) * as(out, get(x, i) * r));
@@ -120,7 +119,6 @@ void turn_of(T* x, const Turn& turn, float* work) {
 
 // exp, to about an ulp; arguments are brought into the range where result and steps are normal numbers.
 inline float exponential(float x) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;
   const float shifted = x * 1.44269504088896341f + kMagic;
@@ -162,8 +160,7 @@ void store_row(const T* x, const Format& f, int64_t head, int64_t n, uint8_t* ro
     std::memcpy(row, x, static_cast<size_t>(n) * sizeof(T));
     return;
   }
-  constexpr float kMagic = 12582912.0f;
-  const float share = f.of(head), half = static_cast<float>(1 << (f.bits - 1)), top = static_cast<float>((1 << f.bits) - 1);
+  const float share = share_of(f, head), half = static_cast<float>(1 << (f.bits - 1)), top = static_cast<float>((1 << f.bits) - 1);
   float scale = share, zero = half, low = 0, high = 0;
   if (!f.fixed) {
     for (int64_t i = 0; i < n; ++i) {
@@ -179,7 +176,7 @@ void store_row(const T* x, const Format& f, int64_t head, int64_t n, uint8_t* ro
       zero = zero < top ? zero : top;
     }
   }
-  const int64_t words = (n * f.bits + 31) / 32 * 4;
+  const int64_t words = code_bytes(n, f.bits);
   std::memset(row, 0, static_cast<size_t>(words));
   for (int64_t i = 0; i < n; i += 8) {
     uint64_t word = 0;
@@ -200,6 +197,17 @@ void store_row(const T* x, const Format& f, int64_t head, int64_t n, uint8_t* ro
   if (!f.symmetric) row[words + 2] = static_cast<uint8_t>(zero);
 }
 
+// Scale and zero point of a row of n codes.
+inline void unit_of(const Span& s, const uint8_t* row, int64_t n, float* scale, float* zero) {
+  *scale = s.share, *zero = static_cast<float>(1 << (s.bits - 1));
+  if (s.fixed) return;
+  const uint8_t* behind = row + code_bytes(n, s.bits);
+  uint16_t kept;
+  std::memcpy(&kept, behind, 2);
+  *scale = widen(kept);
+  if (!s.symmetric) *zero = static_cast<float>(behind[2]);
+}
+
 // A row of a cache as fp32 numbers.
 inline void load_row(const Span& s, int64_t i, int64_t n, float* out, uint8_t* codes) {
   const uint8_t* row = s.data + i * s.stride;
@@ -212,15 +220,9 @@ inline void load_row(const Span& s, int64_t i, int64_t n, float* out, uint8_t* c
     }
     return;
   }
-  const int64_t words = (n * s.bits + 31) / 32 * 4;
-  unpack_row(row, words, s.bits, n, codes);
-  float scale = s.share, zero = static_cast<float>(1 << (s.bits - 1));
-  if (!s.fixed) {
-    uint16_t kept;
-    std::memcpy(&kept, row + words, 2);
-    scale = widen(kept);
-    if (!s.symmetric) zero = static_cast<float>(row[words + 2]);
-  }
+  unpack_row(row, code_bytes(n, s.bits), s.bits, n, codes);
+  float scale, zero;
+  unit_of(s, row, n, &scale, &zero);
   for (int64_t k = 0; k < n; ++k) out[k] = (static_cast<float>(codes[k]) - zero) * scale;
 }
 
@@ -246,27 +248,35 @@ void rescale_to(const int32_t* sums, const Linear& w, int64_t begin, int64_t n, 
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {
-  float lanes[kSide] = {}, rest = 0;
+  float lanes[kLanes] = {}, rest = 0;
   int64_t i = 0;
-  for (; i + kSide <= n; i += kSide)
-    for (int k = 0; k < kSide; ++k) lanes[k] += a[i + k] * b[i + k];
+  for (; i + kLanes <= n; i += kLanes)
+    for (int k = 0; k < kLanes; ++k) lanes[k] += a[i + k] * b[i + k];
   for (; i < n; ++i) rest += a[i] * b[i];
   return sum_of(lanes) + rest;
 }
 
+inline void begin_sums(int heads, int64_t n, float* out) {
+  for (int h = 0; h < heads; ++h) {
+    float* mine = out + h * (n + 2);
+    mine[0] = -INFINITY;
+    for (int64_t k = 1; k < n + 2; ++k) mine[k] = 0;
+  }
+}
+
 // Turns scores [kTogether] into weights, and brings what was summed before to their largest one: [largest, sum, n sums].
 inline void renew(float* scores, int64_t rows, int64_t n, float* mine) {
-  float most[kSide], sums[kSide] = {};
+  float most[kLanes], sums[kLanes] = {};
   for (int64_t i = rows; i < kTogether; ++i) scores[i] = -INFINITY;
-  for (int k = 0; k < kSide; ++k) most[k] = mine[0];
-  for (int64_t i = 0; i < kTogether; i += kSide)
-    for (int k = 0; k < kSide; ++k) most[k] = scores[i + k] > most[k] ? scores[i + k] : most[k];
+  for (int k = 0; k < kLanes; ++k) most[k] = mine[0];
+  for (int64_t i = 0; i < kTogether; i += kLanes)
+    for (int k = 0; k < kLanes; ++k) most[k] = scores[i + k] > most[k] ? scores[i + k] : most[k];
   float largest = most[0];
-  for (int k = 1; k < kSide; ++k) largest = most[k] > largest ? most[k] : largest;
+  for (int k = 1; k < kLanes; ++k) largest = most[k] > largest ? most[k] : largest;
   for (int64_t i = 0; i < kTogether; ++i) scores[i] = exponential(scores[i] - largest);
   for (int64_t i = rows; i < kTogether; ++i) scores[i] = 0;
-  for (int64_t i = 0; i < kTogether; i += kSide)
-    for (int k = 0; k < kSide; ++k) sums[k] += scores[i + k];
+  for (int64_t i = 0; i < kTogether; i += kLanes)
+    for (int k = 0; k < kLanes; ++k) sums[k] += scores[i + k];
   const float before = mine[0] == largest ? 1.0f : exponential(mine[0] - largest);
   mine[0] = largest, mine[1] = mine[1] * before + sum_of(sums);
   if (before != 1.0f)
@@ -278,11 +288,7 @@ void attend_to(const float* query, int heads, int64_t n, const Span& keys, const
   alignas(64) float numbers[kMaxSize];
   alignas(64) uint8_t codes[kMaxSize + kBlock];
   float scores[kMaxHeads][kTogether];
-  for (int h = 0; h < heads; ++h) {
-    float* mine = out + h * (n + 2);
-    mine[0] = -INFINITY, mine[1] = 0;
-    for (int64_t k = 0; k < n; ++k) mine[2 + k] = 0;
-  }
+  begin_sums(heads, n, out);
   for (int64_t from = begin; from < end; from += kTogether) {
     const int64_t some = end - from < kTogether ? end - from : kTogether;
     for (int64_t i = 0; i < some; ++i) {
@@ -302,52 +308,57 @@ void attend_to(const float* query, int heads, int64_t n, const Span& keys, const
 
 // ---- for either dtype ----
 
-#define SORDINO_EITHER(call_float, call_half) \
-  if (type == kFloat) call_float;             \
-  else call_half
-
-using F = float;
-using H = uint16_t;
+template <class Body>
+void either(Type type, Body body) {
+  if (type == kFloat) body(float{});
+  else body(uint16_t{});
+}
 
 void any_norm(const void* x, const Norm& norm, Type type, int64_t n, void* out) {
-  SORDINO_EITHER(norm_of(static_cast<const F*>(x), norm, n, static_cast<F*>(out)),
-                 norm_of(static_cast<const H*>(x), norm, n, static_cast<H*>(out)));
+  either(type, [&](auto t) {
+    using T = decltype(t);
+    norm_of(static_cast<const T*>(x), norm, n, static_cast<T*>(out));
+  });
 }
 
 void any_rope(const void* x, const void* cos, const void* sin, Type type, int64_t n, void* out) {
-  SORDINO_EITHER(
-      rope_of(static_cast<const F*>(x), static_cast<const F*>(cos), static_cast<const F*>(sin), n, static_cast<F*>(out)),
-      rope_of(static_cast<const H*>(x), static_cast<const H*>(cos), static_cast<const H*>(sin), n, static_cast<H*>(out)));
+  either(type, [&](auto t) {
+    using T = decltype(t);
+    rope_of(static_cast<const T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin), n, static_cast<T*>(out));
+  });
 }
 
 void any_turn(void* x, const Turn& turn, Type type, float* work) {
-  SORDINO_EITHER(turn_of(static_cast<F*>(x), turn, work), turn_of(static_cast<H*>(x), turn, work));
+  either(type, [&](auto t) { turn_of(static_cast<decltype(t)*>(x), turn, work); });
 }
 
 void any_glu(const void* gate, const void* up, Type type, int64_t n, void* out) {
-  SORDINO_EITHER(glu_of(static_cast<const F*>(gate), static_cast<const F*>(up), n, static_cast<F*>(out)),
-                 glu_of(static_cast<const H*>(gate), static_cast<const H*>(up), n, static_cast<H*>(out)));
+  either(type, [&](auto t) {
+    using T = decltype(t);
+    glu_of(static_cast<const T*>(gate), static_cast<const T*>(up), n, static_cast<T*>(out));
+  });
 }
 
 void any_add(const void* a, const void* b, Type type, int64_t n, void* out) {
-  SORDINO_EITHER(add_of(static_cast<const F*>(a), static_cast<const F*>(b), n, static_cast<F*>(out)),
-                 add_of(static_cast<const H*>(a), static_cast<const H*>(b), n, static_cast<H*>(out)));
+  either(type, [&](auto t) {
+    using T = decltype(t);
+    add_of(static_cast<const T*>(a), static_cast<const T*>(b), n, static_cast<T*>(out));
+  });
 }
 
 void any_store(const void* x, const Format& f, int64_t head, Type type, int64_t n, uint8_t* row) {
-  SORDINO_EITHER(store_row(static_cast<const F*>(x), f, head, n, row), store_row(static_cast<const H*>(x), f, head, n, row));
+  either(type, [&](auto t) { store_row(static_cast<const decltype(t)*>(x), f, head, n, row); });
 }
 
 void any_load(const Span& s, int64_t i, int64_t n, Type type, void* out) {
-  SORDINO_EITHER(load_as(s, i, n, static_cast<F*>(out)), load_as(s, i, n, static_cast<H*>(out)));
+  either(type, [&](auto t) { load_as(s, i, n, static_cast<decltype(t)*>(out)); });
 }
 
 void any_rescale(const int32_t* sums, const Linear& w, int64_t begin, int64_t n, float scale, Type type, void* out) {
-  SORDINO_EITHER(rescale_to(sums, w, begin, n, scale, static_cast<F*>(out)),
-                 rescale_to(sums, w, begin, n, scale, static_cast<H*>(out)));
+  either(type, [&](auto t) { rescale_to(sums, w, begin, n, scale, static_cast<decltype(t)*>(out)); });
 }
 
-const Pieces kPieces = {any_norm, any_rope, any_turn, any_glu, any_add, any_store, any_load, any_rescale, attend_to};
+constexpr Pieces kPieces = {any_norm, any_rope, any_turn, any_glu, any_add, any_store, any_load, any_rescale, attend_to};
 
 }  // namespace
 }  // namespace sordino

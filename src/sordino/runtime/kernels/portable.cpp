@@ -6,8 +6,6 @@
 namespace sordino {
 namespace {
 
-constexpr int kLanes = 16;  // partial sums side by side, so that a compiler may use vectors without reordering a sum
-
 void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t* codes) {
   const uint8_t* end = row + bytes;
   const uint64_t mask = (1u << bits) - 1;

@@ -39,6 +39,12 @@ inline int64_t rows_at_once(const Linear& w) {
 
 inline float bias_at(const Linear& w, int64_t o) { return w.bias == nullptr ? 0.0f : read(w.bias, static_cast<Type>(w.bias_type), o); }
 
+// The product of a token's codes, whose scale is `scale`, and row o: the operations of QuantLinear._multiply.
+inline float scaled(const Linear& w, int64_t o, int32_t sum, float scale) {
+  const float value = static_cast<float>(sum) * (scale * widen(w.scale[o]));
+  return w.bias == nullptr ? value : value + bias_at(w, o);
+}
+
 // body(begin, end) over all rows of the weight, shared among threads.
 template <class Body>
 void over_outputs(const Linear& w, int threads, Body body) {

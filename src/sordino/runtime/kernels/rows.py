@@ -54,6 +54,12 @@ def turned(turn: Rotation, x: Tensor) -> Tensor | None:
     return out
 
 
+def rotate(turn: Rotation, x: Tensor) -> Tensor:
+    """``turn.apply(x)``, by the kernels where they can."""
+    out = turned(turn, x)
+    return turn.apply(x) if out is None else out
+
+
 def store(grid: KvGrid, share: Tensor, turn: Rotation | None, x: Tensor, room: Tensor, place: int) -> bool:
     """Rotate, round and pack x [B, K, S, d] into rows ``place`` … of room uint8 [B, K, room, bytes]."""
     native, how = library.active(), format_of(grid, share)
