@@ -59,6 +59,7 @@ def own(bits: int) -> Ladder:
         f"w{bits}, tuned, more text, smooth": (best, [EVEN.format(1)], SEEDS),
         f"w{bits}, tuned, more text, twice, smooth": (best, [EVEN.format(2)], SEEDS),
         f"w{bits}, tuned, more text, smooth, smaller steps": (best, [SLOW.format(1)], SEEDS),
+        f"w{bits}, tuned, more text, twice, smaller steps": (best, [BOTH.format(2).replace("0.003", "0.001")], SEEDS),
         f"w{bits}, more text": (best, [MORE.format(1)], SEEDS),
         f"w{bits}, more text, twice": (best, [MORE.format(2)], SEEDS),
     }

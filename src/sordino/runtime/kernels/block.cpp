@@ -67,6 +67,7 @@ struct Call {
     r.arranged.stride = padded(padded(w.group) * w.groups() * kernels(w).bytes_per_input);
     r.arranged.values = arena.take(s.texts * r.arranged.stride);
     r.arranged.sums = reinterpret_cast<float*>(arena.take(s.texts * w.groups() * 4));
+    r.arranged.units = reinterpret_cast<float*>(arena.take(s.texts * w.groups() * 4));
     return r;
   }
 

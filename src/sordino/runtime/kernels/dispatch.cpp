@@ -88,8 +88,9 @@ SORDINO_API int sordino_product(const Linear* w, const void* x, int type, int64_
   thread_local Scratch memory;
   const int64_t stride = padded(padded(w->group) * w->groups() * k.bytes_per_input);
   const int64_t all = rows < kMaxRows ? rows : kMaxRows;
-  char* data = static_cast<char*>(memory.get(all * (stride + w->groups() * 4)));
-  const Arranged arranged{data, reinterpret_cast<float*>(data + all * stride), stride};
+  char* data = static_cast<char*>(memory.get(all * (stride + w->groups() * 8)));
+  float* of_groups = reinterpret_cast<float*>(data + all * stride);
+  const Arranged arranged{data, of_groups, of_groups + all * w->groups(), stride};
   const int64_t wide = width(type);
   for (int64_t m = 0; m < rows; m += kMaxRows) {
     const int some = static_cast<int>(rows - m < kMaxRows ? rows - m : kMaxRows);

@@ -37,6 +37,7 @@ inline int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 struct Arranged {
   void* values;    // for M rows, `stride` bytes each, 64-byte aligned; padding is zero
   float* sums;     // [M, G]: of every group's activations
+  float* units;    // [M, G]: what integers that activations were written as count in, where they were
   int64_t stride;  // bytes
 };
 
