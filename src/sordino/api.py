@@ -19,13 +19,13 @@ from torch import Tensor
 
 from sordino.corpus import DEFAULT_TEXT, Text, calibration_windows, load_text, tokenize
 from sordino.errors import InputError, SordinoError, reason
+from sordino.heap import keep_freed_memory
 from sordino.protect.prompt import Prompt
 from sordino.recipe import Recipe, load_recipe
 from sordino.report.notebook import Figure, figure, table
 from sordino.report.quantize import block_series, quantize_page, result_lines
 from sordino.version import __version__, source_digest
 from sordino.walk.assemble import assemble, publish
-from sordino.walk.heap import keep_freed_memory
 from sordino.walk.plan import Plan, make_plan
 from sordino.walk.prompt import prompt_of
 from sordino.walk.source import Source, locate, open_source, without_bars

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sordino.errors import InputError, SordinoError
+from sordino.heap import keep_freed_memory
 from sordino.progress import Bars, quiet_libraries
 from sordino.version import __version__
 
@@ -303,6 +304,7 @@ def demo(
 
 def main() -> None:
     """Entry point: turns Sordino's errors into one line and an exit code."""
+    keep_freed_memory()
     try:
         app()
     except SordinoError as error:

@@ -1,4 +1,4 @@
-"""Decoding in one native call: the same logits as transformers' own forward, whatever the recipe, and only where it may."""
+"""The kernels' forward: the same logits as transformers' own, whatever the recipe, and only where it may."""
 
 from __future__ import annotations
 
@@ -40,9 +40,13 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
 }
 
 
+wholes: list[int] = []  # an entry for every layer that went through layers.py
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Layers that the kernel is asked for from now on, one entry a call."""
+    """Layers that the one call is asked for from now on, one entry a call."""
     native = library.active()
+    wholes.clear()
     seen: list[int] = []
 
     class Counting:
@@ -52,6 +56,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def sordino_decode(self, *args: Any) -> int:
             seen.append(args[2])
             return int(native.sordino_decode(*args))
+
+        def sordino_glu(self, *args: Any) -> int:
+            wholes.append(1)
+            return int(native.sordino_glu(*args))
 
     monkeypatch.setattr(library._State, "library", Counting())
     return seen
@@ -133,14 +141,58 @@ def test_long_texts_and_threads(tmp_path: Path, calls: list[int]) -> None:
     try:
         torch.set_num_threads(3)
         with torch.no_grad():
-            outs = []
+            outs, cache = [], model(ids, use_cache=True).past_key_values
             for on in (True, False):
                 with one_call(on):
-                    cache = model(ids, use_cache=True).past_key_values
-                    outs.append(model(ids[:, :1], past_key_values=cache).logits)
+                    outs.append(model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits)
     finally:
         torch.set_num_threads(before)
     assert calls == [2] and float(apart(*outs).max()) <= 1e-5
+
+
+OTHERS = {"additive grids": ("d2quant-w3", []), "8-bit columns": ("atom-w4a4", []), "side branches": ("bisup-quarot-w4a4", [])}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("recipe", RECIPES | OTHERS)
+def test_prompts(recipe: str, family: str, tmp_path: Path, calls: list[int]) -> None:
+    """With and without a cache, filled and empty, with and without padding, and in inference mode."""
+    if family != "llama" and recipe not in ("norms with a bias", "dynamic, prefix, R3, R4"):
+        return
+    model = quantized(tmp_path, *(RECIPES | OTHERS)[recipe], family=family)
+    ids = torch.randint(2, 300, (3, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    def run(on: bool) -> list[Tensor]:
+        with one_call(on):
+            cache = model(ids[:, :10], attention_mask=mask[:, :10], use_cache=True).past_key_values
+            rest = model(ids[:, 10:], attention_mask=mask, past_key_values=cache)
+            outs = [rest, model(ids, use_cache=False), model(ids[:1, :2], use_cache=False)]
+            with torch.inference_mode():
+                outs.append(model(ids))
+            assert rest.past_key_values.get_seq_length() == 24 and outs[1].past_key_values is None
+            return [out.logits for out in outs]
+
+    ours = run(True)
+    assert len(wholes) == 2 * 5 and not calls
+    for a, b in zip(ours, run(False), strict=True):
+        # A sum in another order may let a code at a tie fall the other way. What padding sees is nobody's business.
+        assert float(apart(a, b).median()) <= 1e-5 and (len(a) == 1 or float(apart(a[1:], b[1:]).max()) <= 5e-2)
+    assert len(wholes) == 2 * 5
+
+
+@torch.no_grad()
+def test_prompts_in_half_precision_are_as_near_to_exact(tmp_path: Path, calls: list[int]) -> None:
+    exact = quantized(tmp_path, *RECIPES["norms with a bias"])
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
+    ids = torch.randint(2, 300, (2, 60), generator=torch.Generator().manual_seed(2))
+    with one_call(False):
+        truth, torchs = exact(ids).logits, half(ids).logits
+    ours = half(ids).logits
+    assert len(wholes) == 2
+    assert float(apart(ours, truth).mean()) <= 1.3 * float(apart(torchs, truth).mean())
 
 
 def test_generate_batches_and_beams(tmp_path: Path, calls: list[int]) -> None:
@@ -157,7 +209,7 @@ def test_generate_batches_and_beams(tmp_path: Path, calls: list[int]) -> None:
             used = len(calls)
             with one_call(False):
                 assert torch.equal(ours, model.generate(ids, attention_mask=mask, **fixed, **options))
-            # Padding, and more than four texts at once, are transformers' own.
+            # Padding, and more than four texts at once, are not for the one call.
             assert used == (15 if bool(mask.all()) and options != {"num_beams": 3} else 0)
 
 
@@ -189,14 +241,16 @@ def _patch(model: Any) -> None:
     norm.forward = lambda x: type(norm).forward(norm, x) * 2
 
 
-@pytest.mark.parametrize("change", [_hook, _adapter, _patch])
-def test_what_others_put_into_a_layer_is_left_to_transformers(change: Any, tmp_path: Path, calls: list[int]) -> None:
+@pytest.mark.parametrize(("change", "whole"), [(_hook, True), (_adapter, True), (_patch, False)])
+def test_what_others_put_into_a_layer_is_left_to_torch(change: Any, whole: bool, tmp_path: Path, calls: list[int]) -> None:
     model = quantized(tmp_path, *RECIPES["weights alone"])
     decoded(model, True)
     assert len(calls) == NEW
+    wholes.clear()
     change(model)
     ours, theirs = decoded(model, True)[0], decoded(model, False)[0]
-    assert len(calls) == NEW and torch.equal(ours, theirs)
+    assert len(calls) == NEW and float(apart(ours, theirs).max()) <= 1e-5
+    assert bool(wholes) == whole
 
 
 def test_pickled_models_and_signatures(tmp_path: Path) -> None:
@@ -230,7 +284,7 @@ def test_formats_without_a_kernel_are_looked_at_once_a_text(
     looks: list[int] = []
     monkeypatch.setattr(block, "_begin", lambda *given, begin=block._begin: looks.append(1) or begin(*given))
     ours = decoded(model, True)[0]
-    assert torch.equal(ours, decoded(model, False)[0]) and not calls and len(looks) == 1
+    assert float(apart(ours, decoded(model, False)[0]).median()) <= 1e-5 and not calls and len(looks) == 1
 
 
 def test_texts_side_by_side(tmp_path: Path, calls: list[int]) -> None:
@@ -247,7 +301,7 @@ def test_hidden_states_and_attentions_are_transformers_own(tmp_path: Path, calls
     with torch.no_grad():
         cache = model(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
         out = model(torch.tensor([[6]]), past_key_values=cache, output_hidden_states=True)
-    assert len(out.hidden_states) == 3 and not calls
+    assert len(out.hidden_states) == 3 and not calls and len(wholes) == 2
 
 
 def test_gradients_go_through_torch(tmp_path: Path, calls: list[int]) -> None:
@@ -256,4 +310,4 @@ def test_gradients_go_through_torch(tmp_path: Path, calls: list[int]) -> None:
     gain.requires_grad_(True)
     cache = model(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
     model(torch.tensor([[6]]), past_key_values=cache).logits.sum().backward()
-    assert gain.grad is not None and not calls
+    assert gain.grad is not None and not calls and not wholes

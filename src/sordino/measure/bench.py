@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -29,6 +29,7 @@ import transformers
 from sordino.anatomy import skeleton
 from sordino.api import load
 from sordino.errors import InputError, SordinoError
+from sordino.heap import keep_freed_memory
 from sordino.measure.shapes import config_of, random_checkpoint, shape, stored
 from sordino.progress import quiet_libraries
 from sordino.report.notebook import Figure, figure, table
@@ -136,7 +137,7 @@ def _ratio(slow: list[float], fast: list[float]) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _Order:
+class Order:
     """What a worker shall hold: a checkpoint by its name, or a random model of a shape (a config as JSON).
 
     Attributes:
@@ -179,17 +180,17 @@ def bench(
     if not models and not shapes:
         raise InputError("nothing to measure: name a checkpoint, or give --shape")
     threads, length = threads or torch.get_num_threads(), prompt_tokens + new_tokens
-    subjects = {_Order(str(m)): _shape(m, length) for m in models}
+    subjects = {Order(str(m)): _shape(m, length) for m in models}
     for name in shapes:
         config = shape(name)
         _check_length(config, length, name)
         kind = json.dumps(config)
-        subjects |= {_Order(f"{name} {r}", kind, storage=stored(config, r)): kind for r in recipes}
+        subjects |= {Order(f"{name} {r}", kind, storage=stored(config, r)): kind for r in recipes}
     twins = _twins(list(dict.fromkeys(subjects.values())))
     with ExitStack() as stack:
         orders = [*subjects, *twins.values()]
-        workers = [stack.enter_context(_Worker(order, threads, (prompt_tokens, new_tokens))) for order in orders]
-        speeds = {s.name: s for s in _rounds(workers, progress)}
+        workers = [stack.enter_context(Worker(order, threads, (prompt_tokens, new_tokens))) for order in orders]
+        speeds = {s.name: s for s in in_turns(workers, progress)}
     beside = {
         order.name: {p: speeds[twins[kind, p].name] for p in PRECISIONS if (kind, p) in twins}
         for order, kind in subjects.items()
@@ -197,7 +198,7 @@ def bench(
     return Bench([speeds[order.name] for order in subjects], beside, prompt_tokens, new_tokens, threads)
 
 
-def _twins(kinds: list[str]) -> dict[tuple[str, str], _Order]:
+def _twins(kinds: list[str]) -> dict[tuple[str, str], Order]:
     """Full precision of each shape, by (shape, precision); models of one shape share them, and what has no room is left out."""
     room = 0.8 * psutil.virtual_memory().available
     found = {}
@@ -207,11 +208,24 @@ def _twins(kinds: list[str]) -> dict[tuple[str, str], _Order]:
             room -= weights * dtype.itemsize
             if room > 0:
                 name = f"{precision} twin" + (f", shape {i + 1}" if len(kinds) > 1 else "")
-                found[kind, precision] = _Order(name, kind, precision)
+                found[kind, precision] = Order(name, kind, precision)
     return found
 
 
-def _rounds(workers: list[_Worker], progress: Progress | None) -> list[Speed]:
+class Subject(Protocol):
+    """What can be measured in turns."""
+
+    name: str
+
+    def ask(self, what: str) -> Any:
+        """For "run": seconds of a prompt and of the tokens after it; for "memory": bytes at most."""
+
+    def answer(self) -> Any:
+        """Wait until it is loaded."""
+
+
+def in_turns(workers: Sequence[Subject], progress: Progress | None = None) -> list[Speed]:
+    """Measure workers one after another, round after round."""
     for i, worker in enumerate(workers):
         if progress is not None:
             progress("load", i, len(workers))
@@ -248,10 +262,10 @@ def _check_length(config: dict[str, Any], length: int, name: str | Path) -> None
         raise InputError(f"{length} tokens of prompt and answer are more than the {limit} positions of {name}")
 
 
-class _Worker:
+class Worker:
     """A process that holds one model and measures it when asked."""
 
-    def __init__(self, order: _Order, threads: int, tokens: tuple[int, int]):
+    def __init__(self, order: Order, threads: int, tokens: tuple[int, int]):
         self.name = order.name
         context: Any = get_context("spawn" if sys.platform == "win32" else "forkserver")
         if context.get_start_method() == "forkserver":
@@ -261,7 +275,7 @@ class _Worker:
         self._process.start()
         far.close()
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -284,9 +298,10 @@ class _Worker:
         return found
 
 
-def _serve(pipe: Connection, order: _Order, threads: int, tokens: tuple[int, int]) -> None:
+def _serve(pipe: Connection, order: Order, threads: int, tokens: tuple[int, int]) -> None:
     """Load, then answer questions until the caller is gone."""
     quiet_libraries()
+    keep_freed_memory()
     torch.set_num_threads(threads)
     try:
         model = _open(order)
@@ -299,7 +314,7 @@ def _serve(pipe: Connection, order: _Order, threads: int, tokens: tuple[int, int
         pass
 
 
-def _open(order: _Order) -> Any:
+def _open(order: Order) -> Any:
     """A checkpoint by its name, or a model of random weights or codes."""
     if order.shape is None:
         return load(order.name)[0]

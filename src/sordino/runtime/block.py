@@ -1,9 +1,10 @@
-"""One native call for all decoder layers while text is being decoded, in place of some twenty torch operations a layer.
+"""A forward for decoders of known families that leaves as little as possible to single torch operations.
 
-A checkpoint's decoder gets a forward that looks whether everything is as the kernel knows it: one new token of each text, none
-padded, a cache that grows, no hook of anybody else's, no adapter. Then the kernel does norms, linears, rotary embedding, R3,
-R4, the rounding of inputs, the cache's new rows and attention over them, the prefix included (kernels/block.h); embedding,
-rotary angles and the final norm stay torch's. Everything else takes transformers' own forward. Both round at the same places.
+It looks whether everything is as the kernels know it: no hook of anybody else's, no adapter, nothing asked but the last hidden
+state. While text is being decoded (one new token of a few texts, none padded, a cache that grows) all layers are one native
+call: norms, linears, rotary embedding, R3, R4, the rounding of inputs, the cache's new rows and attention over them, the prefix
+included (kernels/block.h); embedding, rotary angles and the final norm stay torch's. Prompts, padded and larger batches go
+through layers.py. Everything else takes transformers' own forward. All round at the same places.
 
 The layers are looked at when the first token of a text is decoded, since that takes longer than the token's products: what is
 changed in the middle of a text counts from the next one. ``SORDINO_ONE_CALL=off`` switches all this off.
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.activations import SiLUActivation
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sordino.numerics.hadamard import rotation
+from sordino.runtime import layers
 from sordino.runtime.attention import KEY_SCALE, OWN_HOOKS, VALUE_SCALE, plain_or_ours
 from sordino.runtime.cache import PackedLayer, RoomyLayer, enter
 from sordino.runtime.inputs import RotateInput
@@ -64,14 +67,14 @@ def decode_in_one_call(decoder: Any) -> None:
 
     @wraps(plain)  # others look at its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = None if args or torch.compiler.is_compiling() else _step(self, **kwargs)
+        out = None if args or torch.compiler.is_compiling() else _forward(self, **kwargs)
         return plain(self, *args, **kwargs) if out is None else out
 
     if all(type(layer).__name__ in FAMILIES for layer in decoder.layers):
         decoder.forward = MethodType(forward, decoder)
 
 
-def _step(
+def _forward(
     decoder: Any,
     input_ids: Tensor | None = None,
     attention_mask: Any = None,
@@ -81,31 +84,42 @@ def _step(
     use_cache: bool | None = None,
     **others: Any,
 ) -> BaseModelOutputWithPast | None:
-    """What the kernel makes of one new token of each text; None if it cannot."""
-    ids, native, cache, config = input_ids, library.active(), past_key_values, decoder.config
-    if ids is None or inputs_embeds is not None or ids.shape[1] != 1 or ids.shape[0] > FEW_TEXTS or not _on or native is None:
+    """The kernels' forward; None if they cannot do what is asked."""
+    ids, cache, config = input_ids, past_key_values, decoder.config
+    if ids is None or inputs_embeds is not None or not _on or library.active() is None or decoder.training:
         return None
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
         return None
-    if type(cache) is not DynamicCache or not cache.layers or use_cache is False or decoder.training:
-        return None
     asked = any(v is not None and v is not False for k, v in others.items() if k != "return_dict")
-    if asked or config.output_hidden_states or config.output_attentions:
+    if asked or others.get("return_dict") is False or config.output_hidden_states or config.output_attentions:
         return None
-    if others.get("return_dict") is False or not _all_seen(attention_mask):
+    if use_cache is None:
+        use_cache = config.use_cache
+    if cache is None and use_cache:
+        cache = DynamicCache(config=config)
+    if cache is not None and type(cache) is not DynamicCache:
         return None
-    known = _looked_at(decoder, cache)
-    if known is None:
+    out = None
+    if ids.shape[1] == 1 and ids.shape[0] <= FEW_TEXTS and use_cache and _all_seen(attention_mask):
+        out = _step(decoder, ids, position_ids, cache)
+    if out is None:
+        out = _whole(decoder, ids, attention_mask, position_ids, cache)
+    return None if out is None else BaseModelOutputWithPast(last_hidden_state=decoder.norm(out), past_key_values=cache)
+
+
+def _step(decoder: Any, ids: Tensor, position_ids: Tensor | None, cache: Any) -> Tensor | None:
+    """What the one call makes of one new token of each text; None if it cannot."""
+    native = library.active()
+    known = _looked_at(decoder, cache) if cache.layers else None
+    if known is None or native is None:
         return None
     held = known.find(cache, ids.shape[0])
     if held is None:
         return None
-    x = decoder.embed_tokens(ids)
-    places = torch.tensor([[held[0].length]]) if position_ids is None else position_ids
-    cos, sin = decoder.rotary_emb(x, position_ids=places)
-    if not (x.dtype == cos.dtype == known.dtype) or not able(x) or cos.shape[-1] != known.size:
+    embedded = known.embed(decoder, ids, torch.tensor([[held[0].length]]) if position_ids is None else position_ids)
+    if embedded is None:
         return None
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    x, cos, sin = embedded
     out = torch.empty_like(x)
     done = native.sordino_decode(
         known.blocks, held, len(held), x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), int(cos.shape[0] == 1),
@@ -116,7 +130,24 @@ def _step(
     layer: Any
     for layer in cache.layers:
         layer.length += 1
-    return BaseModelOutputWithPast(last_hidden_state=decoder.norm(out), past_key_values=cache)
+    return out
+
+
+def _whole(decoder: Any, ids: Tensor, mask: Any, position_ids: Tensor | None, cache: Any) -> Tensor | None:
+    """What layers.py makes of any tokens; None if a layer is not what it knows."""
+    known = _known(decoder)
+    if known.norms is None or known.window is not None or ids.numel() == 0:
+        return None
+    past = 0 if cache is None else cache.get_seq_length()
+    places = torch.arange(past, past + ids.shape[1])[None] if position_ids is None else position_ids
+    embedded = known.embed(decoder, ids, places)
+    if embedded is None:
+        return None
+    x, cos, sin = embedded
+    mask = create_causal_mask(
+        config=decoder.config, inputs_embeds=x, attention_mask=mask, past_key_values=cache, position_ids=places
+    )
+    return layers.run(list(decoder.layers), known.norms, x, cos, sin, mask, cache)
 
 
 def _all_seen(mask: Any) -> bool:
@@ -140,9 +171,7 @@ def _looked_at(decoder: Any, cache: Any) -> Known | None:
 
 def _begin(decoder: Any, cache: Any) -> bool:
     """Look at a decoder, and at a cache that it has put the first tokens of a text into; whether the kernel can go on."""
-    known: Known | None = decoder.__dict__.get("_one_call")
-    if known is None or not known.holds(decoder):
-        known = decoder.__dict__["_one_call"] = Known(decoder)
+    known = _known(decoder)
     if known.blocks is None or len(cache.layers) != len(decoder.layers) or getattr(cache, "offloading", False):
         return False
     plain = [layer for layer in cache.layers if type(layer) is not PackedLayer]
@@ -160,8 +189,21 @@ def _begin(decoder: Any, cache: Any) -> bool:
     return True
 
 
+def _known(decoder: Any) -> Known:
+    """What the kernels know of a decoder as it is now."""
+    known: Known | None = decoder.__dict__.get("_one_call")
+    if known is None or not known.holds(decoder):
+        known = decoder.__dict__["_one_call"] = Known(decoder)
+    return known
+
+
 class Known:
-    """A decoder in the kernel's words (``blocks``; None if it cannot take one of its layers), good as long as :meth:`holds`."""
+    """A decoder in the kernels' words, good as long as :meth:`holds`.
+
+    Attributes:
+        norms: of every layer; None if one of them is more than its family's, so that transformers has to run it.
+        blocks: every layer for the one call; None if it cannot take one of them.
+    """
 
     def __init__(self, decoder: Any):
         layers = list(decoder.layers)
@@ -175,13 +217,15 @@ class Known:
         self._places = [(d, k) for d in kept for k, t in d.items() if t is not None]
         self._storages = [d[k].untyped_storage() for d, k in self._places]
         self._state = self._look()
-        found = [_describe(layer, self.dtype) if self.dtype in TYPES else None for layer in layers]
-        fit, config = [f for f in found if f is not None], decoder.config
+        config, usual = decoder.config, self.dtype in TYPES and all(_usual(layer, self.dtype) for layer in layers)
+        usual = usual and plain_or_ours(config._attn_implementation)
+        self.norms = [_norms(layer) for layer in layers] if usual else None
+        found = [_describe(layer, self.dtype) for layer in layers] if usual else []
+        fit = [f for f in found if f is not None]
         self.size: int = layers[0].self_attn.head_dim
         self.packed = getattr(layers[0].self_attn, "kv_grid", None) is not None
         same = all((getattr(x.self_attn, "kv_grid", None) is not None) == self.packed for x in layers)
-        all_fit = same and len(fit) == len(layers) and plain_or_ours(config._attn_implementation)
-        self.blocks = (library.Block * len(layers))(*fit) if all_fit else None
+        self.blocks = (library.Block * len(layers))(*fit) if same and len(fit) == len(layers) else None
         self.window: int | None = getattr(config, "sliding_window", None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -199,6 +243,14 @@ class Known:
         except (KeyError, AttributeError):
             return False
         return same and all(d.get(k) is c for d, k, c in self._modules) and not any("forward" in d for d in self._own)
+
+    def embed(self, decoder: Any, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Embedded tokens, and cosine and sine of their rotary angles; None if the kernels cannot read them."""
+        x = decoder.embed_tokens(ids)
+        cos, sin = decoder.rotary_emb(x, position_ids=places)
+        if not (x.dtype == cos.dtype == self.dtype) or not able(x) or cos.shape[-1] != self.size:
+            return None
+        return x.contiguous(), cos.contiguous(), sin.contiguous()
 
     def find(self, cache: Any, texts: int) -> Any:
         """Where the rows of a cache are, with room for one more; None if a layer is not what it was, or sees not all rows."""
@@ -220,27 +272,41 @@ def _nothing() -> None:
     return None
 
 
+def _parts(layer: Any) -> tuple[list[Any], list[Any]]:
+    """Linears and norms of a layer, in the kernels' order; a norm may be None."""
+    attention = layer.self_attn
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    return [layer.get_submodule(n) for n in _LINEARS], norms + [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
+
+
+def _usual(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether a layer is what its family's are but for its linears and what we do in attention."""
+    size, (_, norms) = layer.self_attn.head_dim, _parts(layer)
+    return (
+        size % 2 == 0
+        and size <= LARGEST_HEAD
+        and isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation)
+        and all(n is None or _plain(n, dtype) for n in norms)
+        and _hooks_are_ours([layer, layer.self_attn, layer.mlp, layer.mlp.act_fn, *(n for n in norms if n is not None)])
+    )
+
+
+def _norms(layer: Any) -> layers.Norms:
+    before, between, query, key = (_norm(n) for n in _parts(layer)[1])
+    return before, between, query, key
+
+
 def _describe(layer: Any, dtype: torch.dtype) -> library.Block | None:
-    """A layer as the kernel sees it, or None."""
-    attention, linears = layer.self_attn, [layer.get_submodule(n) for n in _LINEARS]
-    norms = [
-        layer.input_layernorm,
-        layer.post_attention_layernorm,
-        *(getattr(attention, n, None) for n in ("q_norm", "k_norm")),
-    ]
+    """A usual layer as the one call sees it, or None."""
+    attention, (linears, norms) = layer.self_attn, _parts(layer)
     heads, key_heads, size = attention.config.num_attention_heads, attention.config.num_key_value_heads, attention.head_dim
     if not all(isinstance(x, QuantLinear) for x in linears) or heads % key_heads or heads > _MOST_HEADS * key_heads:
         return None
-    if (
-        size % 2
-        or size > LARGEST_HEAD
-        or not isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation)
-        or not _hooks_are_ours(layer, linears, norms)
-    ):
+    if not _hooks_are_ours(linears, linears[-1]):
         return None
     weights = [w for x in linears if (w := _weight(x)) is not None]
     roundings = [r for x in linears if (r := _rounding(x)) is not None]
-    if not len(weights) == len(roundings) == len(linears) or not all(n is None or _plain(n, dtype) for n in norms):
+    if not len(weights) == len(roundings) == len(linears):
         return None
     block = library.Block(
         linear=(library.Weight * 7)(*weights), rounding=(library.Rounding * 7)(*roundings),
@@ -275,17 +341,13 @@ def _plain(norm: Any, dtype: torch.dtype) -> bool:
     return type(norm).__name__.endswith("RMSNorm") and _ready(norm.weight, dtype) and (bias is None or _ready(bias, dtype))
 
 
-def _hooks_are_ours(layer: Any, linears: list[Any], norms: list[Any]) -> bool:
-    """Whether the kernel does what the hooks inside a layer do."""
-    down, attention = linears[-1], layer.self_attn
-    for module in [layer, attention, layer.mlp, layer.mlp.act_fn, *linears, *(n for n in norms if n is not None)]:
-        before, after = list(module._forward_pre_hooks.values()), list(module._forward_hooks.values())
-        if module is attention:
-            before = [h for h in before if h not in OWN_HOOKS]
+def _hooks_are_ours(modules: list[Any], down: Any = None) -> bool:
+    """Whether the kernels do what the hooks of modules do; ``down`` is the linear that may rotate its input."""
+    for module in modules:
+        before = [h for h in module._forward_pre_hooks.values() if h not in OWN_HOOKS]
         if module is down:
             before = [h for h in before if not isinstance(h, RotateInput)]
-        if module in norms and getattr(module, "bias", None) is not None:
-            after = [h for h in after if h is not add_bias]
+        after = [h for h in module._forward_hooks.values() if h is not add_bias]
         if before or after or "forward" in module.__dict__:
             return False
     return True

@@ -166,6 +166,9 @@ class QuantLinear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         """Unpack a tile of rows, multiply, and forget it."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        made = None if self.kept else native.unpacked_product(self._native_weight(), x, bias)
+        if made is not None:
+            return made
         tiles = self._tiles()
         zeros = self.zeros() if kernels.active() is None else None  # the kernels read zeros as they are stored
         if len(tiles) == 1:

@@ -1,8 +1,8 @@
 // Integer products of many rows by matrix tiles (AMX: Sapphire Rapids and later), everything else as with AVX-512.
 //
 // A tile is 16 rows of 64 bytes. One instruction adds the products of 16 rows of input codes and 16 rows of a weight, 64 inputs
-// long, to 16 x 16 sums. Weight codes are unpacked and laid out for it once for all rows of the input, 32 outputs at a time, and
-// sums are scaled as soon as they are complete.
+// long, to 16 x 16 sums. Weight codes are unpacked and laid out for it once for all rows of the input, as many outputs as the
+// second-level cache holds, and sums are scaled as soon as they are complete.
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,6 +13,8 @@ namespace sordino {
 namespace {
 
 constexpr int kTile = 16, kWide = 2 * kTile;
+constexpr int64_t kBytes = kTile * kBlock;  // of a tile
+constexpr int64_t kHeld = 768 << 10;        // bytes of weights laid out at once
 
 struct alignas(64) Config {
   uint8_t palette = 1, start = 0, unused[14] = {};
@@ -22,6 +24,31 @@ struct alignas(64) Config {
 
 // What tile instructions read and write is not told to every compiler: memory is as it should be from here on.
 void written(const void* what) { __asm__ volatile("" : : "r"(what) : "memory"); }
+
+// 16 rows of 16 quads of bytes, `stride` apart, to 16 x 16 quads, contiguous.
+void transpose(const int8_t* from, int64_t stride, int8_t* to) {
+  __m512i row[kTile], pair[kTile];
+  for (int i = 0; i < kTile; ++i) row[i] = _mm512_loadu_si512(from + i * stride);
+  for (int i = 0; i < kTile; i += 2) {
+    pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < kTile; i += 4) {  // row[i + k]: column 4j + k of rows i … i + 3, in lane j
+    row[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
+    row[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
+    row[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+    row[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+  }
+  for (int k = 0; k < 4; ++k) {
+    const __m512i even = _mm512_shuffle_i32x4(row[k], row[k + 4], 0x88), odd = _mm512_shuffle_i32x4(row[k], row[k + 4], 0xdd);
+    const __m512i last_even = _mm512_shuffle_i32x4(row[k + 8], row[k + 12], 0x88);
+    const __m512i last_odd = _mm512_shuffle_i32x4(row[k + 8], row[k + 12], 0xdd);
+    _mm512_storeu_si512(to + k * 64, _mm512_shuffle_i32x4(even, last_even, 0x88));
+    _mm512_storeu_si512(to + (k + 4) * 64, _mm512_shuffle_i32x4(odd, last_odd, 0x88));
+    _mm512_storeu_si512(to + (k + 8) * 64, _mm512_shuffle_i32x4(even, last_even, 0xdd));
+    _mm512_storeu_si512(to + (k + 12) * 64, _mm512_shuffle_i32x4(odd, last_odd, 0xdd));
+  }
+}
 
 // Outputs o … o + 31 (those that are there) as tiles: for every 64 inputs two tiles [16 quads of inputs, 16 outputs, 4]; `plain` has room
 // for 16 rows of codes.
@@ -34,13 +61,8 @@ void lay_out(const Linear& w, int64_t o, int8_t* to, int8_t* plain) {
       if (used > 0) kAvx512.centred(w, at, row);
       std::memset(row + used, 0, static_cast<size_t>(stride - used));
     }
-    const __m512i rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                            _mm512_set1_epi32(static_cast<int>(stride)));
-    for (int64_t s = 0; s < steps; ++s) {
-      for (int quad = 0; quad < kTile; ++quad) {
-        const __m512i column = _mm512_i32gather_epi32(rows, plain + s * kBlock + 4 * quad, 1);
-        _mm512_storeu_si512(to + ((s * 2 + half) * kTile + quad) * 64, column);
-      }
+    for (int64_t step = 0; step < steps; ++step) {
+      transpose(plain + step * kBlock, stride, to + (step * 2 + half) * kBytes);
     }
   }
 }
@@ -86,46 +108,62 @@ void cut(const int8_t* x, int64_t rows, int64_t inputs, int8_t* to, int threads)
   });
 }
 
+// 32 rows of codes times 32 outputs, `steps` blocks of inputs long: sums[i] of rows 16 i … 16 i + 15.
+void multiply(const int8_t* a, const int8_t* b, int64_t steps, int32_t (*sums)[kTile * kWide]) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t s = 0; s < steps; ++s, a += kBytes, b += 2 * kBytes) {
+    _tile_loadd(4, a, kBlock);
+    _tile_loadd(6, b, kBlock);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, b + kBytes, kBlock);
+    _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, a + steps * kBytes, kBlock);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_stored(0, sums[0], 4 * kWide);
+  _tile_stored(1, sums[0] + kTile, 4 * kWide);
+  _tile_stored(2, sums[1], 4 * kWide);
+  _tile_stored(3, sums[1] + kTile, 4 * kWide);
+  written(sums);
+}
+
 void many(const Linear& w, const int8_t* x, const float* scale, bool one_scale, Type type, int64_t rows, void* out, int threads) {
-  constexpr int64_t kBytes = kTile * kBlock;
-  const int64_t steps = padded(w.inputs) / kBlock, stride = padded(w.inputs);
+  const int64_t steps = padded(w.inputs) / kBlock, stride = padded(w.inputs), strip = steps * 2 * kBytes;
   thread_local Scratch all;
   int8_t* cuts = static_cast<int8_t*>(all.get((rows + kWide) * stride));
   cut(x, rows, w.inputs, cuts, threads);
-  parallel_for((w.outputs + kWide - 1) / kWide, threads, [&](int64_t piece) {
+  // Strips of 32 outputs. A piece of them stays in the cache while all rows go by, and every thread gets some pieces.
+  const int64_t strips = (w.outputs + kWide - 1) / kWide, held = kHeld / strip, share = strips / (4 * threads) + 1;
+  const int64_t together = held < 1 ? 1 : held < share ? held : share;
+  parallel_for((strips + together - 1) / together, threads, [&](int64_t piece) {
+    const int64_t first = piece * together, n = first + together < strips ? together : strips - first;
     thread_local Scratch memory;
-    int8_t* tiles = static_cast<int8_t*>(memory.get(steps * 2 * kBytes + kTile * stride));
-    const int64_t o = piece * kWide;
-    lay_out(w, o, tiles, tiles + steps * 2 * kBytes);
-    Scaled scaled{{}, {}, w.outputs};
-    for (int64_t i = 0; i < kWide && o + i < w.outputs; ++i) scaled.scale[i] = widen(w.scale[o + i]), scaled.bias[i] = bias_at(w, o + i);
+    int8_t* tiles = static_cast<int8_t*>(memory.get(n * strip + kTile * stride + n * static_cast<int64_t>(sizeof(Scaled))));
+    int8_t* plain = tiles + n * strip;
+    Scaled* scaled = reinterpret_cast<Scaled*>(plain + kTile * stride);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t o = (first + i) * kWide;
+      lay_out(w, o, tiles + i * strip, plain);
+      scaled[i] = {{}, {}, w.outputs};
+      for (int64_t j = 0; j < kWide && o + j < w.outputs; ++j) {
+        scaled[i].scale[j] = widen(w.scale[o + j]), scaled[i].bias[j] = bias_at(w, o + j);
+      }
+    }
     const Config config;
     written(&config);
     _tile_loadconfig(&config);
     for (int64_t m = 0; m < rows; m += kWide) {
-      const int8_t *a = cuts + m * stride, *b = tiles;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t s = 0; s < steps; ++s, a += kBytes, b += 2 * kBytes) {
-        _tile_loadd(4, a, kBlock);
-        _tile_loadd(6, b, kBlock);
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, b + kBytes, kBlock);
-        _tile_dpbssd(1, 4, 7);
-        _tile_loadd(5, a + steps * kBytes, kBlock);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
+      for (int64_t i = 0; i < n; ++i) {
+        alignas(64) int32_t sums[2][kTile * kWide];
+        multiply(cuts + m * stride, tiles + i * strip, steps, sums);
+        const int64_t o = (first + i) * kWide;
+        put_rows(sums[0], scaled[i], scale, one_scale, m, rows, o, type, out);
+        if (m + kTile < rows) put_rows(sums[1], scaled[i], scale, one_scale, m + kTile, rows, o, type, out);
       }
-      alignas(64) int32_t sums[2][kTile * kWide];
-      _tile_stored(0, sums[0], 4 * kWide);
-      _tile_stored(1, sums[0] + kTile, 4 * kWide);
-      _tile_stored(2, sums[1], 4 * kWide);
-      _tile_stored(3, sums[1] + kTile, 4 * kWide);
-      written(sums);
-      put_rows(sums[0], scaled, scale, one_scale, m, rows, o, type, out);
-      if (m + kTile < rows) put_rows(sums[1], scaled, scale, one_scale, m + kTile, rows, o, type, out);
     }
     _tile_release();
   });

@@ -12,12 +12,6 @@
 #include "block.h"
 #include "products.h"
 
-#ifdef _WIN32
-#define SORDINO_API extern "C" __declspec(dllexport)
-#else
-#define SORDINO_API extern "C" __attribute__((visibility("default")))
-#endif
-
 namespace sordino {
 namespace {
 
@@ -49,6 +43,12 @@ const Kernels* available(int level) {
 #endif
   return nullptr;
 }
+
+}  // namespace
+
+const Kernels& in_use() { return *chosen.load(); }
+
+namespace {
 
 // Integer products of codes int8 [rows, stride] whose sums are `sums`, scaled.
 void integer_product(const Kernels& k, const Linear& w, const int8_t* codes, int64_t stride, const int32_t* sums,
@@ -185,61 +185,6 @@ SORDINO_API int sordino_centred(const Linear* w, int64_t begin, int64_t end, int
 SORDINO_API int sordino_decode(const Block* blocks, const Held* held, int n, const void* x, void* out, const void* cos,
                                const void* sin, int one_place, int64_t texts, int threads) {
   return decode(*chosen.load(), blocks, held, n, {x, out, cos, sin, texts, one_place, threads});
-}
-
-// Rotates rows [rows, order << power]: out may be x.
-SORDINO_API int sordino_turn(const Turn* turn, const void* x, void* out, int type, int64_t rows, int threads) {
-  const Kernels& k = *chosen.load();
-  const int64_t n = turn->order << turn->power, bytes = n * width(type), step = 8;
-  parallel_for((rows + step - 1) / step, threads, [&](int64_t i) {
-    thread_local Scratch memory;
-    float* work = static_cast<float*>(memory.get(n * 4));
-    for (int64_t m = i * step; m < rows && m < (i + 1) * step; ++m) {
-      char* to = static_cast<char*>(out) + m * bytes;
-      if (out != x) std::memcpy(to, static_cast<const char*>(x) + m * bytes, static_cast<size_t>(bytes));
-      k.pieces->turn(to, *turn, static_cast<Type>(type), work);
-    }
-  });
-  return 0;
-}
-
-// Rows of a cache, `row_bytes` each, at places from … from + tokens of [pairs, room], pair p of key head p mod key_heads.
-
-// Writes x [pairs, tokens, size], rotated first if `turn` has an order.
-SORDINO_API int sordino_store(const Format* f, const Turn* turn, const void* x, int type, int64_t pairs, int64_t key_heads,
-                              int64_t tokens, int64_t size, uint8_t* rows, int64_t room, int64_t from, int threads) {
-  if (size > kMaxSize) return -1;
-  const Kernels& k = *chosen.load();
-  const int64_t wide = width(type), bytes = row_bytes(*f, type, size), step = 64;
-  const int64_t pieces = (tokens + step - 1) / step;
-  parallel_for(pairs * pieces, threads, [&](int64_t i) {
-    const int64_t pair = i / pieces;
-    for (int64_t s = i % pieces * step; s < tokens && s < (i % pieces + 1) * step; ++s) {
-      alignas(64) char one[kMaxSize * 4];
-      float work[kMaxSize];
-      std::memcpy(one, static_cast<const char*>(x) + (pair * tokens + s) * size * wide, static_cast<size_t>(size * wide));
-      if (turn->order != 0) k.pieces->turn(one, *turn, static_cast<Type>(type), work);
-      k.pieces->store(one, *f, pair % key_heads, static_cast<Type>(type), size, rows + (pair * room + from + s) * bytes);
-    }
-  });
-  return 0;
-}
-
-// Reads the first `tokens` of them: out [pairs, tokens, size].
-SORDINO_API int sordino_load(const Format* f, const uint8_t* rows, int64_t room, int64_t pairs, int64_t key_heads,
-                             int64_t tokens, int64_t size, int type, void* out, int threads) {
-  if (size > kMaxSize) return -1;
-  const Kernels& k = *chosen.load();
-  const int64_t wide = width(type), bytes = row_bytes(*f, type, size), step = 64;
-  const int64_t pieces = (tokens + step - 1) / step;
-  parallel_for(pairs * pieces, threads, [&](int64_t i) {
-    const int64_t pair = i / pieces, head = pair % key_heads;
-    const Span span = span_of(*f, rows + pair * room * bytes, head, type, size);
-    for (int64_t s = i % pieces * step; s < tokens && s < (i % pieces + 1) * step; ++s) {
-      k.pieces->load(span, s, size, static_cast<Type>(type), static_cast<char*>(out) + (pair * tokens + s) * size * wide);
-    }
-  });
-  return 0;
 }
 
 // Scaled products of input codes and weight codes (Kernels::many); -1 where the instruction set has nothing for it.

@@ -7,7 +7,10 @@ Shapes: O = out_features, I = in_features, M rows of activations.
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,14 +96,20 @@ class _Last:
 
     # Tensor, what its codes depend on, and they: replaced as a whole, since threads may share this.
     kept: tuple[weakref.ref[Tensor], tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
+    # A tensor that nobody writes to for now, and what tells this promise from others about it.
+    unwritten: tuple[weakref.ref[Tensor], object] | None = None
 
     @classmethod
     def encode(cls, library: Any, x: Tensor, rows: int, bits: int, share: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes int8 [rows, I] and scales fp32 [rows] (static: [1]) of x, contiguous."""
-        # A tensor of inference mode does not say whether it was written to.
-        key = () if x.is_inference() else (x._version, x.data_ptr(), rows, bits, share, None if scale is None else float(scale))
+        promise, key = cls.unwritten, (x.data_ptr(), rows, bits, share, None if scale is None else float(scale))
+        state: object = None
+        if promise is not None and promise[0]() is x:
+            state = promise[1]
+        elif not x.is_inference():  # a tensor of inference mode does not say whether it was written to
+            state = x._version
         kept = cls.kept
-        if key and kept is not None and kept[0]() is x and kept[1] == key:
+        if state is not None and kept is not None and kept[0]() is x and kept[1] == (state, key):
             return kept[2]
         codes = torch.empty((rows, x.numel() // rows), dtype=torch.int8)
         scales = torch.empty(rows) if scale is None else scale
@@ -108,14 +117,24 @@ class _Last:
             x.data_ptr(), TYPES[x.dtype], rows, codes.shape[1], bits, share, scales.data_ptr(), codes.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
-        if key:
-            cls.kept = weakref.ref(x, cls._forget), key, (codes, scales)
+        if state is not None:
+            cls.kept = weakref.ref(x, cls._forget), (state, key), (codes, scales)
         return codes, scales
 
     @classmethod
     def _forget(cls, gone: Any) -> None:
         if cls.kept is not None and cls.kept[0] is gone:
             cls.kept = None
+
+
+@contextmanager
+def unwritten(x: Tensor) -> Iterator[None]:
+    """Promise that nobody writes to x in the body: linears that round it alike share its codes, in inference mode too."""
+    _Last.unwritten = weakref.ref(x), object()
+    try:
+        yield
+    finally:
+        _Last.unwritten = None
 
 
 def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, scale: Tensor | None) -> Tensor | None:
@@ -172,6 +191,38 @@ def values(weight: Packed | None, rows: slice, dtype: torch.dtype) -> Tensor | N
     out = torch.empty((end - begin, weight.weight.inputs), dtype=dtype)
     library.sordino_values(weight.address, begin, end, TYPES[dtype], out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def unpacked_product(weight: Packed | None, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``x W^T + bias`` of many rows, [..., I] -> [..., O] in x's dtype: weights rounded to it, then torch's product."""
+    library = active()
+    if library is None or weight is None or not able(x):
+        return None
+    shape, at = weight.weight, weight.address
+    flat, threads = x.reshape(-1, shape.inputs), torch.get_num_threads()
+    out = torch.empty((flat.shape[0], shape.outputs), dtype=x.dtype)
+    ranges = tiles(shape.outputs, shape.inputs)
+    room = _room(max(end - begin for begin, end in ranges) * shape.inputs, x.dtype)
+    for begin, end in ranges:
+        tile = room[: (end - begin) * shape.inputs].view(-1, shape.inputs)
+        library.sordino_values(at, begin, end, TYPES[x.dtype], tile.data_ptr(), threads)
+        if bias is None:
+            torch.mm(flat, tile.T, out=out[:, begin:end])
+        else:
+            torch.addmm(bias[begin:end], flat, tile.T, out=out[:, begin:end])
+    return out.view(*x.shape[:-1], -1)
+
+
+_own = threading.local()
+
+
+def _room(entries: int, dtype: torch.dtype) -> Tensor:
+    """Memory of this thread for one product: new pages for every product would take as long as the product."""
+    kept: Tensor | None = getattr(_own, "room", None)
+    if kept is None or kept.numel() < entries or kept.dtype != dtype:
+        with torch.inference_mode(False):
+            kept = _own.room = torch.empty(entries, dtype=dtype)
+    return kept
 
 
 # Weights unpacked at once: a tile of int8 that stays in the cache between unpacking and multiplying.

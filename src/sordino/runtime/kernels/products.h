@@ -4,7 +4,16 @@
 
 #include "kernels.h"
 
+#ifdef _WIN32
+#define SORDINO_API extern "C" __declspec(dllexport)
+#else
+#define SORDINO_API extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace sordino {
+
+const Kernels& in_use();  // what was chosen (dispatch.cpp)
+
 namespace {
 
 constexpr int64_t kPiece = 1 << 15;  // weights that a thread takes at once: some microseconds of work

@@ -60,6 +60,45 @@ def rotate(turn: Rotation, x: Tensor) -> Tensor:
     return turn.apply(x) if out is None else out
 
 
+def norm(how: library.Norm, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The sum of x [..., n] and what is added, and its RMS norm; the kernels have to be there and :func:`able`."""
+    native = library.active()
+    assert native is not None
+    x = x.contiguous()
+    added = None if added is None else added.contiguous()
+    out, total = torch.empty_like(x), x if added is None else torch.empty_like(x)
+    other = None if added is None else added.data_ptr()
+    native.sordino_norm(
+        ctypes.addressof(how), x.data_ptr(), other, total.data_ptr(), out.data_ptr(), TYPES[x.dtype],
+        x.numel() // x.shape[-1], x.shape[-1], torch.get_num_threads(),
+    )  # fmt: skip
+    return total, out
+
+
+def place(how: library.Norm, x: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
+    """Queries or keys [B, S, K d] -> [B, K, S, d], normed and with rotary embedding; cos and sin [B or 1, S, d], contiguous."""
+    native = library.active()
+    assert native is not None
+    x = x.contiguous()
+    texts, tokens, width = x.shape
+    out = x.new_empty((texts, width // size, tokens, size))
+    native.sordino_place(
+        ctypes.addressof(how), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), int(cos.shape[0] == 1), out.data_ptr(),
+        TYPES[x.dtype], texts, tokens, width // size, size, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def glu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    native = library.active()
+    assert native is not None
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    native.sordino_glu(gate.data_ptr(), up.data_ptr(), out.data_ptr(), TYPES[gate.dtype], gate.numel(), torch.get_num_threads())
+    return out
+
+
 def store(grid: KvGrid, share: Tensor, turn: Rotation | None, x: Tensor, room: Tensor, place: int) -> bool:
     """Rotate, round and pack x [B, K, S, d] into rows ``place`` … of room uint8 [B, K, room, bytes]."""
     native, how = library.active(), format_of(grid, share)

@@ -1,4 +1,4 @@
-"""One setting of the C library's heap that makes long runs about a tenth faster."""
+"""One setting of the C library's heap: long runs are about a tenth faster, prompts of small models up to twice."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt's parameters in ma
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory for the next temporary instead of returning it to the kernel page by page.
 
-    A walk allocates the same sizes over and over; without this every one of them is faulted in anew. Does nothing
-    where the C library has no ``mallopt``.
+    Walks and forwards allocate the same sizes over and over; without this every one of them is faulted in anew, which is slow
+    on virtual machines above all. Does nothing where the C library has no ``mallopt``.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,0 +1,177 @@
+"""Prefill and decode beside llama.cpp: the same shapes, threads and lengths, models taking turns in one run.
+
+    pip download --no-deps --no-binary :all: llama-cpp-python      # builds from source: some twenty minutes on two cores
+    python -m venv /tmp/llama && /tmp/llama/bin/pip install llama_cpp_python-*.tar.gz
+    python benchmarks/vs_llama_cpp.py --python /tmp/llama/bin/python [--threads 2] [--shapes smollm2-135m llama-3.2-1b]
+
+Weights are random on both sides: F16 GGUF files written here, Q4_0 made of them by llama.cpp itself, and random checkpoints in
+Sordino's format. What the numbers are does not matter to speed. Nothing else should run on the machine. One JSON row a shape
+goes to benchmarks/rows/vs_llama_cpp.jsonl; `python benchmarks/render.py` shows them in docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from ladder import ROWS, code_version, keep, speed
+from sordino.measure.bench import Order, Worker, in_turns
+from sordino.measure.shapes import random_checkpoint, shape, stored
+from sordino.recipe import load_recipe
+from speed import CHECKPOINTS
+
+OURS = ["W4", "W4A8KV4 static"]
+WORKER = Path(__file__).with_name("llama_cpp_worker.py")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", required=True, help="an interpreter that has llama-cpp-python")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shapes", nargs="*", default=["smollm2-135m", "llama-3.2-1b"])
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    args = parser.parse_args()
+    for name in args.shapes:
+        row = compare(name, args.python, args.threads, (args.prompt_tokens, args.new_tokens))
+        keep(ROWS / "vs_llama_cpp.jsonl", row)
+        print(json.dumps(row, indent=1), flush=True)
+
+
+class Llama:
+    """A process with a GGUF file."""
+
+    def __init__(self, name: str, python: str, file: Path, threads: int, tokens: tuple[int, int]):
+        self.name = name
+        command = [python, str(WORKER), "serve", str(file), *(str(n) for n in (threads, *tokens))]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def ask(self, what: str) -> Any:
+        """What llama_cpp_worker.py answers to "run" or "memory"."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> Any:
+        """The next line it writes."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: the process died")
+        return json.loads(line)
+
+
+def compare(name: str, python: str, threads: int, tokens: tuple[int, int]) -> dict[str, Any]:
+    """One shape: both engines, and transformers in bf16."""
+    config = shape(name)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        half, four = Path(folder) / "f16.gguf", Path(folder) / "q4_0.gguf"
+        write(half, config)
+        subprocess.run([python, str(WORKER), "quantize", str(half), str(four)], check=True, stderr=subprocess.DEVNULL)
+        size = {"llama.cpp F16": half.stat().st_size, "llama.cpp Q4_0": four.stat().st_size}
+        workers: list[Any] = []
+        for subject in OURS:
+            recipe, sets = CHECKPOINTS[subject]
+            toml = Path(folder) / f"{subject}.toml"
+            toml.write_text(load_recipe(recipe, [*sets, "format.embeddings=8"]).to_toml())
+            storage = stored(config, str(toml))
+            state = random_checkpoint(config, storage).state_dict().values()
+            size[subject] = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in state}.values())
+            workers.append(Worker(Order(subject, json.dumps(config), storage=storage), threads, tokens))
+        workers.append(Worker(Order("bf16 twin", json.dumps(config), "bf16"), threads, tokens))
+        for subject, file in (("llama.cpp Q4_0", four), ("llama.cpp F16", half)):
+            workers.append(Llama(subject, python, file, threads, tokens))
+        for worker in workers:
+            stack.enter_context(worker)
+        speeds = in_turns(workers)
+    version = subprocess.run([python, "-c", "import llama_cpp; print(llama_cpp.__version__)"], capture_output=True, text=True)
+    return {
+        "subject": name,
+        "version": code_version(),
+        "cores": os.cpu_count(),
+        "gflops": speed(),
+        "threads": threads,
+        "prompt_tokens": tokens[0],
+        "new_tokens": tokens[1],
+        "llama_cpp_python": version.stdout.strip(),
+        "models": [
+            {
+                "model": s.name,
+                "prefill": s.prefill,
+                "decode": s.decode,
+                "peak_memory_bytes": s.peak_memory_bytes,
+                "weight_bytes": size.get(s.name),
+            }
+            for s in speeds
+        ],
+    }
+
+
+def write(file: Path, config: dict[str, Any]) -> None:
+    """A llama model of random F16 weights, without a vocabulary."""
+    hidden, middle, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    heads, key_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config.get("head_dim")
+    size = size or hidden // heads
+    out = gguf.GGUFWriter(str(file), "llama")
+    out.add_context_length(config["max_position_embeddings"])
+    out.add_embedding_length(hidden)
+    out.add_block_count(layers)
+    out.add_feed_forward_length(middle)
+    out.add_head_count(heads)
+    out.add_head_count_kv(key_heads)
+    out.add_key_length(size)
+    out.add_value_length(size)
+    out.add_rope_dimension_count(size)
+    out.add_layer_norm_rms_eps(1e-5)
+    out.add_vocab_size(config["vocab_size"])
+    out.add_tokenizer_model("none")
+    out.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    draw = np.random.default_rng(0)
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        out.add_tensor(name, (draw.standard_normal((rows, columns), dtype=np.float32) / columns**0.5).astype(np.float16))
+
+    matrix("token_embd.weight", config["vocab_size"], hidden)
+    for i in range(layers):
+        block = f"blk.{i}."
+        for norm in ("attn_norm", "ffn_norm"):
+            out.add_tensor(f"{block}{norm}.weight", np.ones(hidden, np.float32))
+        matrix(f"{block}attn_q.weight", heads * size, hidden)
+        matrix(f"{block}attn_k.weight", key_heads * size, hidden)
+        matrix(f"{block}attn_v.weight", key_heads * size, hidden)
+        matrix(f"{block}attn_output.weight", hidden, heads * size)
+        matrix(f"{block}ffn_gate.weight", middle, hidden)
+        matrix(f"{block}ffn_up.weight", middle, hidden)
+        matrix(f"{block}ffn_down.weight", hidden, middle)
+    out.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    if not config.get("tie_word_embeddings"):
+        matrix("output.weight", config["vocab_size"], hidden)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # of this process, which only waits
+    main()
