@@ -38,6 +38,8 @@ def rungs(bits: int) -> Ladder:
         f"rotated gptaq-w{bits} + additive dual scale": (w, [rotate], SEEDS),
         f"d2quant-paper-w{bits}": (paper, [], SEEDS),
         f"d2quant-w{bits}": (w, [], SEEDS),
+        # Fewer scales on down_proj: no more bits than the rows it is compared with.
+        f"d2quant-w{bits}, groups of 384": (w, [f"{DOWN}.0.group=384"], [0]),
         f"d2quant-w{bits} without rotation": (w, ['moves=[{move="mean-shift", always=true}]'], SEEDS),
     }
 

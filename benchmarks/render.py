@@ -62,7 +62,9 @@ Row = dict[str, Any]
 
 def main() -> None:
     first, second = latest("weight_only.jsonl"), latest("d2quant.jsonl")
-    first |= {k: v for k, v in second.items() if k[0] in weight_only.LADDER}  # the same recipe, measured later
+    # Recipes that are in both ladders.
+    first |= {k: v for k, v in second.items() if k[0] in weight_only.LADDER}
+    second = {k: v for k, v in first.items() if k[0] in d2quant.LADDER} | second
     body = HEAD + "\n## Rounding alone\n\n" + table(first, ["full precision", *weight_only.LADDER])
     body += "\n## D²Quant, and past it\n\n" + table(second, ["full precision", *d2quant.LADDER])
     third = latest("prefixquant.jsonl")

@@ -40,6 +40,9 @@ __mmask64 first(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : _bzhi_u64(~0u
 
 __m512 widen16(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
 
+// Rows of a matrix behind whose codes a register's width may be read.
+int64_t whole_rows(const Linear& w) { return w.outputs - 1 - 64 / (w.row_bytes() > 0 ? w.row_bytes() : 1); }
+
 // Codes of a block as bytes, in their order.
 struct Bytes {
   __m512i bytes, all, mask;
@@ -216,9 +219,8 @@ template <int kBlocks, int kDigits, int M>
 void product_rows(const Linear& w, const Arranged& x, int64_t begin, int64_t end, float* y) {
   constexpr int R = M == 1 ? 4 : M == 2 ? 2 : 1;
   const Bytes unpack(w.bits);
+  const int64_t safe = whole_rows(w);
   int64_t o = begin;
-  // The last rows of the matrix have less than a register's width behind them.
-  const int64_t safe = w.outputs - 1 - 64 / (w.row_bytes() > 0 ? w.row_bytes() : 1);
   for (; o + R <= end && o + R <= safe; o += R) product_tile<kBlocks, kDigits, M, R, true>(w, x, unpack, o, y + (o - begin) * M);
   for (; o < end; ++o) product_tile<kBlocks, kDigits, M, 1, false>(w, x, unpack, o, y + (o - begin) * M);
 }
@@ -241,21 +243,55 @@ void product(const Linear& w, const Arranged& x, Type type, int rows, int64_t be
   run(w, x, rows, begin, end, y);
 }
 
+// Sums of four registers.
+__m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const auto quarter = [](__m512i v) {
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  };
+  const __m128i w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
+  const __m128i low = _mm_add_epi32(_mm_unpacklo_epi32(w, x), _mm_unpackhi_epi32(w, x));    // w0+w2 x0+x2 w1+w3 x1+x3
+  const __m128i high = _mm_add_epi32(_mm_unpacklo_epi32(y, z), _mm_unpackhi_epi32(y, z));
+  return _mm_add_epi32(_mm_unpacklo_epi64(low, high), _mm_unpackhi_epi64(low, high));
+}
+
+// As product_tile: R rows of the weight side by side.
+template <int M, int R, bool kWhole>
+void integer_tile(const Linear& w, const int8_t* x, int64_t stride, const Bytes& unpack, int64_t o, int32_t* y) {
+  const int64_t bytes = w.row_bytes(), block_bytes = 8 * w.bits;
+  const uint8_t* row = w.codes + o * bytes;
+  __m512i sums[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_si512();
+  for (int64_t i = 0, at = 0; i < w.inputs; i += kBlock, at += block_bytes) {
+    const int64_t left = bytes - at;
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* p = row + r * bytes + at;
+      _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
+      const __m512i code =
+          unpack(kWhole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(first(left < block_bytes ? left : block_bytes), p));
+      for (int m = 0; m < M; ++m) sums[r][m] = _mm512_dpbusd_epi32(sums[r][m], code, _mm512_loadu_si512(x + m * stride + i));
+    }
+  }
+  if constexpr (R * M % 4 == 0) {
+    const __m512i* all = &sums[0][0];
+    for (int i = 0; i < R * M; i += 4) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i), totals(all[i], all[i + 1], all[i + 2], all[i + 3]));
+    }
+  } else {
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) y[r * M + m] = _mm512_reduce_add_epi32(sums[r][m]);
+  }
+}
+
 template <int M>
 void integer_rows(const Linear& w, const int8_t* x, int64_t stride, int64_t begin, int64_t end, int32_t* y) {
+  constexpr int R = M == 1 ? 4 : M == 2 ? 2 : 1;
   const Bytes unpack(w.bits);
-  const int64_t bytes = w.row_bytes(), block_bytes = 8 * w.bits;
-  for (int64_t o = begin; o < end; ++o) {
-    const uint8_t* row = w.codes + o * bytes;
-    __m512i sums[M];
-    for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_si512();
-    for (int64_t i = 0, at = 0; i < w.inputs; i += kBlock, at += block_bytes) {
-      const int64_t left = bytes - at;
-      const __m512i code = unpack(_mm512_maskz_loadu_epi8(first(left < block_bytes ? left : block_bytes), row + at));
-      for (int m = 0; m < M; ++m) sums[m] = _mm512_dpbusd_epi32(sums[m], code, _mm512_loadu_si512(x + m * stride + i));
-    }
-    for (int m = 0; m < M; ++m) y[(o - begin) * M + m] = _mm512_reduce_add_epi32(sums[m]);
-  }
+  const int64_t safe = whole_rows(w);
+  int64_t o = begin;
+  for (; o + R <= end && o + R <= safe; o += R) integer_tile<M, R, true>(w, x, stride, unpack, o, y + (o - begin) * M);
+  for (; o < end; ++o) integer_tile<M, 1, false>(w, x, stride, unpack, o, y + (o - begin) * M);
 }
 
 void integer(const Linear& w, const int8_t* x, int64_t stride, int rows, int64_t begin, int64_t end, int32_t* y) {

@@ -106,6 +106,7 @@ struct Call {
     } sums;
     if (r.integer) k.integer(w, r.codes, r.stride, rows, begin, end, sums.n);
     else kernels(w).product(w, r.arranged, type, rows, begin, end, sums.y);
+    if (rows == 1 && !r.integer) return k.pieces->finish(sums.y, w, begin, end - begin, type, out + begin * wide);
     for (int64_t o = begin; o < end; ++o) {
       for (int m = 0; m < rows; ++m) {
         const int64_t at = (o - begin) * rows + m;

@@ -56,6 +56,8 @@ struct Pieces {
   void (*load)(const Span&, int64_t row, int64_t n, Type, void* out);
   // Integer products of rows begin … begin + n of a weight, scaled, with its bias.
   void (*rescale)(const int32_t* sums, const Linear&, int64_t begin, int64_t n, float scale, Type, void* out);
+  // The same of products that are numbers already.
+  void (*finish)(const float* sums, const Linear&, int64_t begin, int64_t n, Type, void* out);
   // Softmax attention over rows begin … end of one key head: for `heads` queries fp32 [heads, n], out [heads, n + 2] is the
   // largest score, the sum of exp(score - largest), and the sum of exp(score - largest) times values.
   void (*attend)(const float* query, int heads, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,

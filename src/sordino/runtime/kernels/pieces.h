@@ -262,6 +262,15 @@ void rescale_to(const int32_t* sums, const Linear& w, int64_t begin, int64_t n, 
   }
 }
 
+template <class T>
+void finish_to(const float* sums, const Linear& w, int64_t begin, int64_t n, T* out) {
+  if (w.bias == nullptr) {
+    for (int64_t i = 0; i < n; ++i) put(out, i, sums[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) put(out, i, sums[i] + read(w.bias, static_cast<Type>(w.bias_type), begin + i));
+  }
+}
+
 inline float dot(const float* a, const float* b, int64_t n) {
   float lanes[kLanes] = {}, rest = 0;
   int64_t i = 0;
@@ -373,7 +382,11 @@ void any_rescale(const int32_t* sums, const Linear& w, int64_t begin, int64_t n,
   either(type, [&](auto t) { rescale_to(sums, w, begin, n, scale, static_cast<decltype(t)*>(out)); });
 }
 
-constexpr Pieces kPieces = {any_norm, any_rope, any_turn, any_glu, any_add, any_store, any_load, any_rescale, attend_to};
+void any_finish(const float* sums, const Linear& w, int64_t begin, int64_t n, Type type, void* out) {
+  either(type, [&](auto t) { finish_to(sums, w, begin, n, static_cast<decltype(t)*>(out)); });
+}
+
+constexpr Pieces kPieces = {any_norm, any_rope, any_turn, any_glu, any_add, any_store, any_load, any_rescale, any_finish, attend_to};
 
 }  // namespace
 }  // namespace sordino
