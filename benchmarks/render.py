@@ -78,11 +78,12 @@ def main() -> None:
     body += equivalence("## Ways to compute the same thing (`benchmarks/equivalence.py`)")
     body += prompt("## A protected system prompt (`benchmarks/prompt.py`)")
     body += solver_options() + analyses() + large_shape() + speeds("## Speed (`benchmarks/speed.py`)")
+    body += beside_llama_cpp("## Speed beside llama.cpp (`benchmarks/vs_llama_cpp.py`)")
     (ROOT / "docs" / "results.md").write_text(body)
     fill(ROOT / "README.md", table(first | second | third, SHOWN, 4))
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 7))
     fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + prefix() + equivalence())
-    fill(ROOT / "docs" / "kernels.md", speeds() or "Nothing yet: `benchmarks/speed.py` was not run.\n")
+    fill(ROOT / "docs" / "kernels.md", speeds() + beside_llama_cpp() or "Nothing yet: `benchmarks/speed.py` was not run.\n")
     none = "Nothing yet: `benchmarks/bisup.py` is written and was not run.\n"
     fill(ROOT / "docs" / "methods" / "bisup.md", (hosts or none) + together + prompt())
 
@@ -359,6 +360,32 @@ def speeds(title: str = "") -> str:
                 ratios = [model[f"ratio_to_{p}"] for p in ("bf16", "fp32")]
                 shown += ["–" if r is None else f"{r[phase]:.2f}" for r in ratios]
             lines.append("| " + " | ".join([*shown, f"{model['peak_memory_bytes'] / 2**20:.0f}"]) + " |")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def beside_llama_cpp(title: str = "") -> str:
+    """Both engines, from the last row of each shape; ratios are medians of those within a round."""
+    rows = last("vs_llama_cpp.jsonl", "subject")
+    lines: list[str] = ["", title] if title and rows else []
+    if rows:
+        lines += ["", "llama.cpp built for AVX-512 with VNNI and BF16, without matrix tiles: its own path for them died of an illegal"]
+        lines += ["instruction on this virtual machine."]
+    for subject, row in rows.items():
+        by = {m["model"]: m for m in row["models"]}
+        lines += ["", f"{subject}, {row['threads']} threads, after {row['prompt_tokens']} tokens, beside llama.cpp"]
+        lines[-1] += f" (llama-cpp-python {row['llama_cpp_python']}; one thread's bf16 matmul: {row['gflops']} GFLOP/s):"
+        lines += ["", "| model | prefill tokens/s | × Q4_0 | × bf16 | decode tokens/s | × Q4_0 | × bf16 | MB read a token |"]
+        lines += ["|---" * 8 + "|"]
+        for name, model in by.items():
+            shown = [name]
+            for phase, tokens in (("prefill", row["prompt_tokens"]), ("decode", row["new_tokens"])):
+                rates = sorted(tokens / s for s in model[phase])
+                shown.append(f"{statistics.median(rates):.0f} ({rates[0]:.0f} … {rates[-1]:.0f})")
+                for other in ("llama.cpp Q4_0", "bf16 twin"):
+                    ratio = statistics.median(a / b for a, b in zip(by[other][phase], model[phase], strict=True))
+                    shown.append("–" if other == name else f"{ratio:.2f}")
+            size = model["weight_bytes"]
+            lines.append("| " + " | ".join([*shown, "–" if size is None else f"{size / 1e6:.0f}"]) + " |")
     return "\n".join(lines) + "\n" if lines else ""
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +188,18 @@ def test_linear_is_no_further_from_exact_than_torch(level: str, dtype: torch.dty
     assert error[level] < 1.05 * error["off"] + 1e-7
 
 
+@pytest.fixture(params=["torch's OpenMP", "the pool"])
+def runtime(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to use several threads."""
+    native, found = library.active(), library._openmp()
+    assert native is not None and found is not None
+    native.sordino_openmp(found if "OpenMP" in request.param else None)
+    yield
+    native.sordino_openmp(found)
+
+
 @every_level
-def test_any_number_of_threads_and_callers(level: str) -> None:
+def test_any_number_of_threads_and_callers(level: str, runtime: None) -> None:
     module, x = make((3000, 512), 64, 4, False, 0), normal(4, 512, seed=1)
     before, wrong = torch.get_num_threads(), []
 
@@ -208,6 +221,22 @@ def test_any_number_of_threads_and_callers(level: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_threads_of_its_own(runtime: None) -> None:
+    module, x = make((3000, 512), 64, 4, False, 0), normal(4, 512, seed=1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        expected = module(x).tolist()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(0 if module(x).tolist() == expected else 1)
+        assert os.waitpid(child, 0)[1] == 0 and module(x).tolist() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_moved_or_changed_weight_is_noticed() -> None:

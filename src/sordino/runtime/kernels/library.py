@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+
+import torch
 
 from sordino.errors import InputError
 
@@ -23,6 +26,7 @@ _NAME = "sordino_kernels.so"
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "sordino_choose": (_I32,),
+    "sordino_openmp": (_P,),
     "sordino_product": (_P, _P, _I32, _I64, _P, _I32),
     "sordino_rounded_product": (_P, _P, _I32, _I64, _I32, _F32, _P, _P, _I32),
     "sordino_encode": (_P, _I32, _I64, _I64, _I32, _F32, _P, _P, _I32),
@@ -141,8 +145,17 @@ def _load() -> ctypes.CDLL | None:
             for name, arguments in _SIGNATURES.items():
                 function = getattr(library, name)
                 function.argtypes, function.restype = arguments, ctypes.c_int
+            library.sordino_openmp(_openmp())
             return library
     return None
+
+
+def _openmp() -> int | None:
+    """Address of ``GOMP_parallel`` of the OpenMP runtime that torch has loaded for all to see, if it has."""
+    if sys.platform == "win32" or "OpenMP" not in torch.__config__.parallel_info():
+        return None
+    found = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return None if found is None else ctypes.cast(found, ctypes.c_void_p).value
 
 
 def available() -> list[str]:

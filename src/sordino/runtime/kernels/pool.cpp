@@ -1,5 +1,5 @@
-// A small pool of threads. OpenMP is not used: torch's wheel brings its own copy, and a second runtime in one process
-// means two sets of threads that wait for work at the same time.
+// Threads. Torch's own OpenMP runtime, where Python has found it (sordino_openmp): its threads wait actively for more work when a
+// torch operation is done, and a second set of threads would have to share the processors with them. Without it a small pool.
 //
 // Workers wait actively for a moment (decode sends thousands of short jobs a second) and then sleep. Pieces of work are
 // taken one by one from a counter, so a thread that the machine holds up does not hold up the others.
@@ -13,10 +13,14 @@
 #include <pthread.h>
 #endif
 
-#include "kernels.h"
+#include "products.h"
 
 namespace sordino {
 namespace {
+
+// GOMP_parallel, as GNU's, Intel's and LLVM's runtimes have it.
+using OpenMp = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+std::atomic<OpenMp> openmp{nullptr};
 
 constexpr auto kPatience = std::chrono::microseconds(60);  // of active waiting: longer than torch takes between two linears
 
@@ -105,6 +109,17 @@ Pool* the_pool() {
 
 void parallel(int64_t n, int threads, void (*body)(void*, int64_t), void* context) {
   if (threads > n) threads = static_cast<int>(n);
+  if (const OpenMp run = openmp.load(std::memory_order_relaxed); run != nullptr && threads > 1) {
+    struct Shared {
+      Job job;
+      std::atomic<int64_t> next{0};
+    } shared{{body, context, n}};
+    run([](void* of) {
+      auto* all = static_cast<Shared*>(of);
+      for (int64_t i; (i = all->next.fetch_add(1, std::memory_order_relaxed)) < all->job.n;) all->job.body(all->job.context, i);
+    }, &shared, static_cast<unsigned>(threads), 0);
+    return;
+  }
   Pool* shared = threads > 1 ? the_pool() : nullptr;
   if (shared == nullptr || !shared->callers.try_lock()) {  // another caller has the pool: do it alone
     for (int64_t i = 0; i < n; ++i) body(context, i);
@@ -112,6 +127,17 @@ void parallel(int64_t n, int threads, void (*body)(void*, int64_t), void* contex
   }
   shared->run({body, context, n}, threads);
   shared->callers.unlock();
+}
+
+// Address of GOMP_parallel of the runtime that torch uses; null for the pool here.
+SORDINO_API int sordino_openmp(void* parallel) {
+  openmp = reinterpret_cast<OpenMp>(parallel);
+#ifndef _WIN32
+  // A forked child has none of the runtime's threads, and would wait for them.
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { openmp = nullptr; }); });
+#endif
+  return 0;
 }
 
 }  // namespace sordino
