@@ -3,8 +3,8 @@
     python -m venv /tmp/llama && /tmp/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python
     python benchmarks/vs_llama_cpp.py --python /tmp/llama/bin/python [--threads 2] [--shapes smollm2-135m llama-3.2-1b]
 
-It is built from source, some twenty minutes on two cores, for the machine at hand. Where llama.cpp's own path for matrix tiles dies of
-an illegal instruction (0.3.36 on a virtual Sapphire Rapids did, in ggml_backend_amx_mul_mat), build it without them:
+It is built from source, some twenty minutes on two cores, for the machine at hand. Where llama.cpp's own path for matrix tiles
+dies of an illegal instruction (0.3.36 on a virtual Sapphire Rapids did, in ggml_backend_amx_mul_mat), build it without them:
 CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON".
 
 Weights are random on both sides: F16 GGUF files written here, Q4_0 made of them by llama.cpp itself, and random checkpoints in
