@@ -368,8 +368,8 @@ def beside_llama_cpp(title: str = "") -> str:
     rows = last("vs_llama_cpp.jsonl", "subject")
     lines: list[str] = ["", title] if title and rows else []
     if rows:
-        lines += ["", "llama.cpp was built for AVX-512 with VNNI and BF16, without matrix tiles: its own path for them died of an"]
-        lines += ["illegal instruction on this virtual machine."]
+        lines += ["", "llama.cpp was built for AVX-512 with VNNI and BF16, without matrix tiles: its own path for them died of"]
+        lines += ["an illegal instruction on this virtual machine."]
     for subject, row in rows.items():
         by = {m["model"]: m for m in row["models"]}
         lines += ["", f"{subject}, {row['threads']} threads, after {row['prompt_tokens']} tokens, beside llama.cpp"]

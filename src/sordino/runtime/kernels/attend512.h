@@ -135,11 +135,5 @@ void attend512(const float* query, int heads, int64_t n, const Span& keys, const
   }
 }
 
-constexpr Pieces kPieces512 = [] {
-  Pieces pieces = kPieces;
-  pieces.attend = attend512;
-  return pieces;
-}();
-
 }  // namespace
 }  // namespace sordino

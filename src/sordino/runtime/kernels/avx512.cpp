@@ -382,6 +382,7 @@ void sixteen(float* work, int64_t n) {
 #define SORDINO_SIXTEEN
 #include "pieces.h"
 #include "attend512.h"
+#include "pieces512.h"
 
 namespace sordino {
 

@@ -178,10 +178,19 @@ void store_row(const T* x, const Format& f, int64_t head, int64_t n, uint8_t* ro
   const float share = share_of(f, head), half = static_cast<float>(1 << (f.bits - 1)), top = static_cast<float>((1 << f.bits) - 1);
   float scale = share, zero = half, low = 0, high = 0;
   if (!f.fixed) {
-    for (int64_t i = 0; i < n; ++i) {
+    float lows[kLanes] = {}, highs[kLanes] = {};  // side by side, for vectors
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int k = 0; k < kLanes; ++k) {
+        const float v = get(x, i + k);
+        lows[k] = v < lows[k] ? v : lows[k], highs[k] = v > highs[k] ? v : highs[k];
+      }
+    }
+    for (; i < n; ++i) {
       const float v = get(x, i);
       low = v < low ? v : low, high = v > high ? v : high;
     }
+    for (int k = 0; k < kLanes; ++k) low = lows[k] < low ? lows[k] : low, high = highs[k] > high ? highs[k] : high;
     if (f.symmetric) {
       scale = stored_scale((-low > high ? -low : high) * share / (half - 1));
     } else {
@@ -191,18 +200,20 @@ void store_row(const T* x, const Format& f, int64_t head, int64_t n, uint8_t* ro
       zero = zero < top ? zero : top;
     }
   }
+  uint8_t codes[kMaxSize + 8] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    float v = get(x, i) / scale;
+    v = v > -512.0f ? v : -512.0f;  // NaN too: any code will do, the scale says NaN
+    v = v < 512.0f ? v : 512.0f;
+    v = ((v + kMagic) - kMagic) + zero;
+    v = v > 0 ? v : 0.0f, v = v < top ? v : top;
+    codes[i] = static_cast<uint8_t>(static_cast<int32_t>(v));
+  }
   const int64_t words = code_bytes(n, f.bits);
   std::memset(row, 0, static_cast<size_t>(words));
   for (int64_t i = 0; i < n; i += 8) {
     uint64_t word = 0;
-    for (int64_t k = 0; k < 8 && i + k < n; ++k) {
-      float v = get(x, i + k) / scale;
-      v = v > -512.0f ? v : -512.0f;  // NaN too: any code will do, the scale says NaN
-      v = v < 512.0f ? v : 512.0f;
-      v = ((v + kMagic) - kMagic) + zero;
-      v = v > 0 ? v : 0.0f, v = v < top ? v : top;
-      word |= static_cast<uint64_t>(v) << (k * f.bits);
-    }
+    for (int k = 0; k < 8; ++k) word |= static_cast<uint64_t>(codes[i + k]) << (k * f.bits);
     const int64_t at = i / 8 * f.bits, left = words - at;
     std::memcpy(row + at, &word, static_cast<size_t>(left < f.bits ? left : f.bits));
   }
