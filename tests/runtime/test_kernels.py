@@ -188,6 +188,20 @@ def test_linear_is_no_further_from_exact_than_torch(level: str, dtype: torch.dty
     assert error[level] < 1.05 * error["off"] + 1e-7
 
 
+@every_level
+@pytest.mark.parametrize("group", [16, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outliers_and_what_is_not_finite(level: str, group: int, dtype: torch.dtype) -> None:
+    # Symmetric: a zero point makes a sum of which an outlier is part meet its like, in fp32.
+    module, x = make((40, 512), group, 4, True, 0), normal(3, 512, seed=1).to(dtype)
+    with kernels.using(level):
+        x[0, 3] = 3e4
+        check_product(module(x), x, module.dequantize(torch.float32), None)
+        x[1, 5], x[2, 7] = torch.nan, torch.inf
+        out = module(x)
+    assert bool(torch.isfinite(out[0]).all()) and not bool(torch.isfinite(out[1:]).any())
+
+
 @pytest.fixture(params=["torch's OpenMP", "the pool"])
 def runtime(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both ways to use several threads."""
