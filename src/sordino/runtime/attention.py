@@ -8,6 +8,7 @@ Shapes: B batch, H query heads, K key heads, L queries, S keys, P prefix tokens,
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,8 +80,19 @@ def attend(
     length, keys = query.shape[2], key.shape[2]
     if mask is None and keys > before and length > 1:
         # transformers leaves out the mask where plain causal order says it all; torch would align that to the first key.
-        mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)[None, None]
+        make = _causal if length * keys <= _SMALL else _causal.__wrapped__
+        mask = make(length, keys, query.dtype, query.device)
     return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+_SMALL = 1 << 22  # entries of a mask that is worth keeping for the next layer
+
+
+@lru_cache(maxsize=1)
+def _causal(length: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to scores of the last ``length`` of so many tokens, [1, 1, length, keys]: zero, or minus infinity."""
+    with torch.inference_mode(False):
+        return torch.full((length, keys), -torch.inf, dtype=dtype, device=device).triu(keys - length + 1)[None, None]
 
 
 def install(model: Any) -> None:
