@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt's parameters in malloc.h
 
@@ -13,7 +14,7 @@ def keep_freed_memory() -> None:
     Walks and forwards allocate the same sizes over and over; without this every one of them is faulted in anew, which is slow
     on virtual machines above all. Does nothing where the C library has no ``mallopt``.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = None if sys.platform == "win32" else getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc accepts
         mallopt(_TRIM_THRESHOLD, 1 << 30)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import sordino
 from levels import every_level, needs_kernels
+from sordino.errors import InputError
 from sordino.recipe import load_recipe
 from sordino.runtime import block, kernels
 from sordino.runtime.block import one_call
@@ -241,7 +242,7 @@ def _patch(model: Any) -> None:
     norm.forward = lambda x: type(norm).forward(norm, x) * 2
 
 
-@pytest.mark.parametrize(("change", "whole"), [(_hook, True), (_adapter, True), (_patch, False)])
+@pytest.mark.parametrize(("change", "whole"), [(_hook, False), (_adapter, True), (_patch, False)])
 def test_what_others_put_into_a_layer_is_left_to_torch(change: Any, whole: bool, tmp_path: Path, calls: list[int]) -> None:
     model = quantized(tmp_path, *RECIPES["weights alone"])
     decoded(model, True)
@@ -311,3 +312,68 @@ def test_gradients_go_through_torch(tmp_path: Path, calls: list[int]) -> None:
     cache = model(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
     model(torch.tensor([[6]]), past_key_values=cache).logits.sum().backward()
     assert gain.grad is not None and not calls and not wholes
+
+
+def _autocast(model: Any, ids: Tensor) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(ids)
+
+
+def _early_exit(model: Any, ids: Tensor) -> Any:
+    model.config.num_hidden_layers = 1
+    try:
+        return model(ids)
+    finally:
+        model.config.num_hidden_layers = 2
+
+
+def _fewer_layers(model: Any, ids: Tensor) -> Any:
+    decoder, model_layers = model.get_decoder(), model.get_decoder().layers
+    decoder.layers = nn.ModuleList(reversed(list(model_layers)))
+    try:
+        return model(ids)
+    finally:
+        decoder.layers = model_layers
+
+
+REQUESTS: dict[str, Any] = {
+    "autocast": _autocast,
+    "not causal": lambda model, ids: model(ids, is_causal=False),
+    "one place for all": lambda model, ids: model(ids, position_ids=torch.tensor([[3]])),
+    "some of the layers": _early_exit,
+    "other layers": _fewer_layers,
+    "a cache that is not to be used": lambda model, ids: model(ids, past_key_values=DynamicCache(), use_cache=False),
+    "a tuple": lambda model, ids: model.get_decoder()(ids, return_dict=False)[0],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_requests_that_are_for_transformers(request_: str, tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES["weights alone"])
+    ids = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(1))
+    model(ids)
+    assert len(wholes) == 2
+    outs = []
+    for on in (True, False):
+        with one_call(on):
+            outs.append(REQUESTS[request_](model, ids))
+    a, b = (o if isinstance(o, Tensor) else o.logits for o in outs)
+    same = request_ == "other layers"  # these are as good as the first ones, if they are looked at again
+    assert torch.allclose(a, b, atol=1e-4) if same else torch.equal(a, b)
+    assert len(wholes) == (4 if same else 2)
+
+
+def test_another_attention_function_is_refused(tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES["static, prefix, R3, R4"])
+    model.config._attn_implementation = "sdpa"
+    with torch.no_grad(), pytest.raises(InputError, match="keep attn_implementation"):
+        model(torch.tensor([[3, 4, 5]]))
+
+
+def test_a_steering_vector_gets_its_gradient(tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES["weights alone"])
+    vector = torch.zeros(model.config.hidden_size, requires_grad=True)
+    model.get_decoder().layers[0].mlp.down_proj.register_forward_hook(lambda *given: given[2] + vector)
+    model(torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    assert vector.grad is not None and bool(vector.grad.ne(0).any()) and not wholes

@@ -202,6 +202,29 @@ def test_outliers_and_what_is_not_finite(level: str, group: int, dtype: torch.dt
     assert bool(torch.isfinite(out[0]).all()) and not bool(torch.isfinite(out[1:]).any())
 
 
+@every_level
+@pytest.mark.parametrize("inputs", [None, {"bits": 8, "mode": "dynamic"}])
+def test_no_rows_and_wrong_widths(level: str, inputs: dict[str, Any] | None) -> None:
+    module = make((40, 128), 128, 4, True, 0, inputs=inputs)
+    with kernels.using(level):
+        if inputs is None:
+            assert module(torch.zeros(0, 128)).shape == (0, 40) and module(torch.zeros(2, 0, 128)).shape == (2, 0, 40)
+        for x in (torch.ones(3, 256), torch.ones(12, 256), torch.ones(16, 64)):
+            with pytest.raises(RuntimeError):
+                module(x)
+
+
+@every_level
+@pytest.mark.parametrize("rows", [2, 20])
+def test_a_bias_that_is_trained(level: str, rows: int) -> None:
+    module = make((40, 128), 64, 4, False, 0, True)
+    assert module.bias is not None
+    module.bias.requires_grad_(True)
+    with kernels.using(level):
+        module(normal(rows, 128, seed=1)).sum().backward()
+    assert module.bias.grad is not None and bool(module.bias.grad.eq(rows).all())
+
+
 @pytest.fixture(params=["torch's OpenMP", "the pool"])
 def runtime(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both ways to use several threads."""

@@ -30,10 +30,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from sordino.numerics.hadamard import rotation
 from sordino.runtime import layers
 from sordino.runtime.attention import KEY_SCALE, OWN_HOOKS, VALUE_SCALE, plain_or_ours
+from sordino.runtime.attention import NAME as ATTENTION
 from sordino.runtime.cache import PackedLayer, RoomyLayer, enter
-from sordino.runtime.inputs import RotateInput
+from sordino.runtime.inputs import OrderInput, RotateInput
 from sordino.runtime.kernels import library
-from sordino.runtime.kernels.linear import TYPES, able
+from sordino.runtime.kernels.linear import TYPES, able, traced
 from sordino.runtime.kernels.rows import LARGEST_HEAD, format_of, turn_of
 from sordino.runtime.modules import SCALE, QuantLinear, add_bias
 from sordino.runtime.prefix import KEY, VALUE
@@ -67,7 +68,7 @@ def decode_in_one_call(decoder: Any) -> None:
 
     @wraps(plain)  # others look at its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = None if args or torch.compiler.is_compiling() else _forward(self, **kwargs)
+        out = None if args or traced() else _forward(self, **kwargs)
         return plain(self, *args, **kwargs) if out is None else out
 
     if all(type(layer).__name__ in FAMILIES for layer in decoder.layers):
@@ -88,16 +89,13 @@ def _forward(
     ids, cache, config = input_ids, past_key_values, decoder.config
     if ids is None or inputs_embeds is not None or not _on or library.active() is None or decoder.training:
         return None
-    if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
-        return None
-    asked = any(v is not None and v is not False for k, v in others.items() if k != "return_dict")
-    if asked or others.get("return_dict") is False or config.output_hidden_states or config.output_attentions:
+    if not _plain_request(decoder, attention_mask, others):
         return None
     if use_cache is None:
         use_cache = config.use_cache
     if cache is None and use_cache:
         cache = DynamicCache(config=config)
-    if cache is not None and type(cache) is not DynamicCache:
+    if cache is not None and (type(cache) is not DynamicCache or not use_cache):
         return None
     out = None
     if ids.shape[1] == 1 and ids.shape[0] <= FEW_TEXTS and use_cache and _all_seen(attention_mask):
@@ -105,6 +103,22 @@ def _forward(
     if out is None:
         out = _whole(decoder, ids, attention_mask, position_ids, cache)
     return None if out is None else BaseModelOutputWithPast(last_hidden_state=decoder.norm(out), past_key_values=cache)
+
+
+def _plain_request(decoder: Any, mask: Any, others: dict[str, Any]) -> bool:
+    """Whether nothing is wanted but last hidden states, causal, of all layers, without gradients, in the model's own dtype."""
+    config = decoder.config
+    if others.get("is_causal") is not None or getattr(config, "is_causal", None) is not None:
+        return False
+    if any(v is not None and v is not False for k, v in others.items() if k != "return_dict"):
+        return False
+    if others.get("return_dict") is False or getattr(config, "return_dict", True) is False:
+        return False
+    if config.output_hidden_states or config.output_attentions or config.num_hidden_layers != len(decoder.layers):
+        return False
+    if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
+        return False
+    return (mask is None or isinstance(mask, Tensor)) and not torch.is_autocast_enabled("cpu") and not traced()
 
 
 def _step(decoder: Any, ids: Tensor, position_ids: Tensor | None, cache: Any) -> Tensor | None:
@@ -207,6 +221,7 @@ class Known:
 
     def __init__(self, decoder: Any):
         layers = list(decoder.layers)
+        self._layers, self._attention = decoder.layers, decoder.config._attn_implementation
         self.dtype = layers[0].input_layernorm.weight.dtype
         modules = {name: m for layer in layers for name, m in layer.named_modules(prefix=str(layer.self_attn.layer_idx))}
         # All that must stay the same. The tensors are kept, so that an address is never one of memory that was freed.
@@ -218,7 +233,9 @@ class Known:
         self._storages = [d[k].untyped_storage() for d, k in self._places]
         self._state = self._look()
         config, usual = decoder.config, self.dtype in TYPES and all(_usual(layer, self.dtype) for layer in layers)
-        usual = usual and plain_or_ours(config._attn_implementation)
+        usual = usual and plain_or_ours(self._attention)
+        # Torch's own attention function does nothing of ours.
+        usual = usual and (self._attention == ATTENTION or not any(map(_treated, layers)))
         self.norms = [_norms(layer) for layer in layers] if usual else None
         found = [_describe(layer, self.dtype) for layer in layers] if usual else []
         fit = [f for f in found if f is not None]
@@ -236,7 +253,7 @@ class Known:
 
     def holds(self, decoder: Any) -> bool:
         """Whether nothing was moved, replaced, hooked or patched since."""
-        if not plain_or_ours(decoder.config._attn_implementation):
+        if decoder.config._attn_implementation != self._attention or decoder.layers is not self._layers:
             return False
         try:
             same = self._look() == self._state
@@ -248,7 +265,9 @@ class Known:
         """Embedded tokens, and cosine and sine of their rotary angles; None if the kernels cannot read them."""
         x = decoder.embed_tokens(ids)
         cos, sin = decoder.rotary_emb(x, position_ids=places)
-        if not (x.dtype == cos.dtype == self.dtype) or not able(x) or cos.shape[-1] != self.size:
+        if not (x.dtype == cos.dtype == self.dtype) or not able(x):
+            return None
+        if cos.ndim != 3 or cos.shape[0] not in (1, len(ids)) or cos.shape[1:] != (ids.shape[1], self.size):
             return None
         return x.contiguous(), cos.contiguous(), sin.contiguous()
 
@@ -281,14 +300,26 @@ def _parts(layer: Any) -> tuple[list[Any], list[Any]]:
 
 def _usual(layer: Any, dtype: torch.dtype) -> bool:
     """Whether a layer is what its family's are but for its linears and what we do in attention."""
-    size, (_, norms) = layer.self_attn.head_dim, _parts(layer)
-    return (
-        size % 2 == 0
-        and size <= LARGEST_HEAD
-        and isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation)
-        and all(n is None or _plain(n, dtype) for n in norms)
-        and _hooks_are_ours([layer, layer.self_attn, layer.mlp, layer.mlp.act_fn, *(n for n in norms if n is not None)])
-    )
+    try:
+        size, (linears, norms) = layer.self_attn.head_dim, _parts(layer)
+        inside = [layer, layer.self_attn, layer.mlp]
+        return (
+            size % 2 == 0
+            and size <= LARGEST_HEAD
+            and all(type(m).__module__.startswith("transformers.models.") for m in inside)
+            and isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation)
+            and all(n is None or _plain(n, dtype) for n in norms)
+            and _hooks_are_ours([*inside, layer.mlp.act_fn, *(n for n in norms if n is not None)])
+            and _hooks_are_ours(linears, linears, RotateInput | OrderInput)
+        )
+    except AttributeError:  # a part that others have put there
+        return False
+
+
+def _treated(layer: Any) -> bool:
+    """Whether there is something of ours in a layer's attention."""
+    attention = layer.self_attn
+    return any(getattr(attention, name, None) is not None for name in (KEY, "key_rotation", "kv_grid"))
 
 
 def _norms(layer: Any) -> layers.Norms:
@@ -302,7 +333,7 @@ def _describe(layer: Any, dtype: torch.dtype) -> library.Block | None:
     heads, key_heads, size = attention.config.num_attention_heads, attention.config.num_key_value_heads, attention.head_dim
     if not all(isinstance(x, QuantLinear) for x in linears) or heads % key_heads or heads > _MOST_HEADS * key_heads:
         return None
-    if not _hooks_are_ours(linears, linears[-1]):
+    if not _hooks_are_ours(linears, linears[-1:]):
         return None
     weights = [w for x in linears if (w := _weight(x)) is not None]
     roundings = [r for x in linears if (r := _rounding(x)) is not None]
@@ -341,12 +372,12 @@ def _plain(norm: Any, dtype: torch.dtype) -> bool:
     return type(norm).__name__.endswith("RMSNorm") and _ready(norm.weight, dtype) and (bias is None or _ready(bias, dtype))
 
 
-def _hooks_are_ours(modules: list[Any], down: Any = None) -> bool:
-    """Whether the kernels do what the hooks of modules do; ``down`` is the linear that may rotate its input."""
+def _hooks_are_ours(modules: list[Any], turning: Any = (), turns: Any = RotateInput) -> bool:
+    """Whether the kernels do what the hooks of modules do; ``turning`` are those that may turn their input."""
     for module in modules:
         before = [h for h in module._forward_pre_hooks.values() if h not in OWN_HOOKS]
-        if module is down:
-            before = [h for h in before if not isinstance(h, RotateInput)]
+        if any(module is m for m in turning):
+            before = [h for h in before if not isinstance(h, turns)]
         after = [h for h in module._forward_hooks.values() if h is not add_bias]
         if before or after or "forward" in module.__dict__:
             return False

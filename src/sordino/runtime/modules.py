@@ -177,10 +177,11 @@ class QuantLinear(nn.Module):
         return out if bias is None else out + bias
 
     def _native_weight(self) -> native.Packed | None:
-        """The weight for the kernels, which know affine grids."""
-        if self.additive:
+        """The weight for the kernels, which know affine grids and no gradients."""
+        bias = self._parameters["bias"]
+        if self.additive or (bias is not None and bias.requires_grad and torch.is_grad_enabled()):
             return None
-        return native.packed(self, self._parameters["bias"], self.in_features, self.group, self.bits)
+        return native.packed(self, bias, self.in_features, self.group, self.bits)
 
     def _tiles(self) -> list[slice]:
         """Rows that are unpacked at once."""

@@ -68,25 +68,29 @@ def packed(owner: Any, bias: Tensor | None, inputs: int, group: int, bits: int) 
 
 def able(x: Tensor) -> bool:
     """Whether the kernels can take activations: on the CPU, of a known type, nothing to differentiate or to trace."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in TYPES
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
-    )
+    return x.device.type == "cpu" and x.dtype in TYPES and not (x.requires_grad and torch.is_grad_enabled()) and not traced()
+
+
+def traced() -> bool:
+    """Whether operations are recorded, to be done later: what the kernels do would be taken for constants."""
+    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
+
+
+def _takes(weight: Packed, x: Tensor) -> bool:
+    return able(x) and x.shape[-1:] == (weight.weight.inputs,)
 
 
 def product(weight: Packed | None, x: Tensor) -> Tensor | None:
     """``x W^T + bias`` of few rows, [..., I] -> [..., O] in x's dtype, summed in fp32 and rounded once."""
     library = active()
-    if library is None or weight is None or not able(x):
+    if library is None or weight is None or not _takes(weight, x):
         return None
     inputs, outputs = weight.weight.inputs, weight.weight.outputs
     rows = x.numel() // inputs
     if not 0 < rows <= FEW_ROWS:
         return None
     x = x.contiguous()
-    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device="cpu")
     library.sordino_product(weight.address, x.data_ptr(), TYPES[x.dtype], rows, out.data_ptr(), torch.get_num_threads())
     return out
 
@@ -111,8 +115,8 @@ class _Last:
         kept = cls.kept
         if state is not None and kept is not None and kept[0]() is x and kept[1] == (state, key):
             return kept[2]
-        codes = torch.empty((rows, x.numel() // rows), dtype=torch.int8)
-        scales = torch.empty(rows) if scale is None else scale
+        codes = torch.empty((rows, x.numel() // rows), dtype=torch.int8, device="cpu")
+        scales = torch.empty(rows, dtype=torch.float32, device="cpu") if scale is None else scale
         library.sordino_encode(
             x.data_ptr(), TYPES[x.dtype], rows, codes.shape[1], bits, share, scales.data_ptr(), codes.data_ptr(),
             torch.get_num_threads(),
@@ -148,14 +152,14 @@ def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, sc
         scale: fp32 [1], static; None for one scale a token.
     """
     library = active()
-    if library is None or weight is None or not able(x) or x.numel() == 0:
+    if library is None or weight is None or not _takes(weight, x) or x.numel() == 0:
         return None
     if scale is not None and scale.dtype != torch.float32:
         scale = scale.float()
     rows, threads, kind = x.numel() // weight.weight.inputs, torch.get_num_threads(), TYPES[x.dtype]
     share = 0.0 if scale is not None else clip / ((1 << (bits - 1)) - 1)
     x = x.contiguous()
-    out = torch.empty((*x.shape[:-1], weight.weight.outputs), dtype=x.dtype)
+    out = torch.empty((*x.shape[:-1], weight.weight.outputs), dtype=x.dtype, device="cpu")
     if rows <= FEW_ROWS:
         fixed = None if scale is None else scale.data_ptr()
         library.sordino_rounded_product(
@@ -170,7 +174,7 @@ def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, sc
     if done == 0:
         return out
     for begin, end in tiles(weight.weight.outputs, weight.weight.inputs):
-        tile = torch.empty((end - begin, weight.weight.inputs), dtype=torch.int8)
+        tile = torch.empty((end - begin, weight.weight.inputs), dtype=torch.int8, device="cpu")
         library.sordino_centred(weight.address, begin, end, tile.data_ptr(), threads)
         sums = torch._int_mm(codes, tile.T)
         library.sordino_rescale(
@@ -188,7 +192,7 @@ def values(weight: Packed | None, rows: slice, dtype: torch.dtype) -> Tensor | N
     begin, end, step = rows.indices(weight.weight.outputs)
     if step != 1 or end < begin:
         return None
-    out = torch.empty((end - begin, weight.weight.inputs), dtype=dtype)
+    out = torch.empty((end - begin, weight.weight.inputs), dtype=dtype, device="cpu")
     library.sordino_values(weight.address, begin, end, TYPES[dtype], out.data_ptr(), torch.get_num_threads())
     return out
 
@@ -196,11 +200,11 @@ def values(weight: Packed | None, rows: slice, dtype: torch.dtype) -> Tensor | N
 def unpacked_product(weight: Packed | None, x: Tensor, bias: Tensor | None) -> Tensor | None:
     """``x W^T + bias`` of many rows, [..., I] -> [..., O] in x's dtype: weights rounded to it, then torch's product."""
     library = active()
-    if library is None or weight is None or not able(x):
+    if library is None or weight is None or not _takes(weight, x) or x.numel() == 0:
         return None
     shape, at = weight.weight, weight.address
     flat, threads = x.reshape(-1, shape.inputs), torch.get_num_threads()
-    out = torch.empty((flat.shape[0], shape.outputs), dtype=x.dtype)
+    out = torch.empty((flat.shape[0], shape.outputs), dtype=x.dtype, device="cpu")
     ranges = tiles(shape.outputs, shape.inputs)
     room = _room(max(end - begin for begin, end in ranges) * shape.inputs, x.dtype)
     for begin, end in ranges:
@@ -210,7 +214,7 @@ def unpacked_product(weight: Packed | None, x: Tensor, bias: Tensor | None) -> T
             torch.mm(flat, tile.T, out=out[:, begin:end])
         else:
             torch.addmm(bias[begin:end], flat, tile.T, out=out[:, begin:end])
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], shape.outputs)
 
 
 _own = threading.local()
@@ -221,7 +225,7 @@ def _room(entries: int, dtype: torch.dtype) -> Tensor:
     kept: Tensor | None = getattr(_own, "room", None)
     if kept is None or kept.numel() < entries or kept.dtype != dtype:
         with torch.inference_mode(False):
-            kept = _own.room = torch.empty(entries, dtype=dtype)
+            kept = _own.room = torch.empty(entries, dtype=dtype, device="cpu")
     return kept
 
 

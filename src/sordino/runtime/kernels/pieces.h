@@ -203,7 +203,7 @@ void store_row(const T* x, const Format& f, int64_t head, int64_t n, uint8_t* ro
   uint8_t codes[kMaxSize + 8] = {};
   for (int64_t i = 0; i < n; ++i) {
     float v = get(x, i) / scale;
-    v = v > -512.0f ? v : -512.0f;  // NaN too: any code will do, the scale says NaN
+    v = v > -512.0f ? v : -512.0f;  // NaN too: any code will do
     v = v < 512.0f ? v : 512.0f;
     v = ((v + kMagic) - kMagic) + zero;
     v = v > 0 ? v : 0.0f, v = v < top ? v : top;

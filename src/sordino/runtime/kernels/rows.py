@@ -60,12 +60,24 @@ def rotate(turn: Rotation, x: Tensor) -> Tensor:
     return turn.apply(x) if out is None else out
 
 
+def _alike(*given: Tensor) -> None:
+    """Refuse operands that the kernels would misread.
+
+    Raises:
+        TypeError: if they differ in dtype or shape.
+    """
+    if any(x.dtype != given[0].dtype or x.shape != given[0].shape for x in given):
+        raise TypeError(f"operands differ: {', '.join(f'{x.dtype} {list(x.shape)}' for x in given)}")
+
+
 def norm(how: library.Norm, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sum of x [..., n] and what is added, and its RMS norm; the kernels have to be there and :func:`able`."""
     native = library.active()
     assert native is not None
     x = x.contiguous()
-    added = None if added is None else added.contiguous()
+    if added is not None:
+        _alike(x, added)
+        added = added.contiguous()
     out, total = torch.empty_like(x), x if added is None else torch.empty_like(x)
     other = None if added is None else added.data_ptr()
     native.sordino_norm(
@@ -81,6 +93,8 @@ def place(how: library.Norm, x: Tensor, cos: Tensor, sin: Tensor, size: int) -> 
     assert native is not None
     x = x.contiguous()
     texts, tokens, width = x.shape
+    if x.dtype != cos.dtype or cos.shape[1:] != (tokens, size):
+        raise TypeError(f"{x.dtype} {list(x.shape)} and angles {cos.dtype} {list(cos.shape)}")
     out = x.new_empty((texts, width // size, tokens, size))
     native.sordino_place(
         ctypes.addressof(how), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), int(cos.shape[0] == 1), out.data_ptr(),
@@ -93,6 +107,7 @@ def glu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     native = library.active()
     assert native is not None
+    _alike(gate, up)
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     native.sordino_glu(gate.data_ptr(), up.data_ptr(), out.data_ptr(), TYPES[gate.dtype], gate.numel(), torch.get_num_threads())
