@@ -56,15 +56,20 @@ def main() -> None:
             print(shape, part, json.dumps(row["bench"])[:300], flush=True)
 
 
+def recipe_file(name: str, folder: Path) -> Path:
+    """One of the checkpoints above as a recipe of its own."""
+    recipe, sets = CHECKPOINTS[name]
+    file = folder / f"{name}.toml"
+    file.write_text(load_recipe(recipe, [*sets, "format.embeddings=8"]).to_toml())
+    return file
+
+
 def bench(shape: str, names: list[str], tokens: int, env: dict[str, str], threads: int) -> dict[str, Any]:
     """What `sordino bench` measures."""
     with tempfile.TemporaryDirectory() as folder:
         given = []
         for name in names:
-            recipe, sets = CHECKPOINTS[name]
-            file = Path(folder) / f"{name}.toml"
-            file.write_text(load_recipe(recipe, [*sets, "format.embeddings=8"]).to_toml())
-            given += ["-r", str(file)]
+            given += ["-r", str(recipe_file(name, Path(folder)))]
         out = Path(folder) / "bench.json"
         options = ["--prompt-tokens", str(tokens), "--new-tokens", "32", "--threads", str(threads), "--json", str(out)]
         command = [SORDINO, "bench", "--shape", shape, *given, *options]

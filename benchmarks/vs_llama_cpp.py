@@ -30,8 +30,7 @@ import torch
 from ladder import ROWS, code_version, keep, speed
 from sordino.measure.bench import Order, Worker, in_turns
 from sordino.measure.shapes import random_checkpoint, shape, stored
-from sordino.recipe import load_recipe
-from speed import CHECKPOINTS
+from speed import recipe_file
 
 OURS = ["W4", "W4A8KV4 static"]
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
@@ -94,10 +93,7 @@ def compare(name: str, python: str, threads: int, tokens: tuple[int, int]) -> di
         size = {"llama.cpp F16": half.stat().st_size, "llama.cpp Q4_0": four.stat().st_size}
         workers: list[Any] = []
         for subject in OURS:
-            recipe, sets = CHECKPOINTS[subject]
-            toml = Path(folder) / f"{subject}.toml"
-            toml.write_text(load_recipe(recipe, [*sets, "format.embeddings=8"]).to_toml())
-            storage = stored(config, str(toml))
+            storage = stored(config, str(recipe_file(subject, Path(folder))))
             state = random_checkpoint(config, storage).state_dict().values()
             size[subject] = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in state}.values())
             workers.append(Worker(Order(subject, json.dumps(config), storage=storage), threads, tokens))

@@ -123,7 +123,7 @@ def attach(model: Any, ids: list[int]) -> None:
         InputError: if it has one, or rounds or rotates keys, or lacks a token.
     """
     layers = [m for m in model.modules() if hasattr(m, "k_proj")]
-    if any(hasattr(m, KEY) or hasattr(m, "key_rotation") or getattr(m, "kv_grid", None) is not None for m in layers):
+    if any(map(_treated, layers)):
         raise InputError("the model treats its keys and values already; a prefix is put before plain models only")
     if max(ids) >= model.config.vocab_size:
         raise InputError(f"the prefix has the token {max(ids)}, this model's vocabulary ends at {model.config.vocab_size - 1}")
@@ -146,9 +146,14 @@ def knows_treatment(name: str) -> None:
     _KNOWING.add(name)
 
 
-def plain_or_ours(name: str) -> bool:
-    """Whether an attention function is torch's or the one here, which differ in :func:`treat` alone."""
-    return name in (NAME, "sdpa")
+def does_all_of(name: str, modules: list[Any]) -> bool:
+    """Whether an attention function is torch's or the one here, and leaves out nothing that is ours of these modules."""
+    return name == NAME or (name == "sdpa" and not any(map(_treated, modules)))
+
+
+def _treated(module: Any) -> bool:
+    """Whether :func:`treat` has something to do."""
+    return any(getattr(module, name, None) is not None for name in (KEY, "key_rotation", "kv_grid"))
 
 
 def _check(module: Any, *_: Any) -> None:

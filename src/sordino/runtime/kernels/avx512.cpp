@@ -13,13 +13,17 @@
 #include <immintrin.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "kernels.h"
 
 namespace sordino {
 namespace {
 
-constexpr int kAhead = 4096;       // bytes: the processor's own prefetching ends at every page
+constexpr int kAhead = 4096;  // bytes: the processor's own prefetching ends at every page
+
+template <int n>
+using Constant = std::integral_constant<int, n>;
 
 bool fits(const Linear& w) { return w.group % 8 == 0 || w.group == w.inputs; }
 
@@ -46,12 +50,19 @@ int64_t whole_rows(const Linear& w) { return w.outputs - 1 - 64 / (w.row_bytes()
 // Codes of a block as bytes, in their order.
 struct Bytes {
   __m512i bytes, all, mask;
+  int64_t size;  // bytes of a block
 
   explicit Bytes(int bits)
-      : bytes(unit_bytes(bits)), all(fields(bits)), mask(_mm512_set1_epi8(static_cast<char>((1 << bits) - 1))) {}
+      : bytes(unit_bytes(bits)), all(fields(bits)), mask(_mm512_set1_epi8(static_cast<char>((1 << bits) - 1))), size(8 * bits) {}
 
   __m512i operator()(__m512i block) const {
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(all, _mm512_permutexvar_epi8(bytes, block)), mask);
+  }
+
+  // Of the block at p, where `left` bytes of the row remain. `kWhole`: a register's width may be read.
+  template <bool kWhole = false>
+  __m512i at(const uint8_t* p, int64_t left) const {
+    return (*this)(kWhole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(first(left < size ? left : size), p));
   }
 };
 
@@ -155,7 +166,7 @@ __m512 whole(const __m512i* digit) {
 // 0 for any number. `kWhole`: a register's width may be read behind each of the rows.
 template <int kBlocks, int kDigits, int M, int R, bool kWhole>
 void product_tile(const Linear& w, const Arranged& x, const Bytes& unpack, int64_t o, float* y) {
-  const int64_t groups = w.groups(), bytes = w.row_bytes(), block_bytes = 8 * w.bits;
+  const int64_t groups = w.groups(), bytes = w.row_bytes();
   const int64_t blocks = kBlocks > 0 ? kBlocks : padded(w.group) / kBlock;
   const char* part = static_cast<const char*>(x.values);
   const uint8_t* row = w.codes + o * bytes;
@@ -184,13 +195,11 @@ void product_tile(const Linear& w, const Arranged& x, const Bytes& unpack, int64
         for (int m = 0; m < M; ++m)
           for (int d = 0; d < kDigits; ++d) digit[r][m][d] = _mm512_load_si512(part + m * x.stride + 64 * d);
       part += 64 * kDigits;
-      for (int64_t i = 0; i < blocks; ++i, at += block_bytes, part += 64 * kDigits) {
+      for (int64_t i = 0; i < blocks; ++i, at += unpack.size, part += 64 * kDigits) {
         for (int r = 0; r < R; ++r) {
           const uint8_t* p = row + r * bytes + at;
-          const int64_t left = bytes - at;
           _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
-          const __m512i code = unpack(kWhole ? _mm512_loadu_si512(p)
-                                             : _mm512_maskz_loadu_epi8(first(left < block_bytes ? left : block_bytes), p));
+          const __m512i code = unpack.at<kWhole>(p, bytes - at);
           for (int m = 0; m < M; ++m) {
             for (int d = 0; d < kDigits; ++d) {
               const __m512i v = _mm512_load_si512(part + m * x.stride + 64 * d);
@@ -215,31 +224,37 @@ void product_tile(const Linear& w, const Arranged& x, const Bytes& unpack, int64
   }
 }
 
-template <int kBlocks, int kDigits, int M>
-void product_rows(const Linear& w, const Arranged& x, int64_t begin, int64_t end, float* y) {
-  constexpr int R = M == 1 ? 4 : M == 2 ? 2 : 1;
-  const Bytes unpack(w.bits);
-  const int64_t safe = whole_rows(w);
-  int64_t o = begin;
-  for (; o + R <= end && o + R <= safe; o += R) product_tile<kBlocks, kDigits, M, R, true>(w, x, unpack, o, y + (o - begin) * M);
-  for (; o < end; ++o) product_tile<kBlocks, kDigits, M, 1, false>(w, x, unpack, o, y + (o - begin) * M);
-}
-
-template <int kBlocks, int kDigits>
-void product_any(const Linear& w, const Arranged& x, int rows, int64_t begin, int64_t end, float* y) {
+// All outputs begin … end for `rows` tokens: tile(M tokens, R outputs, whether they may be read whole, output, where to).
+template <class Sum, class Tile>
+void by_tiles(const Linear& w, int rows, int64_t begin, int64_t end, Sum* y, Tile tile) {
+  const auto run = [&](auto tokens) {
+    constexpr int M = tokens, R = M == 1 ? 4 : M == 2 ? 2 : 1;
+    const int64_t safe = whole_rows(w);
+    int64_t o = begin;
+    for (; o + R <= end && o + R <= safe; o += R) tile(tokens, Constant<R>{}, std::true_type{}, o, y + (o - begin) * M);
+    for (; o < end; ++o) tile(tokens, Constant<1>{}, std::false_type{}, o, y + (o - begin) * M);
+  };
   switch (rows) {
-    case 1: return product_rows<kBlocks, kDigits, 1>(w, x, begin, end, y);
-    case 2: return product_rows<kBlocks, kDigits, 2>(w, x, begin, end, y);
-    case 3: return product_rows<kBlocks, kDigits, 3>(w, x, begin, end, y);
-    default: return product_rows<kBlocks, kDigits, 4>(w, x, begin, end, y);
+    case 1: return run(Constant<1>{});
+    case 2: return run(Constant<2>{});
+    case 3: return run(Constant<3>{});
+    default: return run(Constant<4>{});
   }
 }
 
+template <int kBlocks, int kDigits>
+void product_of(const Linear& w, const Arranged& x, int rows, int64_t begin, int64_t end, float* y) {
+  const Bytes unpack(w.bits);
+  by_tiles(w, rows, begin, end, y, [&](auto m, auto r, auto is_whole, int64_t o, float* to) {
+    product_tile<kBlocks, kDigits, m, r, is_whole>(w, x, unpack, o, to);
+  });
+}
+
 void product(const Linear& w, const Arranged& x, Type type, int rows, int64_t begin, int64_t end, float* y) {
-  const auto run = type == kFloat          ? product_any<0, 4>
-                   : w.group <= kBlock     ? product_any<1, 2>
-                   : w.group <= 2 * kBlock ? product_any<2, 2>
-                                           : product_any<0, 3>;
+  const auto run = type == kFloat          ? product_of<0, 4>
+                   : w.group <= kBlock     ? product_of<1, 2>
+                   : w.group <= 2 * kBlock ? product_of<2, 2>
+                                           : product_of<0, 3>;
   run(w, x, rows, begin, end, y);
 }
 
@@ -250,7 +265,7 @@ __m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
   };
   const __m128i w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
-  const __m128i low = _mm_add_epi32(_mm_unpacklo_epi32(w, x), _mm_unpackhi_epi32(w, x));    // w0+w2 x0+x2 w1+w3 x1+x3
+  const __m128i low = _mm_add_epi32(_mm_unpacklo_epi32(w, x), _mm_unpackhi_epi32(w, x));  // w0+w2 x0+x2 w1+w3 x1+x3
   const __m128i high = _mm_add_epi32(_mm_unpacklo_epi32(y, z), _mm_unpackhi_epi32(y, z));
   return _mm_add_epi32(_mm_unpacklo_epi64(low, high), _mm_unpackhi_epi64(low, high));
 }
@@ -258,18 +273,16 @@ __m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
 // As product_tile: R rows of the weight side by side.
 template <int M, int R, bool kWhole>
 void integer_tile(const Linear& w, const int8_t* x, int64_t stride, const Bytes& unpack, int64_t o, int32_t* y) {
-  const int64_t bytes = w.row_bytes(), block_bytes = 8 * w.bits;
+  const int64_t bytes = w.row_bytes();
   const uint8_t* row = w.codes + o * bytes;
   __m512i sums[R][M];
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_si512();
-  for (int64_t i = 0, at = 0; i < w.inputs; i += kBlock, at += block_bytes) {
-    const int64_t left = bytes - at;
+  for (int64_t i = 0, at = 0; i < w.inputs; i += kBlock, at += unpack.size) {
     for (int r = 0; r < R; ++r) {
       const uint8_t* p = row + r * bytes + at;
       _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
-      const __m512i code =
-          unpack(kWhole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(first(left < block_bytes ? left : block_bytes), p));
+      const __m512i code = unpack.at<kWhole>(p, bytes - at);
       for (int m = 0; m < M; ++m) sums[r][m] = _mm512_dpbusd_epi32(sums[r][m], code, _mm512_loadu_si512(x + m * stride + i));
     }
   }
@@ -284,23 +297,11 @@ void integer_tile(const Linear& w, const int8_t* x, int64_t stride, const Bytes&
   }
 }
 
-template <int M>
-void integer_rows(const Linear& w, const int8_t* x, int64_t stride, int64_t begin, int64_t end, int32_t* y) {
-  constexpr int R = M == 1 ? 4 : M == 2 ? 2 : 1;
-  const Bytes unpack(w.bits);
-  const int64_t safe = whole_rows(w);
-  int64_t o = begin;
-  for (; o + R <= end && o + R <= safe; o += R) integer_tile<M, R, true>(w, x, stride, unpack, o, y + (o - begin) * M);
-  for (; o < end; ++o) integer_tile<M, 1, false>(w, x, stride, unpack, o, y + (o - begin) * M);
-}
-
 void integer(const Linear& w, const int8_t* x, int64_t stride, int rows, int64_t begin, int64_t end, int32_t* y) {
-  switch (rows) {
-    case 1: return integer_rows<1>(w, x, stride, begin, end, y);
-    case 2: return integer_rows<2>(w, x, stride, begin, end, y);
-    case 3: return integer_rows<3>(w, x, stride, begin, end, y);
-    default: return integer_rows<4>(w, x, stride, begin, end, y);
-  }
+  const Bytes unpack(w.bits);
+  by_tiles(w, rows, begin, end, y, [&](auto m, auto r, auto is_whole, int64_t o, int32_t* to) {
+    integer_tile<m, r, is_whole>(w, x, stride, unpack, o, to);
+  });
 }
 
 // ---- unpacked weights, for many rows of activations ----
@@ -308,16 +309,15 @@ void integer(const Linear& w, const int8_t* x, int64_t stride, int rows, int64_t
 void values(const Linear& w, int64_t o, Type type, void* out) {
   if (!fits(w)) return kPortable.values(w, o, type, out);
   const Bytes unpack(w.bits);
-  const int64_t groups = w.groups(), bytes = w.row_bytes(), block_bytes = 8 * w.bits;
+  const int64_t groups = w.groups(), bytes = w.row_bytes();
   const uint8_t* row = w.codes + o * bytes;
   for (int64_t g = 0; g < groups; ++g) {
     const __m512i zero = _mm512_set1_epi32(zero_at(w, o, g));
     const __m512 scale = _mm512_set1_ps(widen(w.scale[o * groups + g]));
     int64_t at = g * w.group * w.bits / 8;
-    for (int64_t i = 0; i < w.group; i += kBlock, at += block_bytes) {
-      const int64_t left = bytes - at;
+    for (int64_t i = 0; i < w.group; i += kBlock, at += unpack.size) {
       alignas(64) uint8_t code[kBlock];
-      _mm512_store_si512(code, unpack(_mm512_maskz_loadu_epi8(first(left < block_bytes ? left : block_bytes), row + at)));
+      _mm512_store_si512(code, unpack.at(row + at, bytes - at));
       for (int64_t k = 0; k < kBlock && i + k < w.group; k += 16) {
         const __m512i c = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(code + k)));
         const __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(c, zero)), scale);
@@ -332,23 +332,18 @@ void values(const Linear& w, int64_t o, Type type, void* out) {
 
 void centred(const Linear& w, int64_t o, int8_t* out) {
   const Bytes unpack(w.bits);
-  const int64_t bytes = w.row_bytes(), block_bytes = 8 * w.bits;
+  const int64_t bytes = w.row_bytes();
   const uint8_t* row = w.codes + o * bytes;
   const __m512i middle = _mm512_set1_epi8(static_cast<char>(w.middle()));
-  for (int64_t i = 0, at = 0; i < w.inputs; i += kBlock, at += block_bytes) {
-    const int64_t left = bytes - at;
-    const __m512i code = unpack(_mm512_maskz_loadu_epi8(first(left < block_bytes ? left : block_bytes), row + at));
-    _mm512_mask_storeu_epi8(out + i, first(w.inputs - i), _mm512_sub_epi8(code, middle));
+  for (int64_t i = 0, at = 0; i < w.inputs; i += kBlock, at += unpack.size) {
+    _mm512_mask_storeu_epi8(out + i, first(w.inputs - i), _mm512_sub_epi8(unpack.at(row + at, bytes - at), middle));
   }
 }
 
 void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t* codes) {
   const Bytes unpack(bits);
-  const int64_t block_bytes = 8 * bits;
-  for (int64_t i = 0, at = 0; i < n; i += kBlock, at += block_bytes) {
-    const int64_t left = bytes - at;
-    const __m512i code = unpack(_mm512_maskz_loadu_epi8(first(left < block_bytes ? left : block_bytes), row + at));
-    _mm512_storeu_si512(codes + i, code);
+  for (int64_t i = 0, at = 0; i < n; i += kBlock, at += unpack.size) {
+    _mm512_storeu_si512(codes + i, unpack.at(row + at, bytes - at));
   }
 }
 

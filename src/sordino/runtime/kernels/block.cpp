@@ -104,15 +104,12 @@ struct Call {
       float y[kMostRows * kMaxRows];
       int32_t n[kMostRows * kMaxRows];
     } sums;
-    if (r.integer) k.integer(w, r.codes, r.stride, rows, begin, end, sums.n);
-    else kernels(w).product(w, r.arranged, type, rows, begin, end, sums.y);
-    if (rows == 1 && !r.integer) return k.pieces->finish(sums.y, w, begin, end - begin, type, out + begin * wide);
-    for (int64_t o = begin; o < end; ++o) {
-      for (int m = 0; m < rows; ++m) {
-        const int64_t at = (o - begin) * rows + m;
-        const float value = r.integer ? scaled(w, o, sums.n[at] - w.middle() * r.sums[m], r.scale[m]) : sums.y[at] + bias_at(w, o);
-        write(out, type, m * w.outputs + o, value);
-      }
+    if (r.integer) {
+      k.integer(w, r.codes, r.stride, rows, begin, end, sums.n);
+      finish(w, sums.n, r.sums, r.scale, rows, begin, end, type, out);
+    } else {
+      kernels(w).product(w, r.arranged, type, rows, begin, end, sums.y);
+      finish(k, w, sums.y, rows, begin, end, type, out);
     }
   }
 

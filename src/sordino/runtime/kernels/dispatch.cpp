@@ -44,12 +44,6 @@ const Kernels* available(int level) {
   return nullptr;
 }
 
-}  // namespace
-
-const Kernels& in_use() { return *chosen.load(); }
-
-namespace {
-
 // Integer products of codes int8 [rows, stride] whose sums are `sums`, scaled.
 void integer_product(const Kernels& k, const Linear& w, const int8_t* codes, int64_t stride, const int32_t* sums,
                      const float* scale, Type type, int64_t rows, void* out, int threads) {
@@ -58,17 +52,15 @@ void integer_product(const Kernels& k, const Linear& w, const int8_t* codes, int
     for (int64_t m = 0; m < rows; m += kMaxRows) {
       const int some = static_cast<int>(rows - m < kMaxRows ? rows - m : kMaxRows);
       k.integer(w, codes + m * stride, stride, some, begin, end, y);
-      for (int64_t o = begin; o < end; ++o) {
-        for (int j = 0; j < some; ++j) {
-          const int32_t sum = y[(o - begin) * some + j] - w.middle() * sums[m + j];
-          write(out, type, (m + j) * w.outputs + o, scaled(w, o, sum, scale[m + j]));
-        }
-      }
+      finish(w, y, sums + m, scale + m, some, begin, end, type, static_cast<char*>(out) + m * w.outputs * width(type));
     }
   });
 }
 
 }  // namespace
+
+const Kernels& in_use() { return *chosen.load(); }
+
 }  // namespace sordino
 
 using namespace sordino;
@@ -83,8 +75,7 @@ SORDINO_API int sordino_choose(int level) {
 
 // x W^T + bias: x and out [rows, inputs] and [rows, outputs] of `type`. Meant for few rows.
 SORDINO_API int sordino_product(const Linear* w, const void* x, int type, int64_t rows, void* out, int threads) {
-  const Kernels* best = chosen.load();
-  const Kernels& k = best->fits(*w) ? *best : kPortable;
+  const Kernels& k = in_use().fits(*w) ? in_use() : kPortable;
   thread_local Scratch memory;
   const int64_t stride = padded(padded(w->group) * w->groups() * k.bytes_per_input);
   const int64_t all = rows < kMaxRows ? rows : kMaxRows;
@@ -98,12 +89,7 @@ SORDINO_API int sordino_product(const Linear* w, const void* x, int type, int64_
     over_outputs(*w, threads, [&](int64_t begin, int64_t end) {
       float y[kMostRows * kMaxRows];
       k.product(*w, arranged, static_cast<Type>(type), some, begin, end, y);
-      for (int64_t o = begin; o < end; ++o) {
-        const float bias = bias_at(*w, o);
-        for (int j = 0; j < some; ++j) {
-          write(out, static_cast<Type>(type), (m + j) * w->outputs + o, y[(o - begin) * some + j] + bias);
-        }
-      }
+      finish(k, *w, y, some, begin, end, static_cast<Type>(type), static_cast<char*>(out) + m * w->outputs * wide);
     });
   }
   return 0;
@@ -113,7 +99,7 @@ SORDINO_API int sordino_product(const Linear* w, const void* x, int type, int64_
 // scale a row of the weight, symmetric.
 SORDINO_API int sordino_rounded_product(const Linear* w, const void* x, int type, int64_t rows, int bits, float share,
                                         const float* fixed, void* out, int threads) {
-  const Kernels& k = *chosen.load();
+  const Kernels& k = in_use();
   thread_local Scratch memory;
   const int64_t stride = padded(w->inputs), wide = width(type);
   char* data = static_cast<char*>(memory.get(rows * (stride + 8)));
@@ -134,10 +120,10 @@ SORDINO_API int sordino_rounded_product(const Linear* w, const void* x, int type
 // Codes int8 [rows, n] and scales [rows] of x; with a static scale, `scale` holds it and is only read ([1], share 0).
 SORDINO_API int sordino_encode(const void* x, int type, int64_t rows, int64_t n, int bits, float share, float* scale,
                                int8_t* codes, int threads) {
-  const Kernels& k = *chosen.load();
-  const int64_t wide = width(type), step = 8;
-  parallel_for((rows + step - 1) / step, threads, [&](int64_t i) {
-    for (int64_t m = i * step; m < rows && m < (i + 1) * step; ++m) {
+  const Kernels& k = in_use();
+  const int64_t wide = width(type);
+  over(rows, kTokens, threads, [&](int64_t first, int64_t last) {
+    for (int64_t m = first; m < last; ++m) {
       const void* row = static_cast<const char*>(x) + m * n * wide;
       k.encode(row, static_cast<Type>(type), n, bits, share, share > 0 ? scale + m : scale, codes + m * n);
     }
@@ -148,10 +134,10 @@ SORDINO_API int sordino_encode(const void* x, int type, int64_t rows, int64_t n,
 // Scales integer products [rows, end - begin] into columns begin … end of out [rows, outputs].
 SORDINO_API int sordino_rescale(const Linear* w, const int32_t* sums, int64_t rows, int64_t begin, int64_t end,
                                 const float* scale, int one_scale, void* out, int type, int threads) {
-  const Kernels& k = *chosen.load();
-  const int64_t wide = width(type), step = 8;
-  parallel_for((rows + step - 1) / step, threads, [&](int64_t i) {
-    for (int64_t m = i * step; m < rows && m < (i + 1) * step; ++m) {
+  const Kernels& k = in_use();
+  const int64_t wide = width(type);
+  over(rows, kTokens, threads, [&](int64_t first, int64_t last) {
+    for (int64_t m = first; m < last; ++m) {
       char* to = static_cast<char*>(out) + (m * w->outputs + begin) * wide;
       k.pieces->rescale(sums + m * (end - begin), *w, begin, end - begin, scale[one_scale ? 0 : m], static_cast<Type>(type), to);
     }
@@ -161,22 +147,19 @@ SORDINO_API int sordino_rescale(const Linear* w, const int32_t* sums, int64_t ro
 
 // Weights of rows begin … end: fp32 or bf16 [end - begin, inputs], rounded once.
 SORDINO_API int sordino_values(const Linear* w, int64_t begin, int64_t end, int type, void* out, int threads) {
-  const Kernels& k = *chosen.load();
-  const int64_t step = rows_at_once(*w), wide = width(type);
-  parallel_for((end - begin + step - 1) / step, threads, [&](int64_t i) {
-    for (int64_t o = begin + i * step; o < end && o < begin + (i + 1) * step; ++o) {
-      k.values(*w, o, static_cast<Type>(type), static_cast<char*>(out) + (o - begin) * w->inputs * wide);
-    }
+  const Kernels& k = in_use();
+  const int64_t bytes = w->inputs * width(type);
+  over(end - begin, rows_at_once(*w), threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) k.values(*w, begin + i, static_cast<Type>(type), static_cast<char*>(out) + i * bytes);
   });
   return 0;
 }
 
 // Codes less 2^(b-1) of rows begin … end: int8 [end - begin, inputs].
 SORDINO_API int sordino_centred(const Linear* w, int64_t begin, int64_t end, int8_t* out, int threads) {
-  const Kernels& k = *chosen.load();
-  const int64_t step = rows_at_once(*w);
-  parallel_for((end - begin + step - 1) / step, threads, [&](int64_t i) {
-    for (int64_t o = begin + i * step; o < end && o < begin + (i + 1) * step; ++o) k.centred(*w, o, out + (o - begin) * w->inputs);
+  const Kernels& k = in_use();
+  over(end - begin, rows_at_once(*w), threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) k.centred(*w, begin + i, out + i * w->inputs);
   });
   return 0;
 }
@@ -184,13 +167,13 @@ SORDINO_API int sordino_centred(const Linear* w, int64_t begin, int64_t end, int
 // One token of each of `texts` texts through n layers (block.h); -1 for shapes it does not take. Every cache gets a row.
 SORDINO_API int sordino_decode(const Block* blocks, const Held* held, int n, const void* x, void* out, const void* cos,
                                const void* sin, int one_place, int64_t texts, int threads) {
-  return decode(*chosen.load(), blocks, held, n, {x, out, cos, sin, texts, one_place, threads});
+  return decode(in_use(), blocks, held, n, {x, out, cos, sin, texts, one_place, threads});
 }
 
 // Scaled products of input codes and weight codes (Kernels::many); -1 where the instruction set has nothing for it.
 SORDINO_API int sordino_many(const Linear* w, const int8_t* codes, int64_t rows, const float* scale, int one_scale, void* out,
                              int type, int threads) {
-  const Kernels& k = *chosen.load();
+  const Kernels& k = in_use();
   if (k.many == nullptr) return -1;
   k.many(*w, codes, scale, one_scale != 0, static_cast<Type>(type), rows, out, threads);
   return 0;

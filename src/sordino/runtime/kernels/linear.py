@@ -221,7 +221,7 @@ _own = threading.local()
 
 
 def _room(entries: int, dtype: torch.dtype) -> Tensor:
-    """Memory of this thread for one product: new pages for every product would take as long as the product."""
+    """Memory of this thread for one product: new pages for every one would have to be faulted in."""
     kept: Tensor | None = getattr(_own, "room", None)
     if kept is None or kept.numel() < entries or kept.dtype != dtype:
         with torch.inference_mode(False):

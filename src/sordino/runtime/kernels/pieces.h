@@ -130,19 +130,20 @@ void turn_of(T* x, const Turn& turn, float* work) {
   }
 }
 
-// exp, to about an ulp; arguments are brought into the range where result and steps are normal numbers.
+// exp, to about an ulp: 2^k times a polynomial in the rest; arguments are brought into the range where result and steps are
+// normal numbers. pieces512.h does the same operations.
+constexpr float kLeast = -87.0f, kLargest = 88.0f, kLog2e = 1.44269504088896341f;
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // ln 2 in two parts
+constexpr float kPowers[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+
 inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = x * 1.44269504088896341f + kMagic;
+  x = x < kLeast ? kLeast : x;
+  x = x > kLargest ? kLargest : x;
+  const float shifted = x * kLog2e + kMagic;
   const float k = shifted - kMagic;
-  const float r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
+  const float r = (x - k * kLn2High) - k * kLn2Low;
+  float p = kPowers[0];
+  for (int i = 1; i < 6; ++i) p = p * r + kPowers[i];
   p = p * (r * r) + r + 1.0f;
   uint32_t bits;
   std::memcpy(&bits, &shifted, 4);

@@ -8,15 +8,12 @@ namespace {
 // exponential() of pieces.h.
 __m512 exponential(__m512 x) {
   const auto all = [](float v) { return _mm512_set1_ps(v); };
-  x = _mm512_min_ps(_mm512_max_ps(x, all(-87.0f)), all(88.0f));
-  const __m512 shifted = _mm512_add_ps(_mm512_mul_ps(x, all(1.44269504088896341f)), all(kMagic));
+  x = _mm512_min_ps(_mm512_max_ps(x, all(kLeast)), all(kLargest));
+  const __m512 shifted = _mm512_add_ps(_mm512_mul_ps(x, all(kLog2e)), all(kMagic));
   const __m512 k = _mm512_sub_ps(shifted, all(kMagic));
-  const __m512 r = _mm512_sub_ps(_mm512_sub_ps(x, _mm512_mul_ps(k, all(0.693359375f))), _mm512_mul_ps(k, all(-2.12194440e-4f)));
-  __m512 p = all(1.9875691500e-4f);
-  constexpr float kMore[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  for (const float c : kMore) {
-    p = _mm512_add_ps(_mm512_mul_ps(p, r), all(c));
-  }
+  const __m512 r = _mm512_sub_ps(_mm512_sub_ps(x, _mm512_mul_ps(k, all(kLn2High))), _mm512_mul_ps(k, all(kLn2Low)));
+  __m512 p = all(kPowers[0]);
+  for (int i = 1; i < 6; ++i) p = _mm512_add_ps(_mm512_mul_ps(p, r), all(kPowers[i]));
   p = _mm512_add_ps(_mm512_add_ps(_mm512_mul_ps(p, _mm512_mul_ps(r, r)), r), all(1.0f));
   const __m512i power = _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23), _mm512_set1_epi32(0x3f800000));
   return _mm512_mul_ps(p, _mm512_castsi512_ps(power));

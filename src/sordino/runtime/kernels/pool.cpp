@@ -28,6 +28,11 @@ struct Job {
   void (*body)(void*, int64_t);
   void* context;
   int64_t n;
+
+  // Does pieces that nobody has taken yet; `next` is the first of them.
+  void take(std::atomic<int64_t>& next) const {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(context, i);
+  }
 };
 
 struct Pool {
@@ -39,10 +44,6 @@ struct Pool {
   std::atomic<int> places{0}, busy{0};  // workers that may still join this job; workers inside it
   Job job{};
   int workers = 0, sleeping = 0;
-
-  void take() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < job.n;) job.body(job.context, i);
-  }
 
   void await(uint64_t seen) {
     const auto until = std::chrono::steady_clock::now() + kPatience;
@@ -65,7 +66,7 @@ struct Pool {
       seen = round.load(std::memory_order_acquire);
       // `busy` first, then look whether the job is still open: run() closes it before it waits for `busy` to be zero.
       busy.fetch_add(1);
-      if (places.fetch_sub(1) > 0) take();
+      if (places.fetch_sub(1) > 0) job.take(next);
       busy.fetch_sub(1);
     }
   }
@@ -80,7 +81,7 @@ struct Pool {
       round.fetch_add(1);
       if (sleeping > 0) wake.notify_all();
     }
-    take();
+    job.take(next);
     places.store(0);
     while (busy.load() != 0) {
 #if defined(__x86_64__)
@@ -114,11 +115,8 @@ void parallel(int64_t n, int threads, void (*body)(void*, int64_t), void* contex
       Job job;
       std::atomic<int64_t> next{0};
     } shared{{body, context, n}};
-    run([](void* of) {
-      auto* all = static_cast<Shared*>(of);
-      for (int64_t i; (i = all->next.fetch_add(1, std::memory_order_relaxed)) < all->job.n;) all->job.body(all->job.context, i);
-    }, &shared, static_cast<unsigned>(threads), 0);
-    return;
+    const auto part = [](void* of) { static_cast<Shared*>(of)->job.take(static_cast<Shared*>(of)->next); };
+    return run(part, &shared, static_cast<unsigned>(threads), 0);
   }
   Pool* shared = threads > 1 ? the_pool() : nullptr;
   if (shared == nullptr || !shared->callers.try_lock()) {  // another caller has the pool: do it alone

@@ -17,7 +17,7 @@ const Kernels& in_use();  // what was chosen (dispatch.cpp)
 namespace {
 
 constexpr int64_t kPiece = 1 << 15;  // weights that a thread takes at once: some microseconds of work
-constexpr int64_t kMostRows = 512;  // of a weight in such a piece
+constexpr int64_t kMostRows = 512;   // of a weight in such a piece
 
 // Grows, never shrinks; 64-byte aligned. One a thread and purpose.
 struct Scratch {
@@ -54,14 +54,38 @@ inline float scaled(const Linear& w, int64_t o, int32_t sum, float scale) {
   return w.bias == nullptr ? value : value + bias_at(w, o);
 }
 
-// body(begin, end) over all rows of the weight, shared among threads.
+// Products y[(o - begin) * rows + m] of outputs begin … end with the weight's bias, into out [rows, outputs].
+inline void finish(const Kernels& k, const Linear& w, const float* y, int rows, int64_t begin, int64_t end, Type type, void* out) {
+  if (rows == 1) return k.pieces->finish(y, w, begin, end - begin, type, static_cast<char*>(out) + begin * width(type));
+  for (int64_t o = begin; o < end; ++o) {
+    const float bias = bias_at(w, o);
+    for (int m = 0; m < rows; ++m) write(out, type, m * w.outputs + o, *y++ + bias);
+  }
+}
+
+// The same of integer products with codes as stored, of tokens whose codes' sums are `sums` and whose scales are `scale`.
+inline void finish(const Linear& w, const int32_t* y, const int32_t* sums, const float* scale, int rows, int64_t begin,
+                   int64_t end, Type type, void* out) {
+  for (int64_t o = begin; o < end; ++o) {
+    for (int m = 0; m < rows; ++m) write(out, type, m * w.outputs + o, scaled(w, o, *y++ - w.middle() * sums[m], scale[m]));
+  }
+}
+
+constexpr int64_t kTokens = 8;  // that a thread takes at once
+
+// body(begin, end) over 0 … n, `step` at once, shared among threads.
 template <class Body>
-void over_outputs(const Linear& w, int threads, Body body) {
-  const int64_t step = rows_at_once(w);
-  parallel_for((w.outputs + step - 1) / step, threads, [&](int64_t i) {
-    const int64_t begin = i * step, end = begin + step < w.outputs ? begin + step : w.outputs;
+void over(int64_t n, int64_t step, int threads, Body body) {
+  parallel_for((n + step - 1) / step, threads, [&](int64_t i) {
+    const int64_t begin = i * step, end = begin + step < n ? begin + step : n;
     body(begin, end);
   });
+}
+
+// The same over all rows of the weight.
+template <class Body>
+void over_outputs(const Linear& w, int threads, Body body) {
+  over(w.outputs, rows_at_once(w), threads, body);
 }
 
 }  // namespace

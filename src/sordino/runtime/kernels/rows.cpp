@@ -7,16 +7,7 @@
 namespace sordino {
 namespace {
 
-constexpr int64_t kSome = 8;         // tokens that a thread takes at once
-constexpr int64_t kEntries = 4096;   // entries, where tokens do not matter
-
-template <class Body>
-void over(int64_t n, int64_t step, int threads, Body body) {
-  parallel_for((n + step - 1) / step, threads, [&](int64_t i) {
-    const int64_t end = (i + 1) * step;
-    body(i * step, end < n ? end : n);
-  });
-}
+constexpr int64_t kEntries = 4096;  // that a thread takes at once, where tokens do not matter
 
 }  // namespace
 
@@ -25,11 +16,12 @@ SORDINO_API int sordino_norm(const Norm* norm, const void* x, const void* added,
                              int64_t n, int threads) {
   const Kernels& k = in_use();
   const int64_t bytes = n * width(type);
-  over(rows, kSome, threads, [&](int64_t begin, int64_t end) {
+  over(rows, kTokens, threads, [&](int64_t begin, int64_t end) {
     const auto* from = static_cast<const char*>(x);
     if (added != nullptr) {
       const int64_t at = begin * bytes;
-      k.pieces->add(from + at, static_cast<const char*>(added) + at, static_cast<Type>(type), (end - begin) * n, static_cast<char*>(sum) + at);
+      k.pieces->add(from + at, static_cast<const char*>(added) + at, static_cast<Type>(type), (end - begin) * n,
+                    static_cast<char*>(sum) + at);
       from = static_cast<const char*>(sum);
     }
     for (int64_t m = begin; m < end; ++m) {
@@ -46,7 +38,7 @@ SORDINO_API int sordino_place(const Norm* norm, const void* x, const void* cos, 
   if (size > kMaxSize) return -1;
   const Kernels& k = in_use();
   const int64_t bytes = size * width(type);
-  over(texts * tokens, kSome, threads, [&](int64_t begin, int64_t end) {
+  over(texts * tokens, kTokens, threads, [&](int64_t begin, int64_t end) {
     alignas(64) char normed[kMaxSize * 4];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t text = i / tokens, token = i % tokens, at = (one_text ? token : i) * bytes;
@@ -78,11 +70,11 @@ SORDINO_API int sordino_glu(const void* gate, const void* up, void* out, int typ
 // Rotates rows [rows, order << power]: out may be x.
 SORDINO_API int sordino_turn(const Turn* turn, const void* x, void* out, int type, int64_t rows, int threads) {
   const Kernels& k = in_use();
-  const int64_t n = turn->order << turn->power, bytes = n * width(type), step = 8;
-  parallel_for((rows + step - 1) / step, threads, [&](int64_t i) {
+  const int64_t n = turn->order << turn->power, bytes = n * width(type);
+  over(rows, kTokens, threads, [&](int64_t begin, int64_t end) {
     thread_local Scratch memory;
     float* work = static_cast<float*>(memory.get(n * 4));
-    for (int64_t m = i * step; m < rows && m < (i + 1) * step; ++m) {
+    for (int64_t m = begin; m < end; ++m) {
       char* to = static_cast<char*>(out) + m * bytes;
       if (out != x) std::memcpy(to, static_cast<const char*>(x) + m * bytes, static_cast<size_t>(bytes));
       k.pieces->turn(to, *turn, static_cast<Type>(type), work);
