@@ -73,3 +73,20 @@ def test_doctor_tells_what_will_be_made(quantized: tuple[str, str]) -> None:
 def test_generate_and_version(quantized: tuple[str, str]) -> None:
     assert run("generate", quantized[1], "--prompt", "once", "--max-new-tokens", "3").startswith("once")
     assert run("--version").startswith("sordino 0.")
+
+
+def test_brackets_and_bars_in_names_are_text(quantized: tuple[str, str], tmp_path: Path) -> None:
+    """A folder may be named like rich's markup, or like the end of a Markdown cell."""
+    model, out = quantized
+    odd, recipe, md = tmp_path / "out[v2]|[b]", tmp_path / "r[v2].toml", tmp_path / "table.md"
+    odd.symlink_to(out)
+    recipe.write_text(run("recipes", "rtn-w4").replace('summary = "', 'summary = "[/b] '))
+    assert "r[v2].toml" in joined(run("doctor", model, "-r", str(recipe)))
+    assert "[v2]|[b]" in joined(run("compare", str(odd), "--seqlen", "64", "--windows", "2", "--md", str(md)))
+    assert "[v2]\\|[b]" in md.read_text()
+    assert "[v2]|[b]" in joined(run("eval", str(odd), "--seqlen", "64", "--windows", "2"))
+
+
+def joined(shown: str) -> str:
+    """What a table shows, without its borders and line breaks."""
+    return "".join(shown.replace("│", "").split())

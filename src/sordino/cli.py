@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -204,11 +205,9 @@ def doctor(
     """
     from sordino.walk.doctor import examine
 
-    table = Table("check", "finding", title=f"{model} with {recipe}")
     engines = tuple(e for e in for_.split(",") if e)
-    for name, finding in examine(model, recipe, tuple(set_ or ()), engines, system_prompt):
-        table.add_row(name, finding)
-    _out.print(table)
+    findings = examine(model, recipe, tuple(set_ or ()), engines, system_prompt)
+    _print_table(("check", "finding"), findings, f"{model} with {recipe}")
 
 
 @app.command()
@@ -236,7 +235,7 @@ def inspect(
     _write(out, inspect_page(found))
     if json_:
         _write_json(json_, found.to_json())
-    _print_table(("recipe", "why"), [(row.recipe or "–", escape(row.reason)) for row in found.advice])
+    _print_table(("recipe", "why"), [(row.recipe or "–", row.reason) for row in found.advice])
 
 
 @app.command()
@@ -285,10 +284,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one as T
     if name:
         print(load_recipe(name).to_toml(), end="")
         return
-    table = Table("recipe", "what it does")
-    for preset in presets():
-        table.add_row(preset, load_recipe(preset).summary)
-    _out.print(table)
+    _print_table(("recipe", "what it does"), [(preset, load_recipe(preset).summary) for preset in presets()])
 
 
 @app.command()
@@ -370,12 +366,13 @@ def _print_comparison(comparison: Any) -> None:
         _print_table(header, rows)
 
 
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table()
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """A table of plain text: brackets in a name are no markup."""
+    table = Table(title=None if title is None else escape(title))
     for name in header:
-        table.add_column(name, overflow="fold")  # a name cut off with dots tells nothing
+        table.add_column(escape(name), overflow="fold")  # a name cut off with dots tells nothing
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     _out.print(table)
 
 
@@ -384,7 +381,4 @@ def _print_result(result: Any) -> None:
 
 
 def _print_lines(title: str, lines: list[tuple[str, str]]) -> None:
-    table = Table("figure", "value", title=title)
-    for name, value in lines:
-        table.add_row(name, escape(value))
-    _out.print(table)
+    _print_table(("figure", "value"), lines, title)

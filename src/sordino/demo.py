@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from sordino.api import quantize
 from sordino.measure.compare import compare
@@ -36,4 +37,4 @@ def run_demo(model: str, out: Path, console: Console, show_result: Show, show_co
     console.rule("3. generate")
     for name in (model, str(result.out)):
         answer = generate(name, _PROMPT, 48, chat=True)
-        console.print(f"[bold]{name}[/bold]: {_PROMPT}\n  {answer.strip()}\n", highlight=False)
+        console.print(f"[bold]{escape(name)}[/bold]: {_PROMPT}\n  {escape(answer.strip())}\n", highlight=False)

@@ -21,7 +21,9 @@ import sordino
 from sordino.cli import app
 from sordino.errors import InputError
 from sordino.measure.compare import compare
+from sordino.measure.local_tasks import LOCAL_TASKS
 from sordino.measure.tasks import TaskScore, TaskScores, open_tasks
+from sordino.runtime.attention import attach
 from tiny import make_tiny
 
 NAMES = ("piqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "boolq", "openbookqa", "lambada", "mmlu")
@@ -126,6 +128,29 @@ def test_prefix_and_rounded_inputs_stay_on(model: Path, data: Path, tmp_path: Pa
             assert score == pytest.approx(want, rel=1e-4)
 
 
+def test_a_prefix_takes_places_and_what_is_written_is_not_scored(model: Path, data: Path, tmp_path: Path) -> None:
+    from sordino.measure import harness
+
+    loaded, tokenizer = sordino.load(model)
+    free = harness.Reader(loaded, tokenizer).max_length
+    attach(loaded, (1, 2, 3))
+    assert harness.Reader(loaded, tokenizer).max_length == free - 3
+    tasks = open_tasks(["piqa"], data).suite.tasks
+    tasks["piqa"].OUTPUT_TYPE = "generate_until"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "_open_local", lambda task, folder: {"tasks": tasks})
+        with pytest.raises(InputError, match="scored by what a model writes"):
+            open_tasks(["piqa"], data)
+
+
+def test_boolq_with_its_title_apart() -> None:
+    row = {"question": "is it", "passage": "It is.", "answer": True}
+    convert = LOCAL_TASKS["boolq"].convert
+    assert convert(row)["passage"] == "It is."
+    assert convert(row | {"title": "Being"})["passage"] == "Being -- It is."
+    assert convert(row | {"title": "Being", "passage": "Being -- It is."})["passage"] == "Being -- It is."
+
+
 def test_evaluate_gives_paired_differences(model: Path, checkpoint: Path, data: Path) -> None:
     figures = sordino.evaluate(checkpoint, against=str(model), tasks=["piqa", "arc_easy"], task_data=data)
     row = figures.to_json()
@@ -161,9 +186,55 @@ def test_interval_agrees_with_mcnemar_and_with_the_formula() -> None:
     assert mean.high - mean.low == pytest.approx((found.high - found.low) / 2, rel=0.05)
 
 
-def test_other_items_are_not_compared() -> None:
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (3, 0), (4, 0), (6, 0), (7, 1), (9, 2), (10, 2), (3, 9), (20, 8)])
+def test_interval_of_few_differing_items(wins: int, losses: int) -> None:
+    """Never surer than half as sure again as McNemar's exact test, and the other way round; never of no width."""
+    n = 200
+    ours, theirs = [1.0] * wins + [0.0] * (n - wins), [0.0] * wins + [1.0] * losses + [0.0] * (n - wins - losses)
+    found = scores(a=ours).difference(scores(a=theirs), "a", "acc")
+    assert found is not None and found.low < found.high
+    want = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    assert found.p == pytest.approx(want)
+    if want > 0.075:
+        assert found.low <= 0 <= found.high
+    if want < 0.025:
+        assert not found.low <= 0 <= found.high
+
+
+def test_interval_covers() -> None:
+    """Of samples from a known difference, about 95 in 100 intervals hold it, few differing items or many."""
+    rng = random.Random(5)
+    for rate in (0.03, 0.2):
+        held = 0
+        for _ in range(400):
+            signs = [(rng.random() < rate) * (1 if rng.random() < 0.7 else -1) for _ in range(150)]
+            found = scores(a=[float(s > 0) for s in signs]).difference(scores(a=[float(s < 0) for s in signs]), "a", "acc")
+            assert found is not None
+            held += found.low - 1e-9 <= rate * 0.4 <= found.high + 1e-9
+        assert 0.92 <= held / 400 <= 0.99
+
+
+def test_tasks_are_drawn_independently() -> None:
+    """The mean of four tasks with equal counts is twice as sure as one of them."""
+    ours, theirs = [1.0] * 30 + [0.0] * 170, [0.0] * 30 + [1.0] * 20 + [0.0] * 150
+    one = scores(a=ours).difference(scores(a=theirs), "a", "acc")
+    four = scores(a=ours, b=ours, c=ours, d=ours).mean_difference(scores(a=theirs, b=theirs, c=theirs, d=theirs))
+    assert one is not None and four is not None and one.value == four.value and four.p is None
+    assert (four.high - four.low) == pytest.approx((one.high - one.low) / 2, rel=0.06)
+
+
+def test_other_items_are_not_compared(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="same data"):
         scores(a=[1.0, 0.0]).difference(scores(a=[1.0]), "a", "acc")
+    with pytest.raises(InputError, match="only one of the two"):
+        scores(a=[1.0], b=[1.0]).mean_difference(scores(a=[1.0]))
+    (tmp_path / "piqa").mkdir()
+    lines = (data / "piqa" / "valid.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "piqa" / "valid.jsonl").write_text("".join(reversed(lines)))
+    loaded = sordino.load(model)
+    ours, theirs = (open_tasks(["piqa"], folder).run(*loaded) for folder in (data, tmp_path))
+    with pytest.raises(InputError, match="not the same items"):
+        ours.difference(theirs, "piqa", "acc")
 
 
 def test_command_line(model: Path, checkpoint: Path, data: Path, tmp_path: Path) -> None:
@@ -216,5 +287,7 @@ def test_hub_names_offline() -> None:
     """Unknown names are told from data that cannot be had."""
     with pytest.raises(InputError, match=r"data of task 'piqa' cannot be had from the hub .* --task-data"):
         open_tasks(["piqa"])
+    with pytest.raises(InputError, match="data of task 'lambada_openai'"):  # there, "lambada" is two tasks
+        open_tasks(["lambada"])
     with pytest.raises(InputError, match="did you mean 'hellaswag'"):
         open_tasks(["hellaswagg"])

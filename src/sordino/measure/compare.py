@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """The table as Markdown."""
-        lines = ["| " + " | ".join(row) + " |" for row in (self.header, ("---",) * len(self.header), *self.cells())]
-        return "\n".join(lines) + "\n"
+        rows = (self.header, ("---",) * len(self.header), *self.cells())
+        return "".join("| " + " | ".join(map(_plain, row)) + " |\n" for row in rows)
 
     def plots(self) -> dict[str, list[tuple[float, float, str]]]:
         """Quality over size: (MiB, figure, checkpoint) for each kind of figure that was measured."""
@@ -131,6 +132,11 @@ def _task_cells(e: Evaluation) -> tuple[str, ...]:
         return cells
     d = e.tasks.mean_difference(e.tasks_against)
     return (*cells, "–" if d is None else f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
+
+
+def _plain(cell: str) -> str:
+    """A cell of a Markdown table in which a name cannot end the cell or become a tag."""
+    return escape(cell, quote=False).replace("|", "\\|").replace("\n", " ")
 
 
 def _with_error(value: float | None, error: float | None, digits: int) -> str:

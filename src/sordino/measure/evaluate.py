@@ -104,7 +104,9 @@ def _task_lines(result: Evaluation) -> list[tuple[str, str]]:
             lines.append((f"{task}: {metric}", value))
             ends = [row.get(f"{metric}_difference{end}") for end in ("", "_low", "_high")]
             if ends[0] is not None:
-                lines.append(("  to the reference, 95 %", "{:+.4f} [{:+.4f}, {:+.4f}]".format(*ends)))
+                p = row.get(f"{metric}_difference_p")
+                shown = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*ends) + ("" if p is None else f", McNemar p {p:.3f}")
+                lines.append(("  to the reference, 95 %", shown))
     return lines
 
 

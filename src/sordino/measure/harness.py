@@ -34,6 +34,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from sordino.errors import InputError, reason
 from sordino.measure.local_tasks import LOCAL_TASKS, LocalTask, Row, find_local, read_rows
+from sordino.runtime.prefix import prefix_length
 
 Progress = Callable[[str, int, int], None]
 Request = tuple[Any, list[int], list[int]]  # (texts, context ids, continuation ids)
@@ -75,7 +76,9 @@ def open_suite(names: Sequence[str], data: Path | None) -> Suite:
         tops.update({g.name: _leaves(g) for g in found.get("groups", {}).values() if g.name not in inner})
         grouped = {name for leaves in tops.values() for name in leaves}
         tops.update({name: (name,) for name in found["tasks"] if name not in grouped})
-    for task in suite.tasks.values():
+    for name, task in suite.tasks.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            raise InputError(f"task '{name}' is scored by what a model writes; Sordino runs those scored by log-likelihood")
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
@@ -105,6 +108,7 @@ class Reader(HFLM):  # type: ignore[misc]
 
     def __init__(self, model: Any, tokenizer: Any, progress: Progress | None = None):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH_TOKENS)
+        self._max_length = self.max_length - prefix_length(model)  # a prefix takes its places
         self._progress = progress
         self._kept = 0
 
@@ -195,6 +199,7 @@ def _dataset(split: str, rows: list[Row], **_: Any) -> dict[str, Any]:
 
 
 def _open_hub(names: Sequence[str]) -> list[dict[str, Any]]:
+    names = [LOCAL_TASKS[name].name if name in LOCAL_TASKS else name for name in names]  # "lambada" is one of two there
     homes = [str(_HOME / task.home) for task in LOCAL_TASKS.values()]
     manager = TaskManager(include_path=homes, include_defaults=False)
     if not all(name in manager.task_index for name in names):

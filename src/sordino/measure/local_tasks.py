@@ -168,10 +168,13 @@ def _hellaswag(row: Row) -> Row:
 
 
 def _boolq(row: Row) -> Row:
-    answer = row.get("answer")
+    """As in SuperGLUE, which the harness reads: the title, a file of its own authors keeps it apart, opens the passage."""
+    answer, passage = row.get("answer"), _text(row, "passage")
     if not isinstance(answer, bool):
         raise _Broken(f"'answer' must be true or false, not {answer!r}")
-    return {"question": _text(row, "question"), "passage": _text(row, "passage"), "label": int(answer)}
+    if "title" in row and not passage.startswith(opening := f"{_text(row, 'title')} -- "):
+        passage = opening + passage
+    return {"question": _text(row, "question"), "passage": passage, "label": int(answer)}
 
 
 def _lambada(row: Row) -> Row:

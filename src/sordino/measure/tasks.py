@@ -1,13 +1,16 @@
 """Zero-shot accuracy through lm-evaluation-harness, and paired differences to full precision.
 
 On a few hundred items the difference of two accuracies is mostly noise that both models share: whether an item is hard. So
-every item's score is kept, and differences come with an interval from a bootstrap over items, the same items for both.
+every item's score is kept, and differences come with an interval from a bootstrap over items, the same items for both, and
+with McNemar's exact p-value. Few items on which the models differ make a plain bootstrap too sure (with 4 won and none lost
+no draw is ever lost); half an item more on either side takes that off.
 """
 
 from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +29,19 @@ _LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two models' scores on the same items: ours minus theirs, with the ends of its 95 % interval."""
+    """Of two models' scores on the same items: ours minus theirs.
+
+    Attributes:
+        value: the difference.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        p: McNemar's exact two-sided p-value; None for a mean over several tasks.
+    """
 
     value: float
     low: float
     high: float
+    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +52,13 @@ class TaskScore:
         figures: metric -> value, and ``{metric}_stderr`` where there is one; perplexities count too.
         items: metric -> the score of every item, in the order of the data, for metrics that are 0 or 1.
         samples: how many items.
+        content: hash of the items, so that other items of the same number are not taken for these.
     """
 
     figures: dict[str, float]
     items: dict[str, tuple[float, ...]]
     samples: int
+    content: str = ""
 
     @property
     def metric(self) -> str:
@@ -92,15 +105,25 @@ class TaskScores:
         Raises:
             InputError: if the two were not measured on the same items.
         """
-        return _summary([_drawn(task, self.tasks[task].items.get(metric), other.tasks[task].items.get(metric))])
+        return _summary([self._drawn(other, task, metric)])
 
     def mean_difference(self, other: TaskScores) -> Difference | None:
         """Ours minus another model's mean over the tasks; items are drawn anew within every task."""
-        pairs = [(n, t.items.get(t.metric), other.tasks[n].items.get(t.metric)) for n, t in self.tasks.items()]
-        return _summary([_drawn(*pair) for pair in pairs])
+        return _summary([self._drawn(other, name, task.metric) for name, task in self.tasks.items()])
+
+    def _drawn(self, other: TaskScores, name: str, metric: str) -> _Drawn | None:
+        ours, theirs = self.tasks[name], other.tasks.get(name)
+        if theirs is None:
+            raise InputError(f"{name}: only one of the two models was measured on it")
+        if (ours.samples, ours.content) != (theirs.samples, theirs.content):
+            sizes = f"{ours.samples} items of one model, {theirs.samples} of the other"
+            raise InputError(f"{name}: not the same items ({sizes}); measure both on the same data")
+        if metric not in ours.items or metric not in theirs.items:
+            return None
+        return _drawn(name, ours.items[metric], theirs.items[metric])
 
     def to_json(self, other: TaskScores | None = None) -> dict[str, Any]:
-        """Task -> metric -> figure, with ``_difference``, ``_difference_low`` and ``_difference_high`` to ``other`` beside."""
+        """Task -> metric -> figure, with ``_difference``, ``_difference_low``, ``_high`` and ``_p`` to ``other`` beside."""
         rows: dict[str, Any] = {}
         for name, task in self.tasks.items():
             row: dict[str, Any] = task.figures | {"samples": task.samples}
@@ -183,41 +206,56 @@ def _score(name: str, result: Mapping[str, Any], samples: Mapping[str, Any], lea
         raise InputError(f"group '{name}' has no figure of its own; name its tasks: {', '.join(leaves[:5])} …")
     rows = [row for leaf in leaves for row in samples[leaf]]
     items = {m: tuple(float(row[m]) for row in rows) for m in figures if all(row.get(m) in (0, 1) for row in rows)}
-    return TaskScore(figures, items, len(rows))
+    content = zlib.crc32("".join(row["doc_hash"] for row in rows).encode())
+    return TaskScore(figures, items, len(rows), f"{content:08x}")
 
 
 # Paired differences
 
 
-def _drawn(task: str, ours: Sequence[float] | None, theirs: Sequence[float] | None) -> tuple[float, NDArray[np.float64]] | None:
-    """The mean difference over items, and what it is when as many items are drawn from them with replacement, [R]."""
-    if ours is None or theirs is None:
-        return None
-    if len(ours) != len(theirs):
-        raise InputError(f"{task}: {len(ours)} items of one model, {len(theirs)} of the other; measure both on the same data")
-    values, counts = np.unique(np.subtract(ours, theirs), return_counts=True)  # at most -1, 0 and 1
-    seed = np.random.default_rng([len(ours), *counts])  # the same figures give the same interval
-    draws = seed.multinomial(len(ours), counts / len(ours), size=_RESAMPLES)
-    return float(values @ counts) / len(ours), draws @ values / len(ours)
+@dataclass(frozen=True)
+class _Drawn:
+    """A task's mean difference over its items, and what it is when as many items are drawn with replacement, [R]."""
+
+    value: float
+    draws: NDArray[np.float64]
+    p: float
 
 
-def _summary(drawn: Sequence[tuple[float, NDArray[np.float64]] | None]) -> Difference | None:
+def _drawn(task: str, ours: Sequence[float], theirs: Sequence[float]) -> _Drawn:
+    """Draw items, each task from random numbers of its own: tasks with equal counts must not rise and fall together."""
+    values = np.array([-1.0, 0.0, 1.0])
+    counts = np.array([np.count_nonzero(np.subtract(ours, theirs) == v) for v in values])
+    chances = counts + np.array([0.5, 0.0, 0.5])
+    seed = np.random.default_rng([zlib.crc32(task.encode()), *counts])  # the same figures give the same interval
+    draws = seed.multinomial(len(ours), chances / chances.sum(), size=_RESAMPLES)
+    return _Drawn(float(values @ counts) / len(ours), draws @ values / len(ours), mcnemar(int(counts[2]), int(counts[0])))
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """Exact two-sided p-value: how rare so uneven a split of the items on which two models differ is among equals.
+
+    Example:
+        >>> mcnemar(5, 0)
+        0.0625
+    """
+    n, fewer = wins + losses, min(wins, losses)
+    tail = sum(math.comb(n, i) for i in range(fewer + 1))
+    return min(1.0, 2 * tail / (1 << n))
+
+
+def _summary(drawn: Sequence[_Drawn | None]) -> Difference | None:
     """Mean of some tasks' differences with its interval."""
     parts = [d for d in drawn if d is not None]
     if len(parts) < len(drawn):
         return None
-    means = np.mean([d for _, d in parts], axis=0)
-    low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return Difference(sum(value for value, _ in parts) / len(parts), float(low), float(high))
+    low, high = np.quantile(np.mean([d.draws for d in parts], axis=0), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    value = sum(d.value for d in parts) / len(parts)
+    return Difference(value, float(low), float(high), parts[0].p if len(parts) == 1 else None)
 
 
 def _flat(name: str, d: Difference | None) -> dict[str, float]:
-    return (
-        {}
-        if d is None
-        else {
-            f"{name}_difference": d.value,
-            f"{name}_difference_low": d.low,
-            f"{name}_difference_high": d.high,
-        }
-    )
+    if d is None:
+        return {}
+    ends = {"": d.value, "_low": d.low, "_high": d.high, "_p": d.p}
+    return {f"{name}_difference{end}": value for end, value in ends.items() if value is not None}
