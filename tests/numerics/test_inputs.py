@@ -58,3 +58,20 @@ def test_the_gradient_of_a_scale_is_lsqs() -> None:
         assert scale.grad is not None
         parts.append(float(scale.grad))
     assert parts == pytest.approx([0.0 - 0.4, -1.0 + 1.2, 3.0 - 2.8, 3.0, -4.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("group", [None, 16])
+def test_a_loud_channel_is_pulled_down(group: int | None) -> None:
+    """Making the channel quieter that sets every token's scale lowers the error: the gradient must say so."""
+    x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 20
+
+    def error(u: torch.Tensor) -> torch.Tensor:
+        factor = torch.ones(32).index_put((torch.tensor(5),), u.exp())
+        y = x / factor
+        return ((fake_encode(y, token_scale(y, 3, 1.0, group), 3) * factor - x)[:, :5] ** 2).sum(-1).mean()
+
+    u = torch.zeros((), requires_grad=True)
+    error(u).backward()
+    difference = float(error(torch.tensor(0.4)) - error(torch.tensor(-0.4))) / 0.8
+    assert u.grad is not None and difference < -0.1 and float(u.grad) < 0.3 * difference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sordino
 import sordino.runtime.generate
@@ -278,6 +280,25 @@ def test_a_begin_token_of_the_tokenizer_is_not_added_again(tmp_path: Path) -> No
     sordino.quantize(str(model), exact("prefix"), tmp_path / "out", **SMALL)
     plain = sordino.runtime.generate.generate(tmp_path / "out", "once upon", 8)
     assert sordino.runtime.generate.generate(tmp_path / "out", "<s>once upon", 8) == plain
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_tokenizer_of_a_checkpoint_begins_nothing(tmp_path: Path, wrapped: bool) -> None:
+    """With transformers alone: a template in tokenizer.json adds the token whatever the configuration says."""
+    model = make_tiny(tmp_path / "model", layers=2)
+    config, file = model / "tokenizer_config.json", model / "tokenizer.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
+    tokenizer = Tokenizer.from_file(str(file))
+    template: Any = processors.TemplateProcessing("<s> $A </s>", "<s> $A <s> $B", [("<s>", 0), ("</s>", 1)])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template]) if wrapped else template
+    tokenizer.save(str(file))
+    source = AutoTokenizer.from_pretrained(model)
+    assert source("on").input_ids[0] == 0 and source("on").input_ids[-1] == 1
+    sordino.quantize(str(model), exact("prefix"), tmp_path / "out", **SMALL)
+    ours = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert ours("on é").input_ids == source("on é").input_ids[1:] and 0 not in ours("on", "off").input_ids
+    sordino.quantize(str(model), "rtn-w4", tmp_path / "plain")
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain")("on").input_ids == source("on").input_ids
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,9 @@ def assemble(source: Source, plan: Plan, work: Work, ends: Ends, out: Path, mani
     copy_tokenizer(source.path, final)
     prefix = manifest.get("prefix", {}).get("ids", [])
     prompt = manifest.get("system_prompt")
-    if prefix and opening(prefix, prompt["tokens"] if prompt else 0) == first_token(source.config):
-        _begin_once(final / "tokenizer_config.json")
+    begins = opening(prefix, prompt["tokens"] if prompt else 0)
+    if begins is not None and begins == first_token(source.config):
+        _begin_once(final, source.tokenizer().convert_ids_to_tokens(begins))
     copy_files(source.path, final, ["generation_config.json"])
     (final / "recipe.toml").write_text(plan.recipe.to_toml(), encoding="utf-8")
     (final / "README.md").write_text(model_card(plan.recipe, manifest), encoding="utf-8")
@@ -140,10 +141,24 @@ def _tensors(source: Source, plan: Plan, work: Work, ends: Ends) -> Iterator[tup
     yield from sorted((ends.tensors | learned).items())
 
 
-def _begin_once(file: Path) -> None:
-    """Keep a tokenizer from putting the token that begins a text behind a prefix that ends in it."""
-    if file.is_file() and (config := json.loads(file.read_text(encoding="utf-8"))).get("add_bos_token"):
-        file.write_text(json.dumps(config | {"add_bos_token": False}, indent=2) + "\n", encoding="utf-8")
+def _begin_once(folder: Path, token: str) -> None:
+    """Keep a tokenizer from putting the token that begins a text behind a prefix that ends in it.
+
+    Both places must say so: transformers follows the template in ``tokenizer.json`` whatever ``add_bos_token`` is.
+    """
+
+    def without(node: Any) -> Any:
+        if isinstance(node, list):
+            return [without(x) for x in node if not (isinstance(x, dict) and x.get("SpecialToken", {}).get("id") == token)]
+        return {k: v if k == "special_tokens" else without(v) for k, v in node.items()} if isinstance(node, dict) else node
+
+    def edit(name: str, change: Callable[[Any], Any]) -> None:
+        file = folder / name
+        if file.is_file() and (new := change(old := json.loads(file.read_text(encoding="utf-8")))) != old:
+            file.write_text(json.dumps(new, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    edit("tokenizer_config.json", lambda c: c | {"add_bos_token": False} if c.get("add_bos_token") else c)
+    edit("tokenizer.json", lambda t: t | {"post_processor": without(t.get("post_processor"))})
 
 
 def _write_shards(source: Source, plan: Plan, work: Work, ends: Ends, folder: Path) -> int:
