@@ -20,7 +20,7 @@ from ladder import ROWS, Ladder, called, climb, code_version, keep, run, texts_p
 from sordino.recipe import load_recipe
 
 SEEDS = [0, 1, 2]
-OFF = "guard=off"
+TELL = "guard=tell"  # no block gives way to RTN, but training that does not help is undone (spec section 6.4)
 HOSTS = {
     "quarot": '{move="rotate", size="full"}, {move="rotate-inner"}',
     "atom": '{move="channels"}',
@@ -39,14 +39,14 @@ def grid(host: str, bits: int) -> Ladder:
     """Rows of one host and width."""
     name = f"{host}-w{bits}a{bits}"
     return {
-        name: (name, [OFF], SEEDS),
-        f"{name} + clip": (name, [OFF, tuned(host, CLIP)], [0]),
-        f"{name} + clip + smooth": (name, [OFF, tuned(host, f"{CLIP}, {SMOOTH}")], [0]),
-        f"{name} + clip + low-rank": (name, [OFF, tuned(host, f"{CLIP}, {RANK}")], SEEDS),
-        f"{name} + clip + smooth + low-rank": (name, [OFF, tuned(host, f"{CLIP}, {SMOOTH}, {RANK}")], SEEDS),
+        name: (name, [TELL], SEEDS),
+        f"{name} + clip": (name, [TELL, tuned(host, CLIP)], [0]),
+        f"{name} + clip + smooth": (name, [TELL, tuned(host, f"{CLIP}, {SMOOTH}")], [0]),
+        f"{name} + clip + low-rank": (name, [TELL, tuned(host, f"{CLIP}, {RANK}")], SEEDS),
+        f"{name} + clip + smooth + low-rank": (name, [TELL, tuned(host, f"{CLIP}, {SMOOTH}, {RANK}")], SEEDS),
         f"{name} + clip + low-rank, quantized target": (
             name,
-            [OFF, tuned(host, f'{CLIP}, {RANK}, target="quantized"')],
+            [TELL, tuned(host, f'{CLIP}, {RANK}, target="quantized"')],
             [0],
         ),
     }
@@ -71,11 +71,11 @@ def sweep(args: argparse.Namespace) -> None:
         recipe = f"{host}-w3a3"
         for option, settings in SWEEPS.items():
             for setting in settings:
-                errors(f"{host} {option}: {setting}", recipe, [tuned(host, setting)], args)
+                errors(f"{host} {option}: {setting}", recipe, [TELL, tuned(host, setting)], args)
         for windows in WINDOWS:
             moves = tuned(host, f"{CLIP}, {RANK}")
-            errors(f"{host} windows: {windows}", recipe, [moves, f"calibration.windows={windows}"], args)
-        errors(f"{host} host", recipe, [], args)
+            errors(f"{host} windows: {windows}", recipe, [TELL, moves, f"calibration.windows={windows}"], args)
+        errors(f"{host} host", recipe, [TELL], args)
 
 
 def errors(name: str, recipe: str, overrides: list[str], args: argparse.Namespace) -> None:

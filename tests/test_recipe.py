@@ -93,7 +93,7 @@ def test_unknown_keys_near_nothing() -> None:
         ("calibration.windows=true", "calibration.windows"),
         ("calibration.windows=1.5", "calibration.windows"),
         ("calibration.seqlen=1", "calibration.seqlen"),
-        ("guard=maybe", "guard: input should be 'on' or 'off'"),
+        ("guard=maybe", "guard: input should be 'on', 'tell' or 'off'"),
         ("moves=[{}]", "moves.0.move: field required"),
         ("moves=rotate", "moves"),
         ("format=3", "format: "),

@@ -98,8 +98,8 @@ class BlockContext(Protocol):
         """Say that something at or before ``site`` changed by other means than :meth:`commit`."""
         ...
 
-    def error(self, split: Split = "heldout") -> float:
-        """Median over windows of the relative block error against the full-precision stream."""
+    def error(self, split: Split = "heldout", exact: StreamName = "fp") -> float:
+        """Median over windows of the relative block error against the full-precision block on the stream ``exact``."""
         ...
 
     def snapshot(self) -> Any:

@@ -235,8 +235,9 @@ class Recipe(_Table):
     """How much text is looked at."""
     moves: tuple[MoveSpec, ...] = ()
     """What is done around the rounding, in this order."""
-    guard: Literal["on", "off"] = "on"
-    """Whether blocks and the result are held against RTN of the same format."""
+    guard: Literal["on", "tell", "off"] = "on"
+    """Whether blocks and the result are held against RTN of the same format, on text held out. `on`: a block that is worse
+    gives way to RTN. `tell`: it stays, for ablations; moves still undo what does not help. `off`: nothing is held out."""
 
     @property
     def digest(self) -> str:

@@ -22,7 +22,7 @@ from sordino.anatomy import Anatomy, anatomy_of, hidden_states
 from sordino.cli import app
 from sordino.measure.activations import Activations, Loudest, look
 from sordino.measure.advice import Advice, advise
-from sordino.measure.diffusion import Horizontal, attention_received, horizontal, last_with_rows_rounded
+from sordino.measure.diffusion import Horizontal, attended, attention_received, horizontal, last_with_rows_rounded
 from sordino.measure.inspect import inspect
 from sordino.measure.propagation import Spread, Vertical, massive_tokens, relative_errors, run_blocks, vertical
 from sordino.measure.sensitivity import Sensitivity, names_of, round_weights, sensitivities, with_weights
@@ -58,6 +58,18 @@ def rounded_copy(model: Any, bits: int) -> Any:
 
 
 @torch.no_grad()
+def test_the_most_attended_place_is_a_sink_not_the_last() -> None:
+    """Every query gives half to the first token and half to the one before it: means alone name the last places."""
+    length = 12
+    weights = torch.zeros(length, length)
+    weights[1:, 0] = 0.5
+    weights[torch.arange(1, length), torch.arange(length - 1)] += 0.5
+    means = weights.sum(0) / torch.arange(length - 1, -1, -1).clamp(min=1)
+    assert int(means.argmax()) in (0, length - 2) and int((means > 0.4).sum()) > 1
+    order = attended(means)
+    assert int(order[0]) == 0 and int(order[-1]) == length - 1 and sorted(order.tolist()) == list(range(length))
+
+
 def test_looking_finds_what_the_prefix_move_finds(loaded: Loaded) -> None:
     _, model, anatomy, ids = loaded
     found = look(model, anatomy, ids, threshold=1.2)

@@ -34,14 +34,26 @@ def test_tuned_blocks_are_better_on_held_out_windows(family: str, dtype: torch.d
     assert all(n["kept"] == (n["after"] < n["before"]) for n in notes) and any(n["kept"] for n in notes)
 
 
-def test_a_tuning_that_does_harm_is_undone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("guard", ["on", "tell"])
+def test_a_tuning_that_does_harm_is_undone(guard: str, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", layers=2)
-    wild = TUNE | {"weights": 1.0, "scales": 1.0}
-    result = sordino.quantize(str(model), recipe(wild), tmp_path / "wild", **SMALL)
+    wild = load_recipe(recipe(TUNE | {"weights": 1.0, "scales": 1.0}), [f"guard={guard}"])
+    result = sordino.quantize(str(model), wild, tmp_path / "wild", **SMALL)
     assert not any(b["moves"]["tune"]["kept"] for b in result.manifest["blocks"])
     sordino.quantize(str(model), "gptaq-w2", tmp_path / "plain", **SMALL)
     files = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("wild", "plain")]
     assert files[0] == files[1]
+
+
+def test_a_target_is_judged_by_itself(tmp_path: Path) -> None:
+    """Against the full-precision block on the quantized stream: smaller in deeper blocks than against its own stream."""
+    model = make_tiny(tmp_path / "model", layers=3)
+    notes = {}
+    for target in ("full", "quantized"):
+        made = load_recipe(recipe(TUNE | {"target": target}), ["guard=tell"])
+        blocks = sordino.quantize(str(model), made, tmp_path / target, **SMALL).manifest["blocks"]
+        notes[target] = [b["moves"]["tune"]["before"] for b in blocks]
+    assert notes["full"][0] == notes["quantized"][0] and notes["quantized"][2] < 0.8 * notes["full"][2]
 
 
 def test_without_guards_everything_trained_is_kept(tmp_path: Path) -> None:

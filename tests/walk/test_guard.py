@@ -22,15 +22,17 @@ from tiny import make_tiny
 SMALL = {"windows": 32, "seqlen": 64}
 
 
+good = GptqSolver.solve
+
+
+def bad(self: GptqSolver, w: Tensor, prepared: object, grid: Grid, group: int) -> Rounded:
+    rounded = good(self, w, prepared, grid, group)  # type: ignore[arg-type]
+    rounded.codes = rounded.codes.flip(1)  # a classic indexing error
+    return rounded
+
+
 def test_a_bad_solver_falls_back_to_rtn_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny(tmp_path / "model")
-    good = GptqSolver.solve
-
-    def bad(self: GptqSolver, w: Tensor, prepared: object, grid: Grid, group: int) -> Rounded:
-        rounded = good(self, w, prepared, grid, group)  # type: ignore[arg-type]
-        rounded.codes = rounded.codes.flip(1)  # a classic indexing error
-        return rounded
-
     monkeypatch.setattr(GptqSolver, "solve", bad)
     result = sordino.quantize(str(model), "gptq-w4", tmp_path / "out", **SMALL)
     assert [b.get("fallback") for b in result.manifest["blocks"]] == ["rtn"] * 4
@@ -45,6 +47,15 @@ def test_guard_off_keeps_what_the_solver_made(tmp_path: Path) -> None:
     result = sordino.quantize(str(model), "gptq-w4", tmp_path / "out", overrides=("guard=off",), **SMALL)
     assert result.manifest["guard"] == {}
     assert not any("error" in b for b in result.manifest["blocks"])
+
+
+def test_guard_tell_says_what_is_worse_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny(tmp_path / "model")
+    monkeypatch.setattr(GptqSolver, "solve", bad)
+    with pytest.raises(SordinoError, match="worse than RTN"):  # of the whole
+        sordino.quantize(str(model), "gptq-w4", tmp_path / "out", overrides=("guard=tell",), **SMALL)
+    blocks = json.loads((tmp_path / "out" / "sordino.json").read_text())["blocks"]
+    assert [b.get("fallback") for b in blocks] == [None] * 4 and blocks[0]["error"] > 1.1 * blocks[0]["rtn_error"]
 
 
 def test_final_guard_fails_the_run_and_marks_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

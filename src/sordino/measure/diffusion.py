@@ -128,6 +128,15 @@ def attention_received(model: Any, ids: Tensor) -> Tensor:
     return total / torch.arange(length - 1, -1, -1).clamp(min=1)
 
 
+def attended(attention: Tensor) -> Tensor:
+    """Places by all the attention that tokens behind them pay, most first, int64 [L].
+
+    Args:
+        attention: a(i), fp32 [L]. A mean: of the last tokens, whom few can attend to, it is large whatever they are.
+    """
+    return (attention * torch.arange(len(attention) - 1, -1, -1)).argsort(descending=True, stable=True)
+
+
 def horizontal(
     model: Any, anatomy: Anatomy, windows: Tensor, bits: int, seed: int = 0, progress: Progress | None = None
 ) -> Horizontal:
@@ -213,7 +222,7 @@ def _doses(
     orders = {
         "first": torch.arange(length),
         "random": torch.randperm(length, generator=rng),
-        "most attended": attention.argsort(descending=True),
+        "most attended": attended(attention),
     }
     sizes = [p for p in DOSES if 4 * p <= length]
     rows = torch.ones(1 + len(orders) * len(sizes), length, dtype=torch.bool)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sordino.anatomy import SITES, Anatomy, Site, hidden_states
-from sordino.contract import BlockContext, Move, ParameterSpace
+from sordino.contract import BlockContext, Move, ParameterSpace, StreamName
 from sordino.errors import InputError, SordinoError
 from sordino.numerics.divergence import token_weights
 from sordino.numerics.side import best_pair
@@ -115,7 +115,8 @@ class Tune(Move):
             return
         for norm in self.biases(ctx.anatomy):
             ctx.shift(norm, torch.zeros(()))
-        before, state = ctx.error(), ctx.snapshot()
+        exact: StreamName = "fp" if self.target == "full" else "q"
+        before, state = ctx.error(exact=exact), ctx.snapshot()
         if self.smooth > 0 and any(r.side is not None for r in ctx.solved.values()):
             raise SordinoError("move 'tune': smooth cannot follow a pair at the side; put it before, or leave one out")
         x, target = ctx.stream("q"), self._target(ctx)
@@ -140,7 +141,7 @@ class Tune(Move):
             for linear, rounded in space.fold().items():
                 ctx.commit(linear, rounded)
         ctx.touch("qkv")
-        after = ctx.error()
+        after = ctx.error(exact=exact)
         kept = better(before, after)
         if not kept:
             ctx.restore(state)

@@ -172,11 +172,11 @@ class Context:
             if which == "q":
                 runner.touch(site)
 
-    def error(self, split: Split = "heldout") -> float:
-        """Median over windows of ``|q(x_q) - fp(x_fp)|^2 / |fp(x_fp)|^2``; NaN if there are none (guard off)."""
+    def error(self, split: Split = "heldout", exact: StreamName = "fp") -> float:
+        """Median over windows of ``|q(x_q) - fp(x)|^2 / |fp(x)|^2``, x on the stream ``exact``; NaN if there are none."""
         if not len(self.stream("q", split)):
             return math.nan
-        pairs = zip(self.run("q", "q", split), self.run("fp", "fp", split), strict=True)
+        pairs = zip(self.run("q", "q", split), self.run("fp", exact, split), strict=True)
         return float(torch.cat([relative_error(y, target) for (_, y), (_, target) in pairs]).median())
 
     def reset(self) -> None:

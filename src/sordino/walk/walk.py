@@ -323,7 +323,8 @@ class Walk:
         ours = error_of(ctx.q, following)
         rtn, layer = self._rtn_layer(ctx)
         report: dict[str, Any] = {"error": ours, "rtn_error": error_of(layer, None)}
-        if not ours <= _GUARD * report["rtn_error"]:  # written so that a NaN falls back too
+        worse = not ours <= _GUARD * report["rtn_error"]  # written so that a NaN falls back too
+        if worse and self.plan.recipe.guard == "on":
             ctx.reset()
             report["linears"] = {name: commit(ctx, name, rounded) for name, rounded in rtn.items()}
             report |= {"fallback": "rtn", "error": error_of(ctx.q, following), "refused_error": ours}
