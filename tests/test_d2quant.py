@@ -1,5 +1,6 @@
 """D²Quant through the main path: the merge of the column scale, storage, loading (spec, section 6.5)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,30 @@ def test_column_scale_is_merged_into_up_proj(preset: str, family: str, tmp_path:
         assert (unmerged - exact).norm() <= 1e-5 * unmerged.norm()
         stored = F.linear(gate * F.linear(x, merged.values()), stored_down)
         assert (unmerged - stored).norm() <= 5e-3 * unmerged.norm()
+
+
+@pytest.mark.parametrize("form", ["norm", "linear"])
+def test_a_bias_of_up_proj_takes_the_column_scale_too(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own bias, and the one that a mean shift in the form of the linears has put there."""
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    original = Context.commit
+
+    def commit(self: Context, linear: str, rounded: Rounded) -> None:
+        up: Any = self.q.get_submodule("mlp.up_proj")
+        before = up.bias.detach().clone()
+        original(self, linear, rounded)
+        if rounded.column is not None:
+            seen.append((before, up.bias.detach(), rounded.column))
+
+    monkeypatch.setattr(Context, "commit", commit)
+    model = make_tiny(tmp_path / "model", layers=2, ffn=128, mlp_bias=True)
+    moves = f'moves=[{{move="rotate"}}, {{move="mean-shift", always=true, form="{form}"}}]'
+    result = sordino.quantize(str(model), load_recipe("d2quant-paper-w2", [moves, "guard=off"]), tmp_path / "out", **SMALL)
+    assert len(seen) == 2
+    for before, after, column in seen:
+        assert torch.allclose(after, before * column) and (column - 1).abs().max() > 0.2
+    stored = sordino.load(tmp_path / "out")[0].model.layers[1].mlp.up_proj.bias
+    assert torch.allclose(stored, seen[1][1]) and result.manifest["bits_per_weight"] > 0
 
 
 def test_latents_follow_a_merged_column_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +152,14 @@ def test_column_scale_is_refused_where_nothing_can_take_it(tmp_path: Path) -> No
         sordino.quantize(str(model), "gptq-w3", tmp_path / "out", overrides=("format.weights.column_scale=true",))
 
 
-def test_up_proj_in_full_precision_takes_the_scale_too(tmp_path: Path) -> None:
-    model = make_tiny(tmp_path / "model", layers=2, ffn=128)
-    keep = 'format.weights.ignore=["*.up_proj", "*.gate_proj", "*.self_attn.*"]'
-    recipe = load_recipe("d2quant-paper-w3", [keep, "format.weights.override.0.bits=8"])
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_up_proj_takes_the_scale_with_its_bias(kept: bool, bias: bool, tmp_path: Path) -> None:
+    """Rounded to 8 bits or in full precision; what the two do together stays."""
+    model = make_tiny(tmp_path / "model", layers=2, ffn=128, mlp_bias=bias)
+    alone = ["*.gate_proj", "*.self_attn.*", *["*.up_proj"] * kept]
+    keep = f"format.weights.ignore={json.dumps(alone)}"
+    recipe = load_recipe("d2quant-paper-w3", [keep, "format.weights.bits=8", "format.weights.override.0.bits=8"])
     recipe = recipe.model_copy(update={"moves": ()})
     sordino.quantize(str(model), recipe, tmp_path / "out", **SMALL)
     figures = sordino.evaluate(tmp_path / "out", seqlen=32, windows=4, against=str(model))

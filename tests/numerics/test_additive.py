@@ -64,14 +64,20 @@ def test_column_step_is_generic_least_squares() -> None:
         assert torch.allclose(found[j], torch.linalg.lstsq(s[:, j : j + 1], w[:, j : j + 1]).solution.abs()[0, 0], atol=1e-5)
 
 
-def test_gauge_leaves_the_weight_and_takes_the_size_out_of_the_columns() -> None:
+@pytest.mark.parametrize("grid", [AdditiveGrid(2), AdditiveGrid(3), DualScaleGrid(AffineGrid(2))])
+def test_gauge_leaves_the_weight_and_takes_the_size_out_of_the_columns(grid: AdditiveGrid | DualScaleGrid) -> None:
     w = 0.01 * uneven(30, 64)
-    params = AdditiveGrid(2).fit(w)
+    params = grid.fit(w)
     assert params.column is not None
     assert abs(float(params.column.log().mean())) < 1e-5
     c, a = fix_gauge(3.7 * params.column)
     assert torch.allclose(c, params.column, rtol=1e-5) and abs(a - 3.7) < 1e-4
     assert torch.equal(params.scale, round_scale(params.scale))
+    # The size of the weight is the rows': what the columns gave away, they took.
+    large = grid.fit(8 * w)
+    assert large.column is not None and torch.allclose(large.column, params.column, rtol=1e-4)
+    assert torch.allclose(large.scale, 8 * params.scale, rtol=1e-2)
+    torch.testing.assert_close(grid.nearest(8 * w, large)[1], 8 * grid.nearest(w, params)[1], rtol=2e-2, atol=1e-3)
 
 
 def test_error_on_gaussian_weights_is_the_known_one() -> None:

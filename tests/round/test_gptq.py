@@ -1,11 +1,13 @@
 """Checks GPTQ and GPTAQ against a float64 model that inverts what is left of the Hessian anew at every column."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
 from sordino.numerics.affine import AffineGrid, GridParams
 from sordino.numerics.gram import inverse_factor
 from sordino.round import gptq
@@ -186,6 +188,22 @@ def test_dead_columns_are_rounded_to_nearest(order: str, alpha: float) -> None:
     # The others do not notice them.
     alive = [c for c in range(32) if c not in dead]
     assert int((rounded.codes[:, alive].float() != grid.codes(w, params)[:, alive]).sum()) > 50
+
+
+@pytest.mark.parametrize("grid", [AdditiveGrid(2), DualScaleGrid(AffineGrid(3))])
+def test_dead_columns_of_grids_with_column_scales_stay_ordinary(grid: Any) -> None:
+    x, dead = correlated(128, 32, 0), [3, 8, 31]
+    x[:, dead] = 0
+    w = normal(16, 32)
+    rounded = solve(GptqSolver(), w, x.T @ x, grid, 8)
+    assert rounded.notes == {"dead_columns": 3.0} and rounded.column is not None
+    assert bool(torch.isfinite(rounded.values()).all()) and bool((rounded.column > 1e-3).all())
+    # Nothing is made up for at them: they are as near as their grid gets.
+    assert float((rounded.values() - w)[:, dead].abs().mean()) < 0.5 * float(w[:, dead].abs().mean())
+    alive = [c for c in range(32) if c not in dead]
+    plain = RtnSolver().solve(w, None, grid, 8).values()
+    ours, theirs = (float(((v - w)[:, alive] @ x[:, alive].T).square().sum()) for v in (rounded.values(), plain))
+    assert ours < theirs
 
 
 def test_inputs_that_are_always_zero_give_rtn() -> None:

@@ -44,6 +44,23 @@ def test_rows_are_generic_least_squares(grid: Any, monkeypatch: pytest.MonkeyPat
             assert torch.allclose(found.scale[i].reshape(-1).double(), best, rtol=2e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("grid", [DualScaleGrid(AffineGrid(3)), AdditiveGrid(2)])
+def test_columns_are_generic_least_squares(grid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One design matrix for all rows together: the inputs times what each column scale multiplies."""
+    monkeypatch.setattr(module, "round_scale", lambda s: s)
+    monkeypatch.setattr(module, "_RIDGE", 1e-12)
+    w, x, rounded = case(grid)
+    s = replace(rounded, column=None).values()
+    truth = w * (0.2 * normal(32, seed=5)).exp()
+    found = module._refit_columns(rounded, x.T @ x, truth @ x.T @ x)
+    design = (x.double()[None] * s.double()[:, None]).flatten(0, 1)  # [R*T, C]
+    best = torch.linalg.lstsq(design, (truth.double() @ x.double().T).flatten()[:, None], driver="gelsd").solution[:, 0]
+    assert bool((best > 0).all())
+    torch.testing.assert_close(found.values().double(), s.double() * best, rtol=5e-3, atol=1e-4)
+    assert found.column is not None
+    assert float(found.column.view(-1, rounded.group).log().mean(1).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("drift", [False, True])
 def test_is_never_worse_and_mostly_better(grid: Any, drift: bool) -> None:
