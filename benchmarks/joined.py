@@ -5,7 +5,7 @@ python benchmarks/joined.py --calibrate wiki.valid.raw --evaluate wiki.test.raw 
 
 from __future__ import annotations
 
-from bisup import CLIP, NONE, OFF, RANK
+from bisup import CLIP, NONE, RANK, TELL
 from ladder import Ladder, climb
 from prefixquant import EVEN, PREFIX
 
@@ -28,8 +28,8 @@ def rows(bits: int) -> Ladder:
     trained = (CLIPS, TUNE, DISTILL)
     no_r4 = moves(NO_R4, PREFIX, *trained)
     return {
-        f"quarot-{name}": (f"quarot-{name}", [OFF], [0]),
-        f"bisup-quarot-{name}": (f"bisup-quarot-{name}", [OFF], [0]),
+        f"quarot-{name}": (f"quarot-{name}", [TELL], [0]),
+        f"bisup-quarot-{name}": (f"bisup-quarot-{name}", [TELL], [0]),
         joined: (joined, [], [0]),
         f"{joined}, untrained": (joined, [moves(EVEN, PREFIX)], [0]),
         f"{joined}, without prefix": (joined, [moves(EVEN, *trained)], [0]),
@@ -49,8 +49,8 @@ def rows(bits: int) -> Ladder:
 LADDER: Ladder = {
     **rows(4),
     **rows(3),
-    "prefixquant-w4a4kv4-dynamic-tuned": ("prefixquant-w4a4kv4-dynamic-tuned", [OFF], [0]),
-    "prefixquant-w4a4kv4-static-tuned": ("prefixquant-w4a4kv4-static-tuned", [OFF], [0]),
+    "prefixquant-w4a4kv4-dynamic-tuned": ("prefixquant-w4a4kv4-dynamic-tuned", [TELL], [0]),
+    "prefixquant-w4a4kv4-static-tuned": ("prefixquant-w4a4kv4-static-tuned", [TELL], [0]),
 }
 
 # Rows of other ladders with the recipe of one of these.

@@ -28,6 +28,8 @@ for the guards. Perplexity: WikiText-2 raw test as one text, tokenized once with
 windows of 2048, bf16. C4: the first 16 windows of a sample of truncated C4 documents; compare it with itself only.
 "auto" takes groups of 64 where 128 does not divide (576 columns) and 128 else (1536 columns). "g64 sym" rows are in the
 setting of the public tools' table: symmetric, groups of 64 everywhere. KL is against full precision on the same windows.
+The first two ladders keep the guards on: "fallbacks" names blocks in which plain rounding took the place of what the row is
+about. Seeds of one row may be of different versions of the code; every JSON row has its own.
 Where a row has one seed, the rows with several tell how far another choice of calibration windows moves it. CPU seconds are
 user + system of the whole `quantize` process, taken with one thread and another job beside; GFLOP/s is what one thread of that
 machine makes of a bf16 matmul (rows without it: about 460).
@@ -81,7 +83,7 @@ def main() -> None:
     body += beside_llama_cpp("## Speed beside llama.cpp (`benchmarks/vs_llama_cpp.py`)")
     (ROOT / "docs" / "results.md").write_text(body)
     fill(ROOT / "README.md", table(first | second | third, SHOWN, 4))
-    fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 7))
+    fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 8))
     fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + prefix() + equivalence())
     fill(ROOT / "docs" / "kernels.md", speeds() + beside_llama_cpp() or "Nothing yet: `benchmarks/speed.py` was not run.\n")
     none = "Nothing yet: `benchmarks/bisup.py` is written and was not run.\n"
