@@ -18,10 +18,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import sordino
 from levels import every_level, needs_kernels
 from sordino.errors import InputError
+from sordino.moves import MOVES
+from sordino.protect.prefix import Prefix
 from sordino.recipe import load_recipe
 from sordino.runtime import block, kernels
 from sordino.runtime.block import one_call
 from sordino.runtime.kernels import library
+from sordino.runtime.prefix import prefix_length
 from tiny import make_tiny
 
 pytestmark = needs_kernels
@@ -39,6 +42,13 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "integer products": ("w8a8", []),
     "3-bit cache": ("rtn-w4", ['format.kv={bits=3, mode="dynamic", symmetric=true}']),
 }
+
+
+class Fixed(Prefix):
+    """Random models have no outliers: the tokens are given, everything else is the move's own."""
+
+    def prefix(self, artifacts: dict[str, Any], first: int | None) -> tuple[int, ...]:
+        return (70, 12, 0)
 
 
 wholes: list[int] = []  # an entry for every layer that went through layers.py
@@ -74,8 +84,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def quantized(folder: Path, recipe: str, sets: list[str], family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
     """A tiny model, quantized and loaded."""
     make_tiny(folder / "model", family, layers=2)
-    sordino.quantize(str(folder / "model"), load_recipe(recipe, [*sets, "guard=off"]), folder / "out", **SMALL)
-    return AutoModelForCausalLM.from_pretrained(folder / "out", dtype=dtype).eval()
+    made = load_recipe(recipe, [*sets, "guard=off"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MOVES, "prefix", Fixed)
+        sordino.quantize(str(folder / "model"), made, folder / "out", **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=dtype).eval()
+    assert prefix_length(model) == 3 * any(m.move == "prefix" for m in made.moves)
+    return model
 
 
 @torch.no_grad()
