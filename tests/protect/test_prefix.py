@@ -87,6 +87,7 @@ def found(means: list[float], seen: dict[int, int], windows: int = 64) -> Outlie
         (found([1.2], {13: 7}), 1, (13, 1)),
         (found([5.0], {13: 70}), None, (13,)),  # a model without a token that begins a text
         (found([1.0], {8: 9, 7: 9}), 2, (8, 2)),  # ties: first seen
+        (found([2.0], {1: 50, 12: 40, 9: 30}), 1, (12, 9, 1)),  # what begins a text is not parked twice
     ],
 )
 def test_choice_follows_the_paper(outliers: Outliers, first: int | None, expected: tuple[int, ...]) -> None:

@@ -91,5 +91,5 @@ def choose(found: Outliers, first: int | None) -> tuple[int, ...]:
     # A single token that hardly ever occurs is an accident: the outlier is the first place alone.
     if len(seen) == 1 and seen.total() < 0.1 * found.windows:
         places, seen = places - 1, Counter()
-    frequent = tuple(token for token, _ in seen.most_common(places))
-    return frequent if first is None else (*frequent, first)
+    frequent = [token for token, _ in seen.most_common() if token != first][:places]
+    return tuple(frequent) if first is None else (*frequent, first)
