@@ -108,9 +108,11 @@ class Rounded:
         """Dequantized weight, fp32 [R, C]."""
         return self.around(self.low_values())
 
-    def around(self, low: Tensor) -> Tensor:
-        """Low-bit values [R, C] with the kept columns and the low-rank pair, in their dtype."""
-        own = low if self.kept is None else with_kept(low, self.kept.values())
+    def around(self, low: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Low-bit values [R, C] with the kept columns (or these, [R, k]) and the low-rank pair, in their dtype."""
+        if kept is None and self.kept is not None:
+            kept = self.kept.values()
+        own = low if kept is None else with_kept(low, kept)
         return own if self.side is None else own + self.side.values().to(own.dtype)
 
     def beside(self, rank: int) -> Rounded:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sordino.numerics.affine import AffineGrid, round_scale
+from sordino.numerics.kept import Kept
 from sordino.repair.clip import Clip, ClippedLinear, ClipSpace, rounded_from
 from sordino.repair.descent import descend
 from sordino.repair.low_rank import LowRank, error_directions
@@ -60,6 +61,26 @@ def test_what_was_trained_is_what_is_folded(seed: int, bits: int, symmetric: boo
     levels = (torch.arange(1 << bits) - back.zero[..., None]) * back.scale[..., None]
     best = (value[..., None] - levels[:, :, None]).abs().amin(-1)
     torch.testing.assert_close((value - weight.view_as(value)).abs(), best, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(0, 1000), st.booleans())
+def test_kept_columns_take_their_part_of_an_update(seed: int, gptq: bool) -> None:
+    """At 8 bits again (spec section 5): the host at step 0, then within half a step of the exact sum."""
+    r, rng = solved(seed, 3, True, gptq), torch.Generator().manual_seed(seed)
+    r.kept = Kept.of(3 * torch.randn(6, 5, generator=rng))
+    made = ClippedLinear(r, None, update(r))
+    assert torch.equal(made.weight(torch.float32).detach(), r.values())
+    assert made.rounded().kept is not None and torch.equal(made.rounded().kept.codes, r.kept.codes)  # type: ignore[union-attr]
+    made.weight(torch.float32)[:, -5:].sum().backward()
+    assert made.update is not None and made.update.b.grad is not None and bool(made.update.b.grad.any())
+    with torch.no_grad():
+        made.update.b.copy_(0.2 * torch.randn(made.update.b.shape, generator=rng))
+    weight, back = made.weight(torch.float32).detach(), made.rounded()
+    assert torch.equal(weight, back.values())
+    exact, half = r.kept.values() + made.update().detach()[:, -5:], r.kept.scale / 2
+    exact = torch.minimum(torch.maximum(exact, -128 * r.kept.scale), 127 * r.kept.scale)
+    assert bool(((weight[:, -5:] - exact).abs() <= half * 1.001).all())
+    assert not torch.equal(weight[:, -5:], r.kept.values())
 
 
 def test_a_latent_whose_code_is_another_is_put_beside_the_stored_one() -> None:

@@ -29,6 +29,7 @@ class Kept:
 
     codes: Tensor
     scale: Tensor
+    bounds = (-_HALF, _HALF - 1)  # of the codes
 
     @staticmethod
     def of(w: Tensor) -> Kept:

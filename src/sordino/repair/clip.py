@@ -90,9 +90,15 @@ class ClippedLinear(nn.Module):
         """The weight as it will be stored, [R, C]."""
         value, scale = self.grid()
         rounded = fake_round(value, scale[..., None], -self.zero, self.top - self.zero)
-        weight = rounded.view_as(self.start.codes).to(dtype)
-        weight = self.start.around(weight)
+        weight = self.start.around(rounded.view_as(self.start.codes).to(dtype), self._kept())
         return weight + self.update().to(dtype) if isinstance(self.update, SideBranch) else weight
+
+    def _kept(self) -> Tensor | None:
+        """The kept columns with their part of the update, as stored at 8 bits, [R, k]; None where there is none."""
+        kept = self.start.kept
+        if kept is None or not isinstance(self.update, LowRank):
+            return None
+        return fake_round(kept.values() + self.update()[:, -kept.codes.shape[1] :], kept.scale, *kept.bounds)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""
@@ -105,7 +111,10 @@ class ClippedLinear(nn.Module):
         codes = ((value / scale[..., None]).round_() + self.zero).clamp_(0, self.top)
         shape = self.start.codes.shape
         side = self.update.pair() if isinstance(self.update, SideBranch) else self.start.side
-        return replace(self.start, codes=codes.view(shape).to(torch.uint8), scale=scale, latent=value.reshape(shape), side=side)
+        own, new = self.start.kept, self._kept()
+        kept = own if own is None or new is None else replace(own, codes=(new / own.scale).round_().to(torch.int8))
+        codes = codes.view(shape).to(torch.uint8)
+        return replace(self.start, codes=codes, scale=scale, latent=value.reshape(shape), side=side, kept=kept)
 
 
 def rounded_from(rounded: Rounded) -> Tensor:
