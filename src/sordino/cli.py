@@ -148,10 +148,11 @@ def compare(
     tasks: TasksOption = None,
     task_data: TaskData = None,
     limit: Limit = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure speed too, all models in turns.")] = False,
     json_: JsonFile = None,
     csv: Annotated[Path | None, typer.Option(help="Also write a CSV file.")] = None,
     md: Annotated[Path | None, typer.Option(help="Also write a Markdown table.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write a page with plots of quality over size.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with plots of quality over size and speed.")] = None,
 ) -> None:
     """Measure several checkpoints on the same text and tasks and set them side by side.
 
@@ -163,7 +164,7 @@ def compare(
     _check_writable(json_, csv, md, html)
     with Bars() as bars:
         options: dict[str, Any] = {"against": against, "prefix_from": prefix_from, "text": text}
-        options |= {"tasks": _tasks(tasks, task_data, limit) or None}
+        options |= {"tasks": _tasks(tasks, task_data, limit) or None, "speed": speed}
         comparison = run(checkpoints, seqlen=seqlen, windows=windows, progress=bars, **options)
     for path, content in ((csv, comparison.to_csv()), (md, comparison.to_markdown())):
         if path:

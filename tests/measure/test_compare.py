@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,40 @@ from typer.testing import CliRunner
 import sordino
 from sordino.cli import app
 from sordino.errors import InputError
-from sordino.measure.compare import compare
+from sordino.measure.compare import MEAN, Trade, compare
 from tiny import make_tiny
+
+
+@pytest.mark.parametrize(
+    ("cost", "figure", "kept"),
+    [
+        ("MiB", "perplexity", [(1, 9), (2, 5), (4, 4)]),
+        ("MiB", MEAN, [(1, 9)]),
+        ("decode tokens/s", "perplexity", [(4, 4)]),
+        ("decode tokens/s", MEAN, [(4, 7), (2, 8), (1, 9)]),
+    ],
+)
+def test_frontier_is_what_no_other_point_beats(cost: str, figure: str, kept: list[tuple[float, float]]) -> None:
+    points = [(2, 8, "a"), (1, 9, "b"), (2, 5, "c"), (4, 4, "d"), (4, 7, "e"), (3, 6, "f"), (1, 9, "again")]
+    assert Trade(cost, figure, tuple(points)).frontier == kept
+    signs = (1 if cost == "MiB" else -1), (-1 if figure == MEAN else 1)
+    goods = [(signs[0] * x, signs[1] * y) for x, y, _ in points]
+    best = {p for p in goods if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in goods)}
+    assert {(signs[0] * x, signs[1] * y) for x, y in kept} == best
+
+
+def test_speed_is_measured_where_asked_for(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    sordino.quantize(str(model), "rtn-w4", tmp_path / "out")
+    page, figures = tmp_path / "page.html", tmp_path / "figures.json"
+    words = ["compare", str(model), str(tmp_path / "out"), "--speed", "--text", heapq.__file__, "--seqlen", "32"]
+    done = CliRunner().invoke(
+        app, [*words, "--windows", "2", "--html", str(page), "--json", str(figures)], catch_exceptions=False
+    )
+    assert done.exit_code == 0 and "decode" in done.output
+    rows = json.loads(figures.read_text())
+    assert all(r["decode_tokens_per_s"] > 0 and r["ratio_to_bf16"]["prefill"] > 0 and r["ppl"] > 1 for r in rows)
+    assert "Speed and perplexity" in page.read_text() and "Size and perplexity" in page.read_text()
 
 
 def test_full_precision_with_the_prefix_is_compared(tmp_path: Path) -> None:

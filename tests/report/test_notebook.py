@@ -109,7 +109,7 @@ def test_tasks_are_in_the_table_of_an_evaluation() -> None:
 def test_figure_of_a_comparison_names_what_was_measured(tmp_path: Path) -> None:
     both = comparison()
     assert list(both.plots()) == ["perplexity", "KL to the reference, nats a token"]
-    assert both.plots()["perplexity"] == [(2.0, 20.5, EVIL), (1.0, 40.0, "second")]
+    assert both.plots()["perplexity"].points == ((2.0, 20.5, EVIL), (1.0, 40.0, "second"))
     assert both.figure("KL to the reference, nats a token") != both.figure()
     with pytest.raises(InputError, match="no figure 'speed'; there are perplexity"):
         both.figure("speed")

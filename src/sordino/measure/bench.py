@@ -37,6 +37,7 @@ from sordino.report.svg import Series
 from sordino.runtime.kernels import status
 from sordino.walk.source import locate
 
+PROMPT, DECODED = 512, 32  # tokens, if nothing else is asked for
 ROUNDS = 5  # that count; one more warms up
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Progress = Callable[[str, int, int], None]
@@ -158,8 +159,8 @@ def bench(
     *,
     shapes: Sequence[str] = (),
     recipes: Sequence[str] = ("rtn-w4",),
-    prompt_tokens: int = 512,
-    new_tokens: int = 32,
+    prompt_tokens: int = PROMPT,
+    new_tokens: int = DECODED,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Bench:
@@ -243,13 +244,24 @@ def in_turns(workers: Sequence[Subject], progress: Progress | None = None) -> li
     return out
 
 
-def _shape(name: str | Path, length: int) -> str:
-    """A model's config as JSON, without what quantization added: the shape of its full-precision twin."""
+def positions(name: str | Path) -> int | None:
+    """How many tokens a model can hold; None if its config does not say."""
+    limit = _config(name).get("max_position_embeddings")
+    return limit if isinstance(limit, int) else None
+
+
+def _config(name: str | Path) -> dict[str, Any]:
     folder = locate(name)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError(f"{folder} has no readable config.json: not a model directory") from None
+    return config
+
+
+def _shape(name: str | Path, length: int) -> str:
+    """A model's config as JSON, without what quantization added: the shape of its full-precision twin."""
+    config = _config(name)
     _check_length(config, length, name)
     for key in ("quantization_config", "dtype", "torch_dtype", "_name_or_path", "transformers_version"):
         config.pop(key, None)

@@ -1,4 +1,4 @@
-"""Several checkpoints on the same text and tasks, side by side."""
+"""Several checkpoints on the same text and tasks, side by side, and what quality costs in size and speed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from sordino.corpus import EVAL_TEXT, load_text
 from sordino.errors import InputError
+from sordino.measure.bench import DECODED, PROMPT, bench, positions
 from sordino.measure.evaluate import Evaluation, evaluate, reference
 from sordino.measure.tasks import Tasks
 from sordino.report.notebook import Figure, figure, table
@@ -20,6 +22,32 @@ from sordino.runtime.prefix import prefix_ids, quantization_of
 from sordino.walk.source import locate
 
 _SIZES = 4  # columns before those of text and tasks
+MEAN = "mean of tasks"
+
+
+@dataclass(frozen=True)
+class Trade:
+    """One figure over what it costs.
+
+    Attributes:
+        cost: what x is: "MiB", of which less is better, or "decode tokens/s", of which more is.
+        figure: what y is; less is better, but for a mean of tasks.
+        points: (x, y, checkpoint).
+    """
+
+    cost: str
+    figure: str
+    points: tuple[tuple[float, float, str], ...]
+
+    @property
+    def frontier(self) -> list[tuple[float, float]]:
+        """The points that no other one beats, from the cheapest on."""
+        signs = (1 if self.cost == "MiB" else -1), (-1 if self.figure == MEAN else 1)
+        kept: list[tuple[float, float]] = []
+        for x, y, _ in sorted(self.points, key=lambda p: (signs[0] * p[0], signs[1] * p[1])):
+            if not kept or signs[1] * y < signs[1] * kept[-1][1]:
+                kept.append((x, y))
+        return kept
 
 
 @dataclass(frozen=True)
@@ -29,19 +57,23 @@ class Comparison:
     Attributes:
         rows: (name, evaluation).
         text: what the text is called; None if only tasks were asked for.
+        speeds: speed of each row in tokens a second, and its ratios to full precision, as ``sordino bench`` has them; empty if
+            not asked for.
     """
 
     rows: tuple[tuple[str, Evaluation], ...]
     text: str | None = None
+    speeds: tuple[dict[str, Any], ...] = ()
 
     @property
     def header(self) -> tuple[str, ...]:
         """Names of the table's columns; those of text and tasks only where they were asked for."""
         first, tasks = self.rows[0][1], self.rows[0][1].tasks
         text = ("PPL", "KL", "top-1 agreement") if first.ppl is not None else ()
-        scores = [] if tasks is None else [*(f"{n} {t.metric}" for n, t in tasks.tasks.items()), "mean of tasks"]
+        scores = [] if tasks is None else [*(f"{n} {t.metric}" for n, t in tasks.tasks.items()), MEAN]
         paired = ["difference of means [95 %]"] if tasks is not None and first.tasks_against is not None else []
-        return ("checkpoint", "bits/weight", "bits/parameter", "MiB", *text, *scores, *paired)
+        speed = ("prefill tokens/s", "decode tokens/s", "decode × bf16") if self.speeds else ()
+        return ("checkpoint", "bits/weight", "bits/parameter", "MiB", *text, *scores, *paired, *speed)
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table's cells as text; a dash where a figure was not asked for."""
@@ -53,21 +85,23 @@ class Comparison:
                 f"{e.bytes / 2**20:.1f}",
                 *(_text_cells(e) if e.ppl is not None else ()),
                 *_task_cells(e),
+                *(_speed_cells(self.speeds[i]) if self.speeds else ()),
             )
-            for name, e in self.rows
+            for i, (name, e) in enumerate(self.rows)
         ]
 
     def tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-        """Header and cells in parts that a terminal has room for: size and text, then tasks."""
-        header, cells = self.header, self.cells()
-        first = self.rows[0][1]
-        cut = _SIZES + (len(_text_cells(first)) if first.ppl is not None else 0)
-        whole = [(header[:cut], [row[:cut] for row in cells])]
-        return whole if len(header) == cut else [*whole, ((header[0], *header[cut:]), [(row[0], *row[cut:]) for row in cells])]
+        """Header and cells in parts that a terminal has room for: size and text, then tasks, then speed."""
+        header, cells, first = self.header, self.cells(), self.rows[0][1]
+        text = _SIZES + (len(_text_cells(first)) if first.ppl is not None else 0)
+        ends = list(dict.fromkeys((text, text + len(_task_cells(first)), len(header))))
+        spans = [slice(1, ends[0]), *(slice(*pair) for pair in pairwise(ends))]
+        return [((header[0], *header[s]), [(row[0], *row[s]) for row in cells]) for s in spans]
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object a checkpoint."""
-        return [{"checkpoint": name} | e.to_json() for name, e in self.rows]
+        speeds = self.speeds or ({},) * len(self.rows)
+        return [{"checkpoint": name} | e.to_json() | speed for (name, e), speed in zip(self.rows, speeds, strict=True)]
 
     def to_csv(self) -> str:
         """Full figures, one line a checkpoint; a task's are named ``tasks.piqa.acc``."""
@@ -83,21 +117,25 @@ class Comparison:
         rows = (self.header, ("---",) * len(self.header), *self.cells())
         return "".join("| " + " | ".join(map(_plain, row)) + " |\n" for row in rows)
 
-    def plots(self) -> dict[str, list[tuple[float, float, str]]]:
-        """Quality over size: (MiB, figure, checkpoint) for each kind of figure that was measured."""
+    def plots(self) -> dict[str, Trade]:
+        """Quality over size, and over speed where that was measured, for each kind of figure."""
         kinds: dict[str, Callable[[Evaluation], float | None]] = {
             "perplexity": lambda e: e.ppl,
             "KL to the reference, nats a token": lambda e: e.kl,
-            "mean of tasks": lambda e: None if e.tasks is None else e.tasks.mean,
+            MEAN: lambda e: None if e.tasks is None else e.tasks.mean,
         }
-        found = {
-            label: [(e.bytes / 2**20, value, name) for name, e in self.rows if (value := of(e)) is not None]
-            for label, of in kinds.items()
-        }
-        return {label: points for label, points in found.items() if points}
+        costs = {"": ("MiB", [e.bytes / 2**20 for _, e in self.rows])}
+        if self.speeds:
+            costs[" over speed"] = ("decode tokens/s", [s["decode_tokens_per_s"] for s in self.speeds])
+        found: dict[str, Trade] = {}
+        for over, (cost, xs) in costs.items():
+            for label, of in kinds.items():
+                points = [(x, y, name) for x, (name, e) in zip(xs, self.rows, strict=True) if (y := of(e)) is not None]
+                found |= {label + over: Trade(cost, label, tuple(points))} if points else {}
+        return found
 
     def figure(self, label: str | None = None) -> Figure:
-        """One of the plots, over MiB.
+        """One of the plots, with a line through the checkpoints that no other one beats.
 
         Args:
             label: which of :meth:`plots`; the first one if not given.
@@ -109,7 +147,8 @@ class Comparison:
         label = label or next(iter(plots))
         if label not in plots:
             raise InputError(f"no figure '{label}'; there are {', '.join(plots)}")
-        return figure([Series(label, plots[label])], "MiB", label, lines=False, log_x=True)
+        trade = plots[label]
+        return figure([Series(label, trade.points)], trade.cost, trade.figure, lines=False, log_x=True, path=trade.frontier)
 
     def _repr_html_(self) -> str:
         return table(self.cells(), self.header)
@@ -132,6 +171,12 @@ def _task_cells(e: Evaluation) -> tuple[str, ...]:
         return cells
     d = e.tasks.mean_difference(e.tasks_against)
     return (*cells, "–" if d is None else f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
+
+
+def _speed_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    twin = row["ratio_to_bf16"]
+    ratio = "–" if twin is None else f"{twin['decode']:.2f}"
+    return f"{row['prefill_tokens_per_s']:.0f}", f"{row['decode_tokens_per_s']:.0f}", ratio
 
 
 def _plain(cell: str) -> str:
@@ -161,11 +206,13 @@ def compare(
     against: str | Path | None = None,
     prefix_from: str | Path | None = None,
     tasks: Tasks | None = None,
+    speed: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Measure several checkpoints; see :func:`sordino.evaluate` for the arguments and errors.
 
-    ``prefix_from`` gives its prefix to full-precision models; checkpoints keep what they have.
+    ``prefix_from`` gives its prefix to full-precision models; checkpoints keep what they have. ``speed`` measures that too, all
+    in turns (:func:`sordino.measure.bench.bench`).
     """
     # A mistyped name is found now, not after minutes of measuring the others.
     prefixes = [None if quantization_of(locate(name)) else prefix_from for name in checkpoints]
@@ -182,4 +229,13 @@ def compare(
     for checkpoint, prefix in zip(checkpoints, prefixes, strict=True):
         figures = evaluate(checkpoint, against=exact, prefix_from=prefix, tasks=tasks or (), **options)
         rows.append((str(checkpoint) if prefix is None else f"{checkpoint} + prefix", figures))
-    return Comparison(tuple(rows), None if content is None else content.spec)
+    return Comparison(tuple(rows), None if content is None else content.spec, _speeds(checkpoints, progress) if speed else ())
+
+
+def _speeds(checkpoints: Sequence[str | Path], progress: Callable[[str, int, int], None] | None) -> tuple[dict[str, Any], ...]:
+    """Speed of each checkpoint: tokens a second with their range over rounds, ratios to full precision, memory."""
+    limits = [positions(name) for name in checkpoints]
+    tokens = min([PROMPT, *(limit - DECODED for limit in limits if limit is not None)])
+    found = bench(checkpoints, prompt_tokens=max(1, tokens), new_tokens=DECODED, progress=progress)
+    rows = {speed.name: found.row(speed) for speed in found.models}
+    return tuple({k: v for k, v in rows[str(name)].items() if k != "model"} for name in checkpoints)

@@ -1,9 +1,10 @@
-"""Several checkpoints on one page: the table, and quality over size."""
+"""Several checkpoints on one page: the table, and quality over size and speed with what no other checkpoint beats."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from sordino.measure.bench import DECODED
 from sordino.measure.compare import Comparison
 from sordino.report.page import render
 from sordino.report.svg import Series, plot
@@ -20,6 +21,8 @@ def comparison_page(comparison: Comparison) -> str:
         about.append(f"Zero-shot items: {samples}; ± is one standard error.")
     if first.tasks is not None and first.tasks_against is not None:
         about.append("Differences are paired with the reference, item by item; an interval that holds 0 tells none.")
+    if comparison.speeds:
+        about.append(f"Speed: a prompt of random tokens, then {DECODED} more, the models in turns; compare the ratios.")
     return render(
         "compare.html",
         title="Checkpoints compared",
@@ -31,9 +34,11 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def _plots(comparison: Comparison) -> list[dict[str, Any]]:
-    """Quality over size, one plot for each figure that was measured."""
+    """Quality over size and over speed, one plot for each figure that was measured."""
     plots = []
-    for label, points in comparison.plots().items():
-        drawing = plot([Series(label, points)], "MiB", label, lines=False, log_x=True)
-        plots.append({"title": f"Size and {label.partition(',')[0]}", "drawing": drawing})
+    for label, trade in comparison.plots().items():
+        shown = Series(label, trade.points)
+        drawing = plot([shown], trade.cost, trade.figure, lines=False, log_x=True, path=trade.frontier)
+        what = "Size" if trade.cost == "MiB" else "Speed"
+        plots.append({"title": f"{what} and {trade.figure.partition(',')[0]}", "drawing": drawing})
     return plots

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -29,7 +30,15 @@ class Series:
     points: Sequence[tuple[float, float, str]]
 
 
-def plot(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, log_x: bool = False) -> Markup:
+def plot(
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    *,
+    lines: bool,
+    log_x: bool = False,
+    path: Sequence[tuple[float, float]] = (),
+) -> Markup:
     """Draw series into one frame; y is logarithmic where it spans more than a factor of three.
 
     Args:
@@ -38,8 +47,9 @@ def plot(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, l
         y_label: above it.
         lines: join the points of a series; otherwise each carries its text.
         log_x: for sizes.
+        path: points (x, y) among those of the series to join by a thin line of its own.
     """
-    drawn = draw(series, x_label, y_label, lines=lines, log_x=log_x)
+    drawn = draw(series, x_label, y_label, lines=lines, log_x=log_x, path=path)
     if not drawn:
         return Markup("<p>Nothing to draw.</p>")
     head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, f"{y_label} over {x_label}")
@@ -49,7 +59,15 @@ def plot(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, l
     return head + drawn + Markup("</svg><p>") + legend + Markup("</p>")
 
 
-def draw(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, log_x: bool) -> Markup:
+def draw(
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    *,
+    lines: bool,
+    log_x: bool,
+    path: Sequence[tuple[float, float]] = (),
+) -> Markup:
     """What stands inside the frame; empty if no point is finite. Arguments as of :func:`plot`."""
     kept = [Series(s.name, [p for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])]) for s in series]
     xs, ys = [p[0] for s in kept for p in s.points], [p[1] for s in kept for p in s.points]
@@ -66,6 +84,11 @@ def draw(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, l
         parts.append(Markup('<text x="{}" y="{:.1f}" class="end">{}</text>').format(LEFT - 6, y + 4, written(value)))
     parts.append(Markup('<text x="{}" y="{}" class="mid">{}</text>').format((LEFT + WIDTH) / 2, HEIGHT - 6, x_label))
     parts.append(Markup('<text x="4" y="13">{}</text>').format(y_label))
+    corners = [(_x(across, x), _y(up, y)) for x, y in path if math.isfinite(x) and math.isfinite(y)]
+    parts += [
+        Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" class="edge"/>').format(*a, *b)
+        for a, b in pairwise(corners)
+    ]
     boxes: list[_Box] = []
     for number, s in enumerate(kept):
         places = [(_x(across, x), _y(up, y), text) for x, y, text in s.points]
