@@ -53,6 +53,7 @@
   return {
     ...found,
     plots: [...document.querySelectorAll("svg")].map((s) => [s.getBoundingClientRect().width, s.getBoundingClientRect().height]),
+    scrolled: [...document.querySelectorAll(".scroll")].filter((e) => e.scrollWidth > e.clientWidth + 1).length,
     overflow: document.documentElement.scrollWidth - innerWidth,
     background: body.backgroundColor,
     ink: body.color,

@@ -103,6 +103,8 @@ def test_a_page_reads_well(browser: Browser, pages: dict[str, Path], kind: str, 
     assert at.said == [] and at.shown == [] and at.asked == [pages[kind].as_uri()]
     assert len(found["plots"]) == PLOTS[kind] and all(w > 300 and h > 90 for w, h in found["plots"])
     assert found["overflow"] <= 0
+    if (kind, size) == ("compare", "screen"):  # no column is out of sight
+        assert found["scrolled"] == 0
     assert {key: found[key] for key in ("faint", "overlapping", "outside", "small", "cut") if found[key]} == {}
     assert found["hidden"] == 0
 
