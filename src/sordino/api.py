@@ -74,6 +74,7 @@ def quantize(
     blocks: tuple[int, int] | None = None,
     fresh: bool = False,
     system_prompt: str | None = None,
+    samples: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Quantize a model into a folder; the same call continues an interrupted run.
@@ -90,6 +91,7 @@ def quantize(
         blocks: range of blocks to quantize; the others keep full precision.
         fresh: start over, removing what an earlier run left in ``out``.
         system_prompt: text, or ``@FILE``, that stands protected before every text from now on.
+        samples: let both models speak in the report, if the full-precision one is small (report/samples.py).
         progress: called with (what, done, total).
 
     Returns:
@@ -123,11 +125,18 @@ def quantize(
             work = Work(out, fingerprint)
             work.save()
             result = _run(source, plan, work, drawn, seed, out, progress or _silent, prompt)
-            run = _run_facts(work.seconds, _cpu_seconds() - cpu, plan)
+            run = _run_facts(work.seconds, _cpu_seconds() - cpu, plan) | {"parts": work.state.get("spent", {})}
             write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
             write_text(out / "report.html", quantize_page(out, str(model), result, run))
             publish(work, out)
             work.remove()
+            if samples:
+                from sordino.report.samples import samples as speak  # which loads models by this file
+
+                (progress or _silent)("samples", 0, 1)
+                said = speak(str(model), out, result["full_precision_bytes"])
+                (progress or _silent)("samples", 1, 1)
+                write_text(out / "report.html", quantize_page(out, str(model), result, run, said))
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write to {out}: {reason(error)}") from None
     return _judged(Result(out, result, run))
@@ -207,6 +216,7 @@ def _run(
         "seed": seed,
         "coverage": plan.coverage(),
         "bits_per_weight": plan.bits_per_weight(len(walk.prefix.ids) if walk.prefix else 0),
+        "full_precision_bytes": source.bytes,
         "batch": plan.batch,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "guard": guard,

@@ -81,6 +81,7 @@ def quantize(
     set_: SetOption = None,
     blocks: Annotated[str | None, typer.Option(help="A:B quantizes these blocks only; the rest stays as it is.")] = None,
     system_prompt: SystemPrompt = None,
+    samples: Annotated[bool, typer.Option(help="Let both models speak in the report, if the model is small.")] = True,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing an interrupted run.")] = False,
 ) -> None:
     """Quantize MODEL by a recipe into a folder that transformers loads.
@@ -95,7 +96,7 @@ def quantize(
         result = run(
             model, recipe, out, text=text, windows=windows, seqlen=seqlen, seed=seed,
             overrides=tuple(set_ or ()), blocks=_blocks(blocks), fresh=fresh, system_prompt=system_prompt,
-            progress=bars,
+            samples=samples, progress=bars,
         )  # fmt: skip
     _print_result(result)
 

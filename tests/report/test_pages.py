@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import median
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import sordino
 from sordino.api import Result
 from sordino.cli import app
+from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
 from sordino.measure.activations import OutlierToken
 from sordino.measure.advice import Advice
 from sordino.measure.compare import compare
 from sordino.measure.inspect import inspect
 from sordino.measure.size import stored_split
+from sordino.recipe import load_recipe
+from sordino.report import samples as module
 from sordino.report.compare import comparison_page
 from sordino.report.heat import heat
 from sordino.report.inspect import inspect_page
 from sordino.report.quantize import quantize_page
+from sordino.report.samples import LARGEST, Sample, samples
 from sordino.report.svg import Series, plot
 from tiny import make_tiny
 
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta"}
-PROSE = {"h1", "h2", "p", "section", "div", "span", "ul", "li", "pre", "code", "details", "summary", "footer"}
+PROSE = {"h1", "h2", "p", "section", "div", "span", "ul", "li", "pre", "code", "details", "summary", "footer", "h3"}
 TABLE = {"table", "thead", "tbody", "tr", "th", "td"}
 TAGS = {"html", "head", "meta", "title", "style", "body", "main"} | PROSE | TABLE
 TAGS |= {"svg", "text", "line", "g", "polyline", "circle", "rect"}
@@ -218,3 +225,43 @@ def test_map_is_empty_where_nothing_stands_out() -> None:
     strengths = [float(v) for k, v in drawn.attributes if k == "fill-opacity"]
     assert strengths == [1.0, 0.5]  # logarithmic
     assert ("aria-label", f"{EVIL}: largest 4") in drawn.attributes
+
+
+def test_samples_of_both_models_or_why_there_are_none(run: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, result = run
+    said = samples(str(model), result.out, result.manifest["full_precision_bytes"])
+    assert isinstance(said, list) and len(said) == 2 and all(s.exact and s.ours for s in said)
+    page = harmless(quantize_page(result.out, str(model), result.manifest, result.run, [Sample(EVIL, EVIL, EVIL)]))
+    assert "samples" in page.ids and page.text.count(EVIL) >= 6
+    large = samples(str(model), result.out, LARGEST + 1)
+    assert isinstance(large, str) and "2.0 GiB" in large
+    monkeypatch.setattr(module, "answer", lambda *_: 1 / 0)
+    failed = samples(str(model), result.out, 1)
+    assert isinstance(failed, str) and "ZeroDivisionError" in failed
+    assert failed in " ".join(harmless(quantize_page(result.out, "m", result.manifest, result.run, failed)).text.split())
+
+
+def test_what_each_part_took_and_did(run: tuple[Path, Result]) -> None:
+    model, result = run
+    assert set(result.run["parts"]) == {"tune", "rounding", "guards"} and all(s >= 0 for s in result.run["parts"].values())
+    assert sum(result.run["parts"].values()) <= result.run["seconds"]
+    notes = [b["moves"]["tune"] for b in result.manifest["blocks"]]
+    shown = " ".join(harmless(quantize_page(result.out, str(model), result.manifest, result.run)).text.split())
+    assert f"{sum(n['kept'] for n in notes)} of 3 blocks" in shown
+    assert f"held-out error {median(n['before'] for n in notes):.4g} → {median(n['after'] for n in notes):.4g}" in shown
+
+
+def test_headline_figures_are_those_of_the_windows(run: tuple[Path, Result]) -> None:
+    """Perplexity, KL and agreement of the final guard, against plain forwards of both models on the same held-out text."""
+    model, result = run
+    guard = result.manifest["guard"]
+    recipe = load_recipe(result.out / "recipe.toml")
+    exact, tokenizer = sordino.load(model)
+    ids = calibration_windows(tokenize(load_text(DEFAULT_TEXT), tokenizer), 32, recipe.calibration.windows, 4, 0, 0)[8:]
+    ours, _ = sordino.load(result.out)
+    with torch.no_grad():
+        logs = [torch.log_softmax(m(ids).logits.double(), -1) for m in (exact, ours)]
+    ppl = [float(-log[:, :-1].gather(-1, ids[:, 1:, None]).mean()) for log in logs]
+    assert [guard["fp_ppl"], guard["ppl"]] == pytest.approx([math.exp(x) for x in ppl], rel=1e-3)
+    assert guard["kl"] == pytest.approx(float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()), rel=1e-3)
+    assert guard["top1_agreement"] == pytest.approx(float((logs[0].argmax(-1) == logs[1].argmax(-1)).double().mean()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from sordino.measure.size import stored_split
@@ -15,7 +16,9 @@ from sordino.report.svg import Series, plot
 _KINDS = {"this recipe": "error", "plain rounding (RTN)": "rtn_error"}
 
 
-def quantize_page(out: Path, model: str, manifest: dict[str, Any], run: dict[str, Any]) -> str:
+def quantize_page(
+    out: Path, model: str, manifest: dict[str, Any], run: dict[str, Any], samples: list[Any] | str | None = None
+) -> str:
     """One self-contained HTML page of a run.
 
     Args:
@@ -23,6 +26,7 @@ def quantize_page(out: Path, model: str, manifest: dict[str, Any], run: dict[str
         model: what the user called the model.
         manifest: as in ``sordino.json``.
         run: as in ``run.json``.
+        samples: what both models say (report/samples.py), or why there is nothing of it; None if nobody asked.
     """
     return render(
         "quantize.html",
@@ -33,7 +37,9 @@ def quantize_page(out: Path, model: str, manifest: dict[str, Any], run: dict[str
         errors=_block_errors(manifest),
         linears=_linear_errors(manifest),
         blocks=[_block_row(b) for b in manifest["blocks"]],
-        moves=_moves(manifest),
+        moves=_moves(manifest, run),
+        notes=_notes(manifest),
+        samples=samples,
         run=_run_lines(run),
         recipe=(out / "recipe.toml").read_text(encoding="utf-8"),
         manifest=json.dumps({k: v for k, v in manifest.items() if k != "blocks"}, indent=1),
@@ -53,6 +59,8 @@ def result_lines(manifest: dict[str, Any], run: dict[str, Any]) -> list[tuple[st
     elif guard:
         found = f"{guard['kl']:.4f} (RTN of the same format: {guard['rtn_kl']:.4f})"
         lines.append(("KL to full precision, held out", found))
+        if "ppl" in guard:
+            lines.append(("perplexity, held out", _perplexities(guard)))
     if "prefix" in manifest:
         lines.append(("prefix", _prefix_line(manifest["prefix"])))
     if "system_prompt" in manifest:
@@ -87,13 +95,24 @@ def _headline(model: str, manifest: dict[str, Any]) -> list[tuple[str, Any]]:
         ("bits per quantized weight", f"{manifest['bits_per_weight']:.3f}"),
         ("checkpoint", f"{manifest['bytes']:,} bytes = {manifest['bytes'] / 2**20:.1f} MiB"),
     ]
+    if exact := manifest.get("full_precision_bytes"):
+        lines.append(
+            ("full precision", f"{exact:,} bytes = {exact / 2**20:.1f} MiB, {exact / manifest['bytes']:.2f} times as much")
+        )
     if "kl" in guard:
         lines.append(("KL to full precision on held-out text", f"{guard['kl']:.4f} nats a token"))
         lines.append(("the same for plain rounding (RTN)", f"{guard['rtn_kl']:.4f} nats a token"))
+    if "ppl" in guard:
+        lines.append(("perplexity on it", _perplexities(guard)))
+        lines.append(("likeliest next token is full precision's", f"{100 * guard['top1_agreement']:.1f} % of tokens"))
     prefix = manifest.get("prefix")
     if prefix and prefix["ids"]:
         lines.append(("prefix", " ".join(repr(token) for token in prefix["tokens"])))
     return lines
+
+
+def _perplexities(guard: dict[str, Any]) -> str:
+    return f"{guard['ppl']:.3f} (full precision: {guard['fp_ppl']:.3f}, RTN of the same format: {guard['rtn_ppl']:.3f})"
 
 
 def _warnings(manifest: dict[str, Any]) -> Iterator[str]:
@@ -167,7 +186,38 @@ def _block_row(block: dict[str, Any]) -> list[Any]:
     return [block["block"], block.get("error"), block.get("rtn_error"), linears.get(worst or ""), worst, verdict]
 
 
-def _moves(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def _moves(manifest: dict[str, Any], run: dict[str, Any]) -> list[list[Any]]:
+    """What each part of the run took, and what it did in short: (part, seconds, whether it was kept, its figures)."""
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    for block in manifest["blocks"]:
+        for name, note in block.get("moves", {}).items():
+            blocks.setdefault(name, []).append(note)
+    whole, seconds = manifest.get("finish", {}), run.get("parts", {})
+    rows = []
+    for name in dict.fromkeys([*seconds, *blocks, *whole]):
+        notes = blocks.get(name, [])
+        judged = [note["kept"] for note in notes if "kept" in note]
+        kept = (
+            f"{sum(judged)} of {len(judged)} blocks"
+            if judged
+            else {True: "yes", False: "no"}.get(whole.get(name, {}).get("kept"))
+        )
+        rows.append([name, seconds.get(name), kept, "; ".join(_changes(notes) + _changes([whole.get(name, {})]))])
+    return rows
+
+
+def _changes(notes: list[dict[str, Any]]) -> list[str]:
+    """Figures that a move noted from before and after it, as medians over blocks."""
+    found = []
+    for before in dict.fromkeys(key for note in notes for key in note if "before" in key):
+        pairs = [(n[before], n[after]) for n in notes if before in n and (after := before.replace("before", "after")) in n]
+        if pairs:
+            name = before.replace("before", "").strip("_") or "held-out error"
+            found.append(f"{name} {median(a for a, _ in pairs):.4g} → {median(b for _, b in pairs):.4g}")
+    return found
+
+
+def _notes(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """What each move noted: by block, and on the whole model."""
     rows = [("block " + str(b["block"]), name, note) for b in manifest["blocks"] for name, note in b.get("moves", {}).items()]
     rows += [("whole model", name, note) for name, note in manifest.get("finish", {}).items()]

@@ -30,12 +30,17 @@ def generate(checkpoint: str | Path, prompt: str, max_new_tokens: int = 64, chat
     if not prompt:
         raise InputError("the prompt is empty")
     model, tokenizer = load(checkpoint)
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"{checkpoint} has no chat template; leave out --chat")
+    return answer(model, tokenizer, prompt, max_new_tokens, chat)
+
+
+def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool) -> str:
+    """As :func:`generate`, for a loaded model; ``chat`` needs a chat template."""
     if not chat:
         begins = _system_prompt(model) is None  # else the text goes on behind the system prompt
         inputs = own_inputs(model, tokenizer(prompt, return_tensors="pt", add_special_tokens=begins))
         return str(tokenizer.decode(_run(model, inputs, max_new_tokens), skip_special_tokens=True))
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(f"{checkpoint} has no chat template; leave out --chat")
     inputs = chat_inputs(model, tokenizer, [{"role": "user", "content": prompt}])
     ids = _run(model, inputs, max_new_tokens)[inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -7,6 +7,8 @@ Shapes: N windows, L tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,33 +54,44 @@ class Ends:
         x = F.embedding(ids, self._table if exact else self._q_table).to(self.plan.dtype)
         return x if self.plan.basis is None or not rotated else self.plan.basis.apply(x)
 
-    def final_guard(self, fp: Tensor, q: Tensor, rtn: Tensor, norm: nn.Module, q_norm: nn.Module | None = None) -> None:
+    def final_guard(
+        self, fp: Tensor, q: Tensor, rtn: Tensor, ids: Tensor, norm: nn.Module, q_norm: nn.Module | None = None
+    ) -> None:
         """Compare KL to full precision of the quantized and the RTN model on the held-out windows they share.
+
+        Perplexities and agreement come along for the report.
 
         Args:
             fp: final hidden states of the full-precision model, [N, L, D].
             q: of the quantized one; at least as many windows as ``rtn``.
             rtn: of the RTN model.
+            ids: the windows' token ids [N, L]; as many as of ``rtn``.
             norm: the final norm.
             q_norm: of the quantized model, where it differs.
         """
         n = self.plan.rtn_windows
         with torch.no_grad():
-            ours, theirs = self._kl(fp[:n], q[:n], norm, q_norm or norm), self._kl(fp[:n], rtn, norm, norm)
-        self.guard = {"kl": ours, "rtn_kl": theirs}
+            ours, theirs = self._apart(fp[:n], q[:n], ids, norm, q_norm or norm), self._apart(fp[:n], rtn, ids, norm, norm)
+        self.guard = ours | {"rtn_kl": theirs["kl"], "rtn_ppl": theirs["ppl"]}
 
     def heads(self) -> tuple[Tensor, Tensor]:
         """Output tables [V, D] in the compute dtype: as stored, and in full precision."""
         return self._q_head.to(self.plan.dtype), self._head.to(self.plan.dtype)
 
-    def _kl(self, fp: Tensor, q: Tensor, norm: nn.Module, q_norm: nn.Module) -> float:
-        total, count = 0.0, 0
+    def _apart(self, fp: Tensor, q: Tensor, ids: Tensor, norm: nn.Module, q_norm: nn.Module) -> dict[str, float]:
+        """Mean KL in nats a token, share of tokens whose likeliest next token is the same, and both perplexities."""
+        kl, same, count = 0.0, 0, fp.shape[0] * fp.shape[1]
+        losses, scored = [0.0, 0.0], fp.shape[0] * (fp.shape[1] - 1)
+        following = F.pad(ids[:, 1:], (0, 1), value=-1).flatten()  # the last token of a window has none
         q_head, head = self.heads()
-        for a, b in zip(fp.flatten(0, 1).split(_ROWS), q.flatten(0, 1).split(_ROWS), strict=True):
-            log_p, log_q = (torch.log_softmax(F.linear(*x).float(), -1) for x in ((norm(a), head), (q_norm(b), q_head)))
-            kl = token_kl(log_p, log_q)
-            total, count = total + float(kl.sum()), count + kl.shape[0]
-        return total / count
+        for a, b, after in zip(*(x.split(_ROWS) for x in (fp.flatten(0, 1), q.flatten(0, 1), following)), strict=True):
+            logs = [torch.log_softmax(F.linear(*x).float(), -1) for x in ((norm(a), head), (q_norm(b), q_head))]
+            kl += float(token_kl(*logs).sum())
+            same += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
+            for i, log in enumerate(logs):
+                losses[i] += float(F.nll_loss(log, after, ignore_index=-1, reduction="sum"))
+        fp_ppl, ppl = (math.exp(min(x / scored, 700.0)) for x in losses)
+        return {"kl": kl / count, "ppl": ppl, "fp_ppl": fp_ppl, "top1_agreement": same / count}
 
     def _store(self, name: str, weight: Tensor, bits: int) -> Tensor:
         """Put a table into ``tensors`` at its width (row-wise, symmetric); returns the values it then holds."""

@@ -75,6 +75,11 @@ class Source:
                 return kind
         raise InputError(f"{self.path} holds no floating-point weights (bf16, fp16 or fp32)")
 
+    @property
+    def bytes(self) -> int:
+        """Of all weight files."""
+        return sum((self.path / file).stat().st_size for file in set(self.weight_map.values()))
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
         return tuple(self._slice(name).get_shape())

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +22,17 @@ from sordino.anatomy import SITES, Site, hidden_states
 from sordino.contract import StreamName, having
 from sordino.errors import SordinoError
 from sordino.protect.prompt import join_prompt
-from sordino.round.keeping import Keeping
-from sordino.round.rtn import RtnSolver
-from sordino.rounding import Rounded
-from sordino.runtime.attention import carry_attention
 from sordino.runtime.inner import ATTENTION
-from sordino.runtime.inputs import carry_inputs
 from sordino.runtime.prefix import give_prefix
+from sordino.walk.baseline import rtn_layer
 from sordino.walk.blocks import BlockFactory
+from sordino.walk.clock import Clock
 from sordino.walk.context import Context, Stream, relative_error
 from sordino.walk.ends import Ends
 from sordino.walk.finish import open_finish, rounded_block, store_finish
 from sordino.walk.inputs import round_site
 from sordino.walk.kv import round_block_kv
 from sordino.walk.learn import learn
-from sordino.walk.linears import baseline_grid
 from sordino.walk.plan import Plan
 from sordino.walk.prefix import PrefixStream
 from sordino.walk.solve import commit, solve_site
@@ -77,6 +74,7 @@ class Walk:
         self.artifacts: dict[str, Any] = {}
         self.streams: dict[str, Stream] = {}
         self.prefix: PrefixStream | None = None
+        self.clock = Clock(self.work.state.get("spent", {}))
 
     def run(self) -> Ends:
         """Do (or continue) the walk; returns what surrounds the blocks, with the final guard's figures.
@@ -93,7 +91,7 @@ class Walk:
         for index in range(self.work.done, last):
             self.progress("block", index, last)
             report = self._block(index) if index >= first else self._pass_through(index)
-            self.work.save(done=index + 1, reports=[*self.work.state["reports"], report])
+            self.work.save(done=index + 1, reports=[*self.work.state["reports"], report], spent=self.clock.spent)
             self.work.drop_streams(index + 1)
             self.source.close()  # pages of a mapped file count as this process's memory until it is unmapped
         self.progress("block", last, last)
@@ -106,8 +104,9 @@ class Walk:
         elif self.plan.heldout and whole:
             hidden = self.streams["q"].x[-self.plan.heldout :]
             ends.final_guard(
-                self.streams["fp"].x[-self.plan.heldout :], hidden, self.streams["rtn"].x, self.factory.norm(self.plan.basis)
-            )
+                self.streams["fp"].x[-self.plan.heldout :], hidden, self.streams["rtn"].x, self._heldout_ids(),
+                self.factory.norm(self.plan.basis),
+            )  # fmt: skip
         return ends
 
     def _finish(self, ends: Ends) -> None:
@@ -118,7 +117,9 @@ class Walk:
             targets = torch.cat([self.streams["fp"].x, *self._extra_targets(ends)])
             finish = open_finish(self.factory, self.plan, self.work, ends, self.windows, targets, **rest)
             for move in self.plan.finishing:
-                move.finish(finish)
+                with self.clock.on(move.name):
+                    move.finish(finish)
+            self.work.save(spent=self.clock.spent)
             store_finish(finish, self.plan, self.work, self.source.dtype)
             del finish
         ends.tensors |= self.work.load_ends()
@@ -131,7 +132,14 @@ class Walk:
             numbers = finish.heldout[: self.plan.rtn_windows]
             with torch.no_grad():
                 hidden = torch.cat([finish.hidden(n) for n in numbers.split(self.plan.batch)])
-            ends.final_guard(exact[numbers], hidden, self.streams["rtn"].x, self.factory.norm(self.plan.basis), finish.norm)
+            norm = self.factory.norm(self.plan.basis)
+            ends.final_guard(exact[numbers], hidden, self.streams["rtn"].x, self._heldout_ids(), norm, finish.norm)
+
+    def _heldout_ids(self) -> Tensor:
+        """Token ids of the held-out windows that the RTN model is followed on."""
+        assert self.windows is not None
+        first = self.plan.recipe.calibration.windows
+        return self.windows[first : first + self.plan.rtn_windows]
 
     def _prepare(self) -> None:
         """Let moves survey the full-precision model and learn from it, and open the prefix that they ask for."""
@@ -139,10 +147,12 @@ class Walk:
         if having(self.plan.moves, "survey"):
             assert self.windows is not None
             ends, windows = Ends(self.source, self.plan), self.windows[: self.plan.recipe.calibration.windows]
-            tokens = survey(self.source, self.plan, self.factory, ends, windows, self.calls, self.artifacts, self.progress)
+            with self.clock.on("surveys"):
+                tokens = survey(self.source, self.plan, self.factory, ends, windows, self.calls, self.artifacts, self.progress)
         if self.windows is not None:
             rest = (self.work, self.windows, self.artifacts, self.seed, self.progress)
-            self.plan = learn(self.source, self.plan, self.factory, *rest)
+            with self.clock.on("learning") if having(self.plan.moves, "learn") else nullcontext():
+                self.plan = learn(self.source, self.plan, self.factory, *rest)
         if tokens := join_prompt(tokens, self.prompt):
             self.prefix = PrefixStream(tokens, self.factory, self.work, Ends(self.source, self.plan), self.source.dtype)
 
@@ -264,27 +274,26 @@ class Walk:
         fp = self._full(index) if self.plan.moves else self.factory.assemble(index, dict(q.state_dict()))
         ctx = self._context(index, fp, q)
         report: dict[str, Any] = {"block": index, "linears": {}}
-        for move in self.plan.moves:
-            move.open(ctx)
+        self._hooks("open", ctx)
         for site in SITES:
-            if site == "o" and self.plan.recipe.format.kv.rounded:
-                report |= {"kv": note} if (note := round_block_kv(ctx, self.plan.recipe.format.kv)) else {}
-            self._round_inputs(ctx, site, report)
-            for move in self.plan.moves:
-                move.before(ctx, site)
-            solve_site(ctx, self.plan, site, report["linears"])
-            for move in self.plan.moves:
-                move.after(ctx, site)
+            with self.clock.on("rounding"):
+                if site == "o" and self.plan.recipe.format.kv.rounded:
+                    report |= {"kv": note} if (note := round_block_kv(ctx, self.plan.recipe.format.kv)) else {}
+                self._round_inputs(ctx, site, report)
+            self._hooks("before", ctx, site)
+            with self.clock.on("rounding"):
+                solve_site(ctx, self.plan, site, report["linears"])
+            self._hooks("after", ctx, site)
         if "fp" in self.streams:
             self._advance(ctx, "fp", fp)
             ctx.following = self.streams["fp"].x
         ctx.keep_scales()
-        for move in self.plan.moves:
-            move.close(ctx)
+        self._hooks("close", ctx)
         report |= {"moves": ctx.notes} if ctx.notes else {}
         following = self._next("q", index) if "q" in self.streams else None
         if self.plan.heldout and following is not None:
-            report |= self._guard(ctx, following)
+            with self.clock.on("guards"):
+                report |= self._guard(ctx, following)
         self._store(ctx)
         if following is not None:
             if not ctx.last:  # after the last block only the held-out windows are looked at
@@ -292,6 +301,12 @@ class Walk:
                     following[span] = y
             self._step("q", following, index)
         return report
+
+    def _hooks(self, hook: Literal["open", "before", "after", "close"], *args: Any) -> None:
+        """One hook of every move, in recipe order."""
+        for move in self.plan.moves:
+            with self.clock.on(move.name):
+                getattr(move, hook)(*args)
 
     def _round_inputs(self, ctx: Context, site: Site, report: dict[str, Any]) -> None:
         """Let the rounded linears of a site round their input, if the format says so."""
@@ -321,7 +336,7 @@ class Walk:
             return float(torch.cat(errors).median())
 
         ours = error_of(ctx.q, following)
-        rtn, layer = self._rtn_layer(ctx)
+        rtn, layer = rtn_layer(self.factory, self.plan, ctx)
         report: dict[str, Any] = {"error": ours, "rtn_error": error_of(layer, None)}
         worse = not ours <= _GUARD * report["rtn_error"]  # written so that a NaN falls back too
         if worse and self.plan.recipe.guard == "on":
@@ -330,24 +345,6 @@ class Walk:
             report |= {"fallback": "rtn", "error": error_of(ctx.q, following), "refused_error": ours}
         self._advance(ctx, "rtn", layer)
         return report
-
-    def _rtn_layer(self, ctx: Context) -> tuple[dict[str, Rounded], nn.Module]:
-        """The block rounded by RTN in the recipe's own format."""
-        layer = self.factory.assemble(ctx.index, dict(ctx.fp.state_dict()))
-        rounded = {}
-        for p in self.plan.linears[ctx.index]:
-            if p.group is None:
-                continue
-            module: Any = layer.get_submodule(p.linear.name)
-            solver = Keeping.around(RtnSolver(), p.kept, None)
-            made = solver.solve(module.weight.float(), None, baseline_grid(p.format), p.group)
-            rounded[p.linear.name] = made.beside(p.side)
-            values = rounded[p.linear.name].values().to(module.weight.dtype)
-            module.weight = nn.Parameter(values, requires_grad=False)
-            carry_inputs(ctx.q.get_submodule(p.linear.name), module)
-        carry_attention(ctx.q.get_submodule(ATTENTION), layer.get_submodule(ATTENTION))
-        ctx.put_scales(layer)
-        return rounded, layer
 
     def _store(self, ctx: Context) -> None:
         """Write the block, read it back, and make sure that the stored bytes are the block that calibration saw."""
