@@ -13,6 +13,7 @@ import d2quant
 import joined
 import prefixquant
 import weight_only
+import zeroshot
 from ladder import ROOT, ROWS
 
 HEAD = """# Measured results
@@ -79,7 +80,7 @@ def main() -> None:
     body += prefix("## The prefix on full precision (`benchmarks/prefix.py`)") + kv_memory()
     body += equivalence("## Ways to compute the same thing (`benchmarks/equivalence.py`)")
     body += prompt("## A protected system prompt (`benchmarks/prompt.py`)")
-    body += solver_options() + analyses() + large_shape() + speeds("## Speed (`benchmarks/speed.py`)")
+    body += zeroshot.rendered() + solver_options() + analyses() + large_shape() + speeds("## Speed (`benchmarks/speed.py`)")
     body += beside_llama_cpp("## Speed beside llama.cpp (`benchmarks/vs_llama_cpp.py`)")
     (ROOT / "docs" / "results.md").write_text(body)
     fill(ROOT / "README.md", table(first | second | third, SHOWN, 4))
