@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 from ladder import ROWS, Ladder, called, climb, code_version, keep, run, texts_parser, there
 from sordino.recipe import load_recipe
+from tables import cells, latest, spread
 
 SEEDS = [0, 1, 2]
 TELL = "guard=tell"  # no block gives way to RTN, but training that does not help is undone (spec section 6.4)
@@ -97,6 +100,33 @@ def errors(name: str, recipe: str, overrides: list[str], args: argparse.Namespac
     row |= {"errors": [b["error"] for b in blocks], "fallbacks": [b["block"] for b in blocks if b.get("fallback")]}
     keep(ROWS / "bisup_sweeps.jsonl", row)
     print(f"{name}: {row['errors'][-1]:.4f} behind block {blocks[-1]['block']}", flush=True)
+
+
+def rendered() -> str:
+    """The grid, with the share of each host's gap to full precision that is closed, and E_acc behind some blocks."""
+    rows = latest("bisup.jsonl")
+    exact = [r["ppl"] for (name, _), r in latest("d2quant.jsonl").items() if name == "full precision"]
+    names = ["recipe", "bits/weight", "inputs", "KV", "PPL", "seeds", "C4 PPL", "KL", "gap closed"]
+    names += ["E_acc at a third, two thirds, the end", "CPU s"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for name in LADDER:
+        mine = [r for (n, _), r in sorted(rows.items()) if n == name]
+        if not mine:
+            continue
+        host = [r["ppl"] for (n, _), r in rows.items() if n == name.partition(" ")[0]]
+        shown = cells(name, mine)
+        closed = [math.log(statistics.mean(host) / r["ppl"]) / math.log(statistics.mean(host) / exact[0]) for r in mine if host]
+        share = spread([100 * c for c in closed], 0) + " %" if closed and " " in name else "–"
+        bits = [f"{mine[0][k]:.2f}" if mine[0].get(k) else "–" for k in ("bits_per_input", "bits_per_kv")]
+        depth = accumulated(mine[0].get("errors", []))
+        lines.append(f"| {' | '.join([*shown[:2], *bits, *shown[3:7], share, depth, shown[8]])} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def accumulated(errors: list[float]) -> str:
+    """Held-out errors behind three of the blocks."""
+    n = len(errors)
+    return ", ".join(f"{errors[i]:.3f}" for i in (n // 3 - 1, 2 * n // 3 - 1, n - 1)) if n > 2 else "–"
 
 
 if __name__ == "__main__":

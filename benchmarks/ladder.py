@@ -81,6 +81,7 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
             result |= {"guard": manifest["guard"], "coverage": manifest["coverage"]}
             if found := [b["inputs"]["down"] for b in manifest["blocks"] if "down" in b.get("inputs", {})]:
                 result["down_inputs"] = found
+            result["errors"] = [b["error"] for b in manifest["blocks"] if "error" in b]  # held out, behind each block
             result["fallbacks"] = [b["block"] for b in manifest["blocks"] if b.get("fallback")]
         result |= figures(subject, args.evaluate, args.windows, args.model if recipe else None, args.seqlen)
         if args.also:

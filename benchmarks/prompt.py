@@ -8,6 +8,7 @@ these: without a prompt (Q0); with keys and values of the prompt that the quanti
 made in full width (Q2), that full precision made (Q3); with those of the beginning token alone, full precision's (QB). All Q
 share one set of weights, calibrated without a prompt, so that only the prefix differs; "shipped" is what
 `quantize --system-prompt` makes, calibrated behind the prompt. Guards are off. All rows score the same tokens.
+Beside them the dose curve (docs/inspect.md) at the recipe's width of keys and values.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import sordino
 from ladder import ROWS, called, code_version, keep, texts_parser, there
+from sordino.anatomy import anatomy_of
 from sordino.contract import having
+from sordino.corpus import eval_windows, load_text, tokenize
+from sordino.measure.diffusion import horizontal
 from sordino.measure.evaluate import reference
+from sordino.measure.inspect import SPREAD
 from sordino.measure.prompt import prefix_made_by, put_prefix
 from sordino.moves import build_moves
 from sordino.recipe import Recipe, load_recipe
+from sordino.walk.attention import NAME as WINDOW_ATTENTION
 
 CHAT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -45,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models, tokens = make(recipe, Path(folder), args)
         row = {"name": "prompt", **key, "recipe": args.recipe, "overrides": args.set, "prompt_tokens": tokens}
-        row |= measure(models, args)
+        row |= measure(models, args) | {"doses": doses(recipe, args)}
     # Mean bits of a cached number with the prompt in 16 (Q2, Q3), at the length of the windows.
     row["kv_bits"] = (16 * tokens + recipe.format.kv.bits * args.seqlen) / (tokens + args.seqlen)
     keep(ROWS / "prompt.jsonl", row)
@@ -99,12 +107,20 @@ def measure(models: dict[str, Path], args: argparse.Namespace) -> dict[str, Any]
     return {"text_ids": text_ids, "rows": rows, "gaps": gaps}
 
 
+def doses(recipe: Recipe, args: argparse.Namespace) -> dict[str, list[tuple[int, float]]]:
+    """Error of later tokens where so many tokens' keys and values stay exact, those of all others rounded as by the recipe."""
+    exact, tokenizer = sordino.load(args.model, dtype=torch.float32)
+    ids = eval_windows(tokenize(load_text(args.evaluate), tokenizer), SPREAD[1], SPREAD[0])
+    exact.set_attn_implementation(WINDOW_ATTENTION)
+    return horizontal(exact, anatomy_of(exact), ids, recipe.format.kv.bits, args.seed).doses
+
+
 def _arguments() -> argparse.Namespace:
     parser = texts_parser(__doc__)
     parser.add_argument("--recipe", default="quarot-w4a4kv4", help="one that looks for no prefix of its own")
     parser.add_argument("--set", action="append", default=[], help="key=value changes to the recipe")
     parser.add_argument("--system-prompt", default=CHAT)
-    parser.add_argument("--seqlen", type=int, default=512, help="tokens of an evaluation window")
+    parser.set_defaults(seqlen=512)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

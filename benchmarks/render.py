@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from pathlib import Path
-from typing import Any
 
 import bisup
 import d2quant
@@ -15,6 +13,7 @@ import prefixquant
 import weight_only
 import zeroshot
 from ladder import ROOT, ROWS
+from tables import cells, last, latest, spread, table
 
 HEAD = """# Measured results
 
@@ -39,9 +38,6 @@ Public tools on the same model and text (GPTQModel 7.6, auto-round 0.16, symmetr
 4 / 3 / 2 bits in 401 / 360 / 355 CPU seconds, AutoRound 29.34 / 75.9 at 3 / 2 bits in 710 / 751.
 """
 
-COLUMNS = ["recipe", "bits/weight", "bits/parameter", "PPL", "seeds", "C4 PPL", "KL", "fallbacks to RTN"]
-COLUMNS += ["CPU s", "GFLOP/s", "peak GiB"]
-
 # The README's rows: by width, from plain rounding to the best.
 SHOWN = ["full precision"]
 for _bits, _best in (
@@ -60,8 +56,6 @@ SHOWN += [
     "w4a8kv4",
 ]
 
-Row = dict[str, Any]
-
 
 def main() -> None:
     first, second = latest("weight_only.jsonl"), latest("d2quant.jsonl")
@@ -73,7 +67,7 @@ def main() -> None:
     third = latest("prefixquant.jsonl")
     ladder = table(third, ["full precision", *prefixquant.LADDER], 9) if third else ""
     body += ladder and "\n## PrefixQuant (`benchmarks/prefixquant.py`)\n\n" + ladder
-    hosts = bisup_grid()
+    hosts = bisup.rendered()
     body += hosts and "\n## BiSup-style reconstruction (`benchmarks/bisup.py`)\n\n" + hosts
     together = systems_joined()
     body += together and "\n## The three systems joined (`benchmarks/joined.py`)\n" + together
@@ -89,62 +83,6 @@ def main() -> None:
     fill(ROOT / "docs" / "kernels.md", speeds() + beside_llama_cpp() or "Nothing yet: `benchmarks/speed.py` was not run.\n")
     none = "Nothing yet: `benchmarks/bisup.py` is written and was not run.\n"
     fill(ROOT / "docs" / "methods" / "bisup.md", (hosts or none) + together + prompt())
-
-
-def latest(file: str) -> dict[tuple[str, int], Row]:
-    """Rows of the usual setting by (name, seed); later ones replace earlier ones."""
-    path = ROWS / file
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return {(r["name"], r["seed"]): r for r in rows if r["model"] == "smollm2" and r["windows"] == 32}
-
-
-def last(file: str, *fields: str) -> dict[Any, Row]:
-    """The last row of each value of a field, or tuple of several; empty without the file."""
-    path = ROWS / file
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return {r[fields[0]] if len(fields) == 1 else tuple(r[f] for f in fields): r for r in rows}
-
-
-def table(rows: dict[tuple[str, int], Row], names: list[str], columns: int = len(COLUMNS)) -> str:
-    """Markdown table of the rows there are, in the order of ``names``; several seeds in one line."""
-    lines = ["| " + " | ".join(COLUMNS[:columns]) + " |", "|" + "---|" * columns]
-    for name in dict.fromkeys(names):
-        mine = [r for (n, _), r in sorted(rows.items()) if n == name]
-        if mine:
-            lines.append("| " + " | ".join(cells(name, mine)[:columns]) + " |")
-    versions = sorted({r["version"] for r in rows.values()})
-    foot = f"\nCode: src tree {', '.join(versions)}; 2 cores.\n" if columns == len(COLUMNS) and versions else ""
-    return "\n".join(lines) + "\n" + foot
-
-
-def cells(name: str, rows: list[Row]) -> list[str]:
-    """One table row; several seeds are shown as mean and range."""
-    first = rows[0]
-    cost = [r["quantize"] for r in rows if r.get("quantize")]
-    also = [r["also"]["ppl"] for r in rows if r.get("also")]
-    kl = [r["kl"] for r in rows if r.get("kl") is not None]
-    falls = sorted({b for r in rows for b in r.get("fallbacks") or []})
-    return [
-        name,
-        f"{first['bits_per_weight']:.3f}",
-        f"{first['bits_per_parameter']:.3f}",
-        spread([r["ppl"] for r in rows], 2),
-        str(len(rows)) if first["recipe"] else "–",
-        spread(also, 2),
-        spread(kl, 3),
-        ", ".join(map(str, falls)) or "–",
-        spread([c["cpu_seconds"] for c in cost], 0),
-        "/".join(str(g) for g in sorted({r["gflops"] for r in rows if r.get("gflops")})) or "–",
-        f"{max(c['peak_bytes'] for c in cost) / 2**30:.2f}" if cost else "–",
-    ]
-
-
-def spread(values: list[float], digits: int) -> str:
-    """A value, or mean and range of several, or a dash."""
-    if not values:
-        return "–"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} … {max(values):.{digits}f})"
 
 
 def fill(path: Path, content: str) -> None:
@@ -179,23 +117,6 @@ def prefix(title: str = "") -> str:
     lines += ["", f"In the middle of a text, behind the prefix, its tokens reach {', '.join(inside)} times the median token in"]
     lines += ["the worst block, far below the threshold of 64: later occurrences need no treatment."]
     return "\n".join(lines) + "\n"
-
-
-def bisup_grid() -> str:
-    """The grid of bisup.py, with the share of each host's gap to full precision that is closed; empty without rows."""
-    rows = latest("bisup.jsonl")
-    exact = [r["ppl"] for (name, _), r in latest("d2quant.jsonl").items() if name == "full precision"]
-    lines = ["| recipe | bits/weight | PPL | seeds | C4 PPL | KL | gap closed | CPU s |", "|---" * 8 + "|"]
-    for name in bisup.LADDER:
-        mine = [r for (n, _), r in sorted(rows.items()) if n == name]
-        if not mine:
-            continue
-        host = [r["ppl"] for (n, _), r in rows.items() if n == name.partition(" ")[0]]
-        shown = cells(name, mine)
-        closed = [math.log(statistics.mean(host) / r["ppl"]) / math.log(statistics.mean(host) / exact[0]) for r in mine if host]
-        shares = spread([100 * c for c in closed], 0) + " %" if closed and " " in name else "–"
-        lines.append(f"| {' | '.join([*shown[:2], *shown[3:7], shares, shown[8]])} |")
-    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def systems_joined() -> str:
@@ -262,6 +183,11 @@ def prompt(title: str = "") -> str:
         lines += ["", "| row | PPL | KL |", "|---|---|---|"]
         for name, r in run["rows"].items():
             lines.append(f"| {name} | {r['ppl']:.3f} ± {r['ppl_stderr']:.3f} | {r['kl']:.4f} ± {r['kl_stderr']:.4f} |")
+        if doses := run.get("doses"):
+            lines += ["", "Median relative error of later tokens where so many tokens' keys and values stay exact:", ""]
+            sizes = [str(p) for p, _ in next(iter(doses.values()))]
+            lines += ["| tokens | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+            lines += [f"| {kind} | " + " | ".join(f"{e:.4f}" for _, e in curve) + " |" for kind, curve in doses.items()]
         title = ""
     return "\n".join(lines) + "\n" if lines else ""
 

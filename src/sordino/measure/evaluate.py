@@ -49,6 +49,8 @@ class Evaluation:
         seconds: wall time of the model's own forward passes, without the reference's.
         tasks: scores on tasks.
         tasks_against: the reference's scores on them.
+        bits_per_input: mean width of rounded inputs of the quantized linears; None if none are.
+        bits_per_kv: bits of a packed cache for a number of a key or value, scales included; likewise.
     """
 
     ppl: float | None
@@ -65,6 +67,8 @@ class Evaluation:
     seconds: float
     tasks: TaskScores | None = None
     tasks_against: TaskScores | None = None
+    bits_per_input: float | None = None
+    bits_per_kv: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As written by ``sordino eval --json``; differences on tasks come with the ends of their 95 % intervals."""
@@ -232,6 +236,8 @@ def evaluate(
         bits_per_weight=size.bits_per_weight,
         bits_per_parameter=size.bits_per_parameter,
         bytes=size.bytes,
+        bits_per_input=size.bits_per_input,
+        bits_per_kv=size.bits_per_kv,
         windows=None if ids is None else len(ids),
         seqlen=None if ids is None else seqlen,
         tasks=scores,

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
+from sordino.numerics.kept import BITS as KEPT_BITS
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
 from sordino.runtime.modules import BASIS, QuantEmbedding, QuantLinear
 from sordino.runtime.prefix import KEY, VALUE
@@ -25,11 +26,15 @@ class Size:
             of a model without any, the width of its block linears.
         bits_per_parameter: the whole checkpoint over all parameters of the original model.
         bytes: of the safetensors files.
+        bits_per_input: mean width of the codes that inputs of the quantized block linears are rounded to; None if they are not.
+        bits_per_kv: bits of a packed cache for a number of a key or value, scales and zero points included; likewise.
     """
 
     bits_per_weight: float
     bits_per_parameter: float
     bytes: int
+    bits_per_input: float | None = None
+    bits_per_kv: float | None = None
 
 
 def size_of(model: Any, folder: Path) -> Size:
@@ -65,7 +70,18 @@ def size_of(model: Any, folder: Path) -> Size:
     parameters += sum(p.numel() for n, p in model.named_parameters() if not _counted(model, n))
     size = sum(file.stat().st_size for file in files)
     per_weight = bits / weights if weights else _plain_bits(model, head, stored)
-    return Size(per_weight, 8 * size / parameters, size)
+    return Size(per_weight, 8 * size / parameters, size, _input_bits(model, head), _kv_bits(model))
+
+
+def _input_bits(model: Any, head: Any) -> float | None:
+    rounded = [m for m in model.modules() if isinstance(m, QuantLinear) and m is not head and m.inputs is not None]
+    bits = sum(m.inputs["bits"] * (m.in_features - m.kept) + KEPT_BITS * m.kept for m in rounded if m.inputs is not None)
+    return bits / sum(m.in_features for m in rounded) if rounded else None
+
+
+def _kv_bits(model: Any) -> float | None:
+    found = [(grid, m.head_dim) for m in model.modules() if (grid := getattr(m, "kv_grid", None)) is not None]
+    return sum(8 * grid.row_bytes(d) / d for grid, d in found) / len(found) if found else None
 
 
 def _added(model: Any, module: str) -> bool:
