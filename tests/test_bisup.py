@@ -35,10 +35,11 @@ def test_hosts_stand_in_the_order_that_they_should(text: tuple[str, str], tmp_pa
         "not turned 3": divergence("quarot-w3a3", text, tmp_path / "d", "moves=[]"),
         "atom 4": divergence("atom-w4a4", text, tmp_path / "e", few),
         "atom 3": divergence("atom-w3a3", text, tmp_path / "f", few),
+        "atom 3, rtn": divergence("atom-w3a3", text, tmp_path / "h", few, "format.weights.solver=rtn"),
         "atom 3, more kept": divergence("atom-w3a3", text, tmp_path / "g", "moves=[{move='channels', count=16}]"),
     }
     assert kl["quarot 4"] < kl["quarot 3"] < min(kl["quarot 3, rtn"], kl["not turned 3"])
-    assert kl["atom 4"] < kl["atom 3"]
+    assert kl["atom 4"] < kl["atom 3"] < kl["atom 3, rtn"]
     assert kl["atom 3, more kept"] < kl["atom 3"]
 
 

@@ -23,6 +23,8 @@ from sordino.recipe import MoveSpec, load_recipe
 from sordino.runtime.cache import PackedLayer
 from sordino.runtime.generate import chat_inputs, generate, own_inputs
 from sordino.runtime.prefix import KEY, VALUE, already_there
+from sordino.walk.attention import NAME as WINDOW_ATTENTION
+from sordino.walk.attention import watched
 from tiny import make_tiny, make_tokenizer
 
 TEXT = "Be kind and brief."
@@ -109,6 +111,18 @@ def test_prompt_is_never_rounded(tmp_path: Path) -> None:
             assert packed is not None
             values = layer.grid.unpack(packed, scale, model.config.head_dim, torch.float32)
             assert max(len(row.unique()) for row in values.flatten(0, 2)) <= 2**3
+    # What attention multiplies: the prompt's own keys and values, then rows of at most so many levels.
+    model.set_attn_implementation(WINDOW_ATTENTION)
+    for i, layer in enumerate(model.model.layers):
+        with torch.no_grad(), watched(layer.self_attn) as calls:
+            model(torch.randint(2, 300, (2, 20)), use_cache=False)
+        [(_, *operands)] = calls
+        for operand, kind in zip(operands, (KEY, VALUE), strict=True):
+            prompt = exact[f"model.layers.{i}.self_attn.{kind}"]
+            assert operand.shape[2] == prompt.shape[-2] + 20
+            before, after = operand.split([prompt.shape[-2], 20], 2)
+            assert torch.equal(before, prompt.expand_as(before))
+            assert 2 < max(len(row.unique()) for row in after.flatten(0, 2)) <= 2**3
 
 
 def test_not_sent_twice(tmp_path: Path) -> None:
