@@ -60,6 +60,7 @@ LADDER: Ladder = {k: v for host in HOSTS for bits in (4, 3) for k, v in grid(hos
 # option -> what it is set to, the rest as in the row "+ clip + low-rank"
 SWEEPS: dict[str, list[str]] = {
     "rank": [f"{CLIP}, rank={r}" for r in (0, 8, 16, 32, 64)],
+    "start": [f'{CLIP}, {RANK}, start="{s}"' for s in ("error", "random")],
     "side": [f"{CLIP}, rank={r}, side=true" for r in (8, 16)],
     "smoothing": [f'{CLIP}, {RANK}, {SMOOTH}, smooth_mode="{m}"' for m in ("hard", "soft", "free")],
     "target": [f'{CLIP}, {RANK}, target="{t}"' for t in ("full", "quantized")],

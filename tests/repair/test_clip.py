@@ -15,7 +15,7 @@ from sordino.numerics.affine import AffineGrid, round_scale
 from sordino.numerics.kept import Kept
 from sordino.repair.clip import Clip, ClippedLinear, ClipSpace, rounded_from
 from sordino.repair.descent import descend
-from sordino.repair.low_rank import LowRank, error_directions
+from sordino.repair.low_rank import LowRank, error_directions, random_directions
 from sordino.round.gptq import GptqSolver
 from sordino.round.rtn import RtnSolver
 from sordino.rounding import Rounded, Stats
@@ -61,6 +61,15 @@ def test_what_was_trained_is_what_is_folded(seed: int, bits: int, symmetric: boo
     levels = (torch.arange(1 << bits) - back.zero[..., None]) * back.scale[..., None]
     best = (value[..., None] - levels[:, :, None]).abs().amin(-1)
     torch.testing.assert_close((value - weight.view_as(value)).abs(), best, rtol=1e-4, atol=1e-5)
+
+
+def test_random_directions_have_the_size_of_the_others() -> None:
+    x = torch.randn(300, 12) * torch.arange(1, 13)
+    a, again = (random_directions(x.T @ x, 300, 5, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert a.shape == (5, 12) and torch.equal(a, again)
+    torch.testing.assert_close((x @ a.T).square().mean(0), torch.ones(5), rtol=1e-3, atol=1e-3)
+    other = random_directions(x.T @ x, 300, 5, torch.Generator().manual_seed(4))
+    assert not torch.allclose(a, other)
 
 
 @given(st.integers(0, 1000), st.booleans())

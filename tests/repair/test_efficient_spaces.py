@@ -67,14 +67,14 @@ class Look(Tune):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("family", "start"), [("llama", "error"), ("qwen2", "error"), ("llama", "random")])
 def test_step_0_is_the_host_and_what_is_folded_is_what_was_trained(
-    host: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: str, family: str, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(MOVES, "look", Look)
     seen.clear()
     model = make_tiny(tmp_path / "model", family, layers=2)
-    options = ", ".join(f"{k}={v}" for k, v in EVERYTHING.items())
+    options = ", ".join(f"{k}={v}" for k, v in EVERYTHING.items()) + f', start="{start}"'
     made = load_recipe(host, [f'moves=[{HOSTS[host]}, {{move="look", {options}}}]', "guard=off"])
     sordino.quantize(str(model), made, tmp_path / "out", windows=8, seqlen=32)
     assert len(seen) == 2

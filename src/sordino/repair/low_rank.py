@@ -95,8 +95,18 @@ def error_directions(error: Tensor, gram: Tensor, tokens: int, rank: int) -> Ten
     channel = (gram.diagonal() / tokens).sqrt().clamp(min=_LEAST)
     _, _, right = torch.linalg.svd((error * channel).double(), full_matrices=False)
     directions = right[:rank] / channel.double()
-    power = ((directions @ gram.double()) * directions).sum(1) / tokens
     # The sign of a singular vector is arbitrary; the largest entry is made positive, so that runs agree.
     peak = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
-    scaled: Tensor = directions * peak / power.clamp(min=_LEAST).sqrt()[:, None]
+    return _to_unit(directions * peak, gram, tokens)
+
+
+def random_directions(gram: Tensor, tokens: int, rank: int, rng: torch.Generator) -> Tensor:
+    """Normally distributed ones, scaled likewise: what :func:`error_directions` is to be compared with, fp32 [r, C]."""
+    drawn = torch.randn(min(rank, len(gram)), len(gram), generator=rng, dtype=torch.float64)
+    return _to_unit(drawn, gram, tokens)
+
+
+def _to_unit(directions: Tensor, gram: Tensor, tokens: int) -> Tensor:
+    power = ((directions @ gram.double()) * directions).sum(1) / tokens
+    scaled: Tensor = directions / power.clamp(min=_LEAST).sqrt()[:, None]
     return scaled.float()

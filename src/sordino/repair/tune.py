@@ -29,7 +29,7 @@ from sordino.recipe import Format, Natural, PositiveInt, Rate
 from sordino.repair.clip import ClipSpace, rounded_from
 from sordino.repair.descent import descend, first_and_last, shuffled
 from sordino.repair.input_spaces import InputSpace
-from sordino.repair.low_rank import LowRank, SideBranch, error_directions
+from sordino.repair.low_rank import LowRank, SideBranch, error_directions, random_directions
 from sordino.repair.smoothing import Mode, SmoothSpace
 from sordino.repair.spaces import GainSpace, WeightSpace
 from sordino.runtime.modules import ORDER
@@ -52,6 +52,7 @@ class Tune(Move):
             and inputs, which must be 0.
         rank: of the update that is merged into every linear, likewise; 0 for none.
         side: put the update beside the rounded weight instead: it costs bits, and starts where it takes most off the error.
+        start: directions that the merged update begins with: where the rounding error weighs most ("error"), or "random" ones.
         updates: learning rate of that update, in steps of the grid; of one at the side, in shares of its size.
         smooth: learning rate of factors by which the inputs behind norms are divided and their weights multiplied, likewise;
             gains must be 0. 0 for none.
@@ -76,6 +77,7 @@ class Tune(Move):
         clips: Rate = 0.0,
         rank: Natural = 0,
         side: bool = False,
+        start: Literal["error", "random"] = "error",
         updates: Rate = 0.01,
         smooth: Rate = 0.0,
         smooth_mode: Mode = "soft",
@@ -83,7 +85,7 @@ class Tune(Move):
     ) -> None:
         self.epochs, self.batch, self.rates = epochs, batch, (weights, scales)
         self.gains, self.inputs, self.with_biases = gains, inputs, biases
-        self.clips, self.rank, self.updates, self.target = clips, rank, updates, target
+        self.clips, self.rank, self.start, self.updates, self.target = clips, rank, start, updates, target
         self.smooth, self.smooth_mode = smooth, smooth_mode
         self.wants_side, self.side = side, rank if side else 0
 
@@ -172,6 +174,7 @@ class Tune(Move):
     def _updates(self, ctx: BlockContext) -> dict[str, LowRank | SideBranch]:
         """Each linear's update, at its start."""
         found: dict[str, LowRank | SideBranch] = {}
+        rng = ctx.rng(f"{self.name} start")
         for site in SITES if self.rank else ():
             stats = ctx.stats(site, frozenset({"H"}))
             for linear in ctx.anatomy.at(site):
@@ -180,10 +183,13 @@ class Tune(Move):
                     if self.side:
                         error = _exact(ctx, site, linear.name) - replace(rounded, side=None).values()
                         found[linear.name] = SideBranch(*best_pair(error, stats.h, self.rank))
+                        continue
+                    if self.start == "random":
+                        directions = random_directions(stats.h, stats.tokens, self.rank, rng)
                     else:
                         error = rounded_from(rounded) - rounded.low_values()
                         directions = error_directions(error, stats.h, stats.tokens, self.rank)
-                        found[linear.name] = LowRank(directions, len(rounded.codes))
+                    found[linear.name] = LowRank(directions, len(rounded.codes))
         return found
 
 
