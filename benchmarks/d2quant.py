@@ -16,6 +16,8 @@ BOTH = 'moves=[{{move="tune", epochs=1}}, {{move="distill", epochs={}, windows=4
 # The same behind evened value channels (reshape/smooth.py), and with smaller steps at the end.
 EVEN = BOTH.replace('[{{move="tune"', '[{{move="smooth", down=false}}, {{move="tune"')
 SLOW = EVEN.replace("0.003", "0.001")
+# As the preset, behind a prefix of outlier tokens.
+PARKED = 'moves=[{move="prefix"}, {move="tune", epochs=1}, {move="distill", epochs=1, scales=0.003, gains=0.003}]'
 # No tuning of blocks; the distillation sees 416 windows, most of the validation text, where the walk sees 128.
 MORE = 'moves=[{{move="distill", epochs={}, windows=416, scales=0.003, gains=0.003}}]'
 
@@ -62,6 +64,7 @@ def own(bits: int) -> Ladder:
         f"w{bits}, tuned, more text, twice, smooth": (best, [EVEN.format(2)], SEEDS),
         f"w{bits}, tuned, more text, smooth, smaller steps": (best, [SLOW.format(1)], SEEDS),
         f"w{bits}, tuned, more text, twice, smaller steps": (best, [BOTH.format(2).replace("0.003", "0.001")], SEEDS),
+        f"w{bits}, prefix": (best, [PARKED], [0]),
         f"w{bits}, more text": (best, [MORE.format(1)], SEEDS),
         f"w{bits}, more text, twice": (best, [MORE.format(2)], SEEDS),
     }

@@ -20,6 +20,7 @@ DYNAMIC, STATIC = "prefixquant-w4a4kv4-dynamic", "prefixquant-w4a4kv4-static"
 # What each of the parts costs alone, with evened channels, rotations and prefix, untrained; weights of 8 bits cost nothing.
 FLOOR = [OFF, SMOOTHED, "calibration.windows=32"]
 TUNE = '{move="tune", epochs=2}'
+KV_STATIC = 'format.kv={bits=4, mode="static", symmetric=true}'
 
 
 def ladder(bits: int) -> Ladder:
@@ -54,11 +55,18 @@ LADDER: Ladder = {
     **ladder(8),
     "w4a4kv4": ("w4a4kv4", [], SEEDS),
     "w4a8kv4": ("w4a8kv4", [], SEEDS),
+    # Ours with static scales: is dynamic still worth its time?
+    **{
+        f"{name}, static": (name, ['format.activations={bits=%d, mode="static"}' % bits, KV_STATIC], [0])
+        for name, bits in (("w4a4kv4", 4), ("w4a8kv4", 8))
+    },
     "floor: W4": (STATIC, [*FLOOR, "format.kv.bits=16", "format.activations.bits=16"], [0]),
     "floor: KV4 dynamic": (DYNAMIC, [*FLOOR, "format.weights.bits=16", "format.activations.bits=16"], [0]),
     "floor: KV4 static": (STATIC, [*FLOOR, "format.weights.bits=16", "format.activations.bits=16"], [0]),
     "floor: A4 dynamic": (DYNAMIC, [*FLOOR, "format.kv.bits=16", "format.weights.bits=8"], [0]),
     "floor: A4 static": (STATIC, [*FLOOR, "format.kv.bits=16", "format.weights.bits=8"], [0]),
+    "floor: A8 dynamic": (DYNAMIC, [*FLOOR, "format.activations.bits=8", "format.kv.bits=16", "format.weights.bits=8"], [0]),
+    "floor: A8 static": (STATIC, [*FLOOR, "format.activations.bits=8", "format.kv.bits=16", "format.weights.bits=8"], [0]),
 }  # fmt: skip
 
 if __name__ == "__main__":
