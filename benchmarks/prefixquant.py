@@ -57,7 +57,7 @@ LADDER: Ladder = {
     "w4a8kv4": ("w4a8kv4", [], SEEDS),
     # Ours with static scales: is dynamic still worth its time?
     **{
-        f"{name}, static": (name, ['format.activations={bits=%d, mode="static"}' % bits, KV_STATIC], [0])
+        f"{name}, static": (name, [f'format.activations={{bits={bits}, mode="static"}}', KV_STATIC], [0])
         for name, bits in (("w4a4kv4", 4), ("w4a8kv4", 8))
     },
     "floor: W4": (STATIC, [*FLOOR, "format.kv.bits=16", "format.activations.bits=16"], [0]),
