@@ -17,7 +17,8 @@ from sordino.recipe import load_recipe
 from sordino.round.gptq import GptqSolver
 from sordino.rounding import Rounded, Stats
 from sordino.walk.context import Context
-from tiny import make_tiny
+from sordino.walk.doctor import examine
+from tiny import assert_seen_in_the_walk, make_tiny
 
 SMALL: dict[str, Any] = {"windows": 16, "seqlen": 32}
 PRESETS = ["d2quant-w2", "d2quant-w3", "d2quant-paper-w2", "d2quant-paper-w3"]
@@ -146,10 +147,68 @@ def test_column_scales_come_back_in_the_order_of_the_columns(grid: Any, static: 
     assert ours < theirs
 
 
-def test_column_scale_is_refused_where_nothing_can_take_it(tmp_path: Path) -> None:
+ALL = "format.weights.column_scale=true"
+
+
+@pytest.mark.parametrize(
+    ("family", "base", "moves"),
+    [
+        ("llama", "gptq-w3", ""),
+        ("qwen2", "gptaq-w3", '{move="tune", epochs=1}, {move="distill", epochs=1}'),
+        ("llama", "gptq-w3", '{move="tune", epochs=1, weights=0, scales=0, inputs=0, clips=0.01, rank=2}'),
+        ("qwen3", "d2quant-w2", '{move="rotate"}, {move="mean-shift"}, {move="tune", epochs=1}'),
+    ],
+)
+def test_column_scale_is_stored_where_nothing_can_take_it(family: str, base: str, moves: str, tmp_path: Path) -> None:
+    """All linears have one: down_proj's is merged, the others' stand beside their codes."""
+    model = make_tiny(tmp_path / "model", family, layers=2)
+    recipe = load_recipe(base, [ALL, "format.weights.override=[]", f"moves=[{moves}]"])
+    if base == "d2quant-w2":
+        recipe = load_recipe(recipe, ['format.weights.grid="additive"', "format.weights.bits=2"])
+    manifest = sordino.quantize(str(model), recipe, tmp_path / "out", windows=16, seqlen=48).manifest
+    assert_seen_in_the_walk(model, tmp_path / "out", manifest)
+    ours, tokenizer = sordino.load(tmp_path / "out")
+    layer = ours.model.layers[1]
+    stored = [n for n, m in layer.named_modules() if getattr(m, "columned", False)]
+    assert len(stored) == 6 and "mlp.down_proj" not in stored
+    for name in stored:
+        linear = layer.get_submodule(name)
+        assert float((linear.column() - 1).abs().max()) > 0.05 or manifest["blocks"][1].get("fallback")
+        for rows in (1, 3, 40):
+            x = torch.randn(rows, linear.in_features)
+            exact = F.linear(x, linear.dequantize(torch.float32), linear.bias).detach()
+            assert float((linear(x).detach() - exact).norm()) <= 1e-5 * float(exact.norm())
+    ids = tokenizer("and it goes on", return_tensors="pt").input_ids
+    assert ours.generate(ids, max_new_tokens=8).shape[1] == ids.shape[1] + 8
+    ours.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, again(ids).logits)
+
+
+def test_a_stored_column_scale_is_worth_it_where_columns_differ(tmp_path: Path) -> None:
+    """Columns of o_proj of very different sizes, the inputs alike: rounding to nearest, so that nothing else helps."""
     model = make_tiny(tmp_path / "model", layers=2)
-    with pytest.raises(InputError, match=r"q_proj.*column scale.*mlp.down_proj"):
-        sordino.quantize(str(model), "gptq-w3", tmp_path / "out", overrides=("format.weights.column_scale=true",))
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        for layer in loaded.model.layers:
+            sizes = (1.5 * torch.randn(64, generator=torch.Generator().manual_seed(3))).exp()
+            layer.self_attn.o_proj.weight *= sizes
+    loaded.save_pretrained(model)
+    kl = {}
+    for name, column in (("with", "true"), ("without", "false")):
+        sets = [f'format.weights.override=[{{match="*.o_proj", bits=3, column_scale={column}}}]', "format.weights.bits=8"]
+        sordino.quantize(str(model), load_recipe("rtn-w4", sets), tmp_path / name)
+        kl[name] = sordino.evaluate(tmp_path / name, seqlen=64, windows=4, against=str(model)).kl or 0.0
+    assert kl["with"] < 0.6 * kl["without"]
+
+
+def test_a_stored_column_scale_goes_with_plain_inputs_only(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    with pytest.raises(InputError, match=r"q_proj.*column scale.*mlp.down_proj.*plain inputs"):
+        sordino.quantize(str(model), "w8a8", tmp_path / "out", overrides=(ALL,))
+    with pytest.raises(InputError, match=r"vllm.*a stored column scale runs in Sordino only"):
+        examine(str(model), "gptq-w3", (ALL, "format.weights.group=32"), ("vllm",))
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -75,7 +75,7 @@ class Rounded:
         group: columns in a group, C/G.
         symmetric: the zero point is 2^(bits-1) everywhere and not stored.
         grid: how codes become values.
-        column: fp32 [C], scale of every input column on top; the walk merges it into the linear before, or refuses.
+        column: fp32 [C], scale of every input column on top; the walk merges it into the linear before, or stores it.
         notes: what the solver wants to have said (damping raised, dead columns).
         latent: fp32 [R, C], what was rounded: the weight with the errors of earlier columns moved into it. Only kept
             where a move asks for it; it tells how near each code was to its neighbour.
@@ -120,6 +120,14 @@ class Rounded:
         return replace(self, side=Side.none(rank, *self.codes.shape)) if rank else self
 
     def low_values(self) -> Tensor:
+        """What the codes say, with the column scale, fp32 [R, C]."""
+        return self.columned(self.grid_values())
+
+    def columned(self, values: Tensor) -> Tensor:
+        """Values [R, C] times the column scale, where there is one, in their dtype."""
+        return values if self.column is None else values * self.column.to(values.dtype)
+
+    def grid_values(self) -> Tensor:
         """What the codes alone say, fp32 [R, C]."""
         rows, groups = self.zero.shape
         codes = self.codes.view(rows, groups, -1)
@@ -127,7 +135,7 @@ class Rounded:
             values = additive_values(codes, self.scale)
         else:
             values = (codes.float() - self.zero[..., None]) * self.scale[..., None]
-        return values.view(rows, -1) * (1.0 if self.column is None else self.column)
+        return values.view(rows, -1)
 
     def rows(self, span: slice) -> Rounded:
         """Some of the rows; notes go along."""

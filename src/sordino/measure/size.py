@@ -132,6 +132,7 @@ _KINDS = {
     "input_order": "order of channels",
     "kept_packed": "codes of kept channels",
     "kept_scale": "scales",
+    "column_scale": "scales",
     "side_a": "low-rank pairs",
     "side_b": "low-rank pairs",
     "bias": "biases",

@@ -90,7 +90,8 @@ class ClippedLinear(nn.Module):
         """The weight as it will be stored, [R, C]."""
         value, scale = self.grid()
         rounded = fake_round(value, scale[..., None], -self.zero, self.top - self.zero)
-        weight = self.start.around(rounded.view_as(self.start.codes).to(dtype), self._kept())
+        low = self.start.columned(rounded.view_as(self.start.codes).to(dtype))
+        weight = self.start.around(low, self._kept())
         return weight + self.update().to(dtype) if isinstance(self.update, SideBranch) else weight
 
     def _kept(self) -> Tensor | None:
@@ -121,7 +122,7 @@ def rounded_from(rounded: Rounded) -> Tensor:
     """What a weight was rounded from, fp32 [R, C]; where its nearest code is another one, what is next to the stored code."""
     rows, groups = rounded.scale.shape
     if rounded.latent is None:
-        return rounded.low_values()
+        return rounded.grid_values()
     scale, zero, top = rounded.scale[..., None], rounded.zero[..., None], (1 << rounded.bits) - 1
     codes = rounded.codes.view(rows, groups, -1).float() - zero
     steps = rounded.latent.view_as(codes) / scale

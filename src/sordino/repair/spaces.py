@@ -72,7 +72,7 @@ class TrainedLinear(nn.Module):
         """The weight as it will be stored, [R, C]."""
         top = (1 << self.start.bits) - 1
         out: Tensor = _OnGrid.apply(self.latent, self.scale(), self.zero, top, dtype)  # type: ignore[no-untyped-call]
-        return self.start.around(out)
+        return self.start.around(self.start.columned(out))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""

@@ -192,7 +192,7 @@ def _hooks_are_ours(modules: list[Any], turning: Any = (), turns: Any = RotateIn
 
 
 def _weight(linear: Any) -> library.Weight | None:
-    if linear.kept or linear.side:
+    if linear.kept or linear.side or linear.columned:
         return None
     found = linear._native_weight()
     return None if found is None else found.weight

@@ -42,6 +42,7 @@ class QuantLinear(nn.Module):
         kept_scale: bf16 [O, 1], likewise.
         side_a: bf16 [r, I], only there if a low-rank pair is added.
         side_b: bf16 [O, r], likewise.
+        column_scale: bf16 [I], by which every input is multiplied, only there if the weight has one.
         bias: [O] parameter or None.
     """
 
@@ -50,6 +51,7 @@ class QuantLinear(nn.Module):
     weight_zero_point: Tensor | None
     side_a: Tensor
     side_b: Tensor
+    column_scale: Tensor
 
     def __init__(
         self,
@@ -63,9 +65,12 @@ class QuantLinear(nn.Module):
         inputs: dict[str, Any] | None = None,
         kept: int = 0,
         side: int = 0,
+        column: bool = False,
     ):
         super().__init__()
-        self.inputs, self.kept, self.side = inputs, kept, side
+        self.inputs, self.kept, self.side, self.columned = inputs, kept, side, column
+        if column:
+            self.register_buffer("column_scale", torch.ones(in_features, dtype=torch.bfloat16))
         if side:
             self.register_buffer("side_a", torch.zeros(side, in_features, dtype=torch.bfloat16))
             self.register_buffer("side_b", torch.zeros(out_features, side, dtype=torch.bfloat16))
@@ -111,7 +116,9 @@ class QuantLinear(nn.Module):
 
         In bf16 the difference is exact and the product is rounded once, the same as computing in fp32 and casting.
         """
-        pair = self.pair()
+        pair, column = self.pair(), self.column()
+        if column is not None:
+            return (self._own(torch.float32, rows, zeros) * column).to(dtype)
         if pair is None:
             return self._own(dtype, rows, zeros)
         return (self._own(torch.float32, rows, zeros) + pair.b[rows] @ pair.a).to(dtype)
@@ -120,8 +127,12 @@ class QuantLinear(nn.Module):
         """The low-rank pair."""
         return Side(self.get_buffer("side_a").float(), self.get_buffer("side_b").float()) if self.side else None
 
+    def column(self) -> Tensor | None:
+        """The column scale, fp32 [I]."""
+        return self.get_buffer("column_scale").float() if self.columned else None
+
     def _own(self, dtype: torch.dtype, rows: slice, zeros: Tensor | None) -> Tensor:
-        """Values without the low-rank pair."""
+        """Values without the low-rank pair and the column scale."""
         low, kept = self._low(dtype, rows, zeros), self.kept_columns()
         return low if kept is None else with_kept(low, kept.rows(rows).values())
 
@@ -141,6 +152,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias`` for x [..., I] in x's dtype; with rounded inputs, of the codes where one scale a row allows."""
+        if self.columned:
+            x = x * self.column_scale.to(x.dtype)
         if self.inputs is not None:
             bits, static = self.inputs["bits"], self.inputs["mode"] == "static"
             scale: Tensor = self._buffers[SCALE].float()  # type: ignore[union-attr]  # get_buffer takes microseconds

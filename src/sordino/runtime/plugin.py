@@ -34,7 +34,7 @@ from sordino.runtime.modules import (
 )
 from sordino.runtime.prefix import give_prefix
 
-FORMAT_VERSION = 3  # 2: `input_scale` of dynamic inputs too, `inner`, `kv`; 3: `kept`, `side`, channels in order
+FORMAT_VERSION = 4  # 2: `input_scale` of dynamic inputs too, `inner`, `kv`; 3: `kept`, `side`, channels in order; 4: `column`
 
 
 @register_quantization_config("sordino")
@@ -44,7 +44,7 @@ class SordinoConfig(QuantizationConfigMixin):
     Attributes:
         groups: formats of linears: ``{"bits", "group", "symmetric", "modules": [name patterns]}``, and where they differ
             from a plain affine grid and plain inputs ``"grid"``, ``"inputs": {"bits", "mode"}``, ``"kept"``: so many
-            last columns have 8 bits, ``"side"``: rank of a pair that is added.
+            last columns have 8 bits, ``"side"``: rank of a pair that is added, ``"column"``: a scale of every input.
         embeddings: 16 (plain) or 8.
         head: 16 (plain), 8 or 4.
         biases: name patterns of norms and linears that have a bias which their family does not.
@@ -160,6 +160,7 @@ def _swap_linear(model: nn.Module, name: str, old: nn.Linear, group: dict[str, A
             group.get("inputs"),
             group.get("kept", 0),
             group.get("side", 0),
+            group.get("column", False),
         )
         if new.bias is not None:
             new.bias = nn.Parameter(new.bias.to(old.weight.dtype), requires_grad=False)

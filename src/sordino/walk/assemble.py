@@ -73,10 +73,10 @@ def publish(work: Work, out: Path) -> None:
 
 def storage_config(plan: Plan, prefix: list[int], prompt: dict[str, Any] | None = None) -> SordinoConfig:
     """The ``quantization_config`` of a plan's checkpoint with some prefix tokens."""
-    kinds: dict[tuple[int, int | str, bool, str, int | None, int, int], list[str]] = {}
+    kinds: dict[tuple[int, int | str, bool, str, int | None, int, int, bool], list[str]] = {}
     for p in plan.quantized():
         group: int | str = "channel" if p.group == p.linear.in_features else int(p.group or 0)
-        kind = (p.format.bits, group, p.format.symmetric, p.format.grid, p.inputs, p.kept, p.side)
+        kind = (p.format.bits, group, p.format.symmetric, p.format.grid, p.inputs, p.kept, p.side, p.column)
         kinds.setdefault(kind, []).append(p.name)
     fmt, anatomy = plan.recipe.format, plan.anatomy
     groups = [
@@ -85,7 +85,8 @@ def storage_config(plan: Plan, prefix: list[int], prompt: dict[str, Any] | None 
         | ({"inputs": _inputs(fmt.activations, of)} if fmt.activations.rounded else {})
         | ({"kept": kept} if kept else {})
         | ({"side": side} if side else {})
-        for (b, g, s, grid, of, kept, side), names in kinds.items()
+        | ({"column": True} if column else {})
+        for (b, g, s, grid, of, kept, side, column), names in kinds.items()
     ]
     if fmt.head != 16 and not anatomy.tied:
         groups.append({"bits": fmt.head, "group": "channel", "symmetric": True, "modules": [anatomy.head]})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from sordino.round.keeping import Keeping
@@ -32,7 +34,8 @@ def rtn_layer(factory: BlockFactory, plan: Plan, ctx: Context) -> tuple[dict[str
         module: Any = layer.get_submodule(p.linear.name)
         solver = Keeping.around(RtnSolver(), p.kept, None)
         made = solver.solve(module.weight.float(), None, baseline_grid(p.format), p.group)
-        rounded[p.linear.name] = made.beside(p.side)
+        column = torch.ones(made.codes.shape[1]) if p.column else None
+        rounded[p.linear.name] = replace(made.beside(p.side), column=column)
         values = rounded[p.linear.name].values().to(module.weight.dtype)
         module.weight = nn.Parameter(values, requires_grad=False)
         carry_inputs(ctx.q.get_submodule(p.linear.name), module)

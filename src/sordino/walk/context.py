@@ -156,10 +156,12 @@ class Context:
 
     def commit(self, linear: str, rounded: Rounded) -> None:
         """Put a rounded weight into the q block and remember its stored form."""
-        if rounded.column is not None:
-            self._absorb(linear, rounded.column)
+        if rounded.column is not None and linear not in self.solved:  # later ones bring back what is stored
             latent = None if rounded.latent is None else rounded.latent / rounded.column
-            rounded = replace(rounded, column=None, latent=latent)
+            absorbed = linear in self.anatomy.absorbable()
+            if absorbed:
+                self._absorb(linear, rounded.column)
+            rounded = replace(rounded, column=None if absorbed else round_scale(rounded.column), latent=latent)
         module = self.q.get_submodule(linear)
         self.solved[linear] = rounded
         old: Any = module.weight

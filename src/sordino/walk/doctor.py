@@ -83,6 +83,8 @@ def _affine(plan: Plan, engine: str) -> None:
     if having(plan.moves, "prefix"):
         raise InputError(f"{engine}: keys and values of a prefix run in Sordino only; leave out the move")
     for p in plan.quantized():
+        if p.column:
+            raise InputError(f"{engine}: {p.name}: a stored column scale runs in Sordino only; set column_scale=false there")
         if p.format.grid != "affine":
             raise InputError(f"{engine}: {p.name}: {p.format.grid} grids run in Sordino only; use an affine recipe, "
                              "e.g. d2quant-paper-w3 instead of d2quant-w3")  # fmt: skip

@@ -26,7 +26,7 @@ from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
 from sordino.walk.store import Work, pack_block
 
-_OWN = (".weight_", ".kept_", ".side_")  # buffers of a quantized linear
+_OWN = (".weight_", ".kept_", ".side_", ".column_")  # buffers of a quantized linear
 
 
 @dataclass
@@ -95,7 +95,7 @@ def rounded_block(
             continue
         module = QuantLinear(
             p.linear.in_features, p.linear.out_features, False, p.format.bits, p.group, p.format.symmetric, p.format.grid,
-            kept=p.kept, side=p.side,
+            kept=p.kept, side=p.side, column=p.column,
         )  # fmt: skip
         of = tuple(f"{p.linear.name}{part}" for part in _OWN)
         own = {k.rpartition(".")[2]: v for k, v in stored.items() if k.startswith(of)}
@@ -103,7 +103,7 @@ def rounded_block(
         scale, zero = module.weight_scale.float(), module.zeros().float()
         solved[p.linear.name] = Rounded(
             module.codes(), scale, zero, p.format.bits, p.group, module.symmetric, grid=p.format.grid,
-            kept=module.kept_columns(), side=module.pair(),
+            kept=module.kept_columns(), side=module.pair(), column=module.column(),
         )  # fmt: skip
         tensors[f"{p.linear.name}.weight"] = module.dequantize(plan.dtype)
     block = factory.assemble(index, tensors)

@@ -27,6 +27,7 @@ class LinearPlan:
         inputs: channels of its input that share a scale; None: all of a token.
         kept: its last input channels, at 8 bits.
         side: rank of a pair beside it.
+        column: whether its column scale is stored with it, because no linear before it can take it over.
     """
 
     linear: Linear
@@ -36,15 +37,16 @@ class LinearPlan:
     inputs: int | None = None
     kept: int = 0
     side: int = 0
+    column: bool = False
 
     @property
     def bits_stored(self) -> int:
-        """Stored bits of codes, scales, zeros, kept columns, their order, a pair; the model's own bias is not counted."""
+        """Stored bits of codes, scales, zeros, kept columns, their order, a pair, a column scale; not the own bias."""
         rows, cols = self.linear.out_features, self.linear.in_features
         if self.group is None:
             return rows * cols * 16
         groups, b = cols // self.group, self.format.bits
-        codes = rows * packed_words(cols, b) * 32 + self.side * (rows + cols) * 16
+        codes = rows * packed_words(cols, b) * 32 + self.side * (rows + cols) * 16 + self.column * cols * 16
         if self.kept:
             codes += rows * (packed_words(self.kept, 8) * 32 + 16) + cols * 32
         if self.format.grid == "additive":
@@ -74,10 +76,11 @@ def plan_block(
         name = anatomy.full_name(index, linear.name)
         fmt = recipe.format.weights.resolve(name)
         chosen = span[0] <= index < span[1] and fmt.bits != 16
-        if chosen and fmt.column_scale and linear.name not in anatomy.absorbable():
+        column = chosen and fmt.column_scale and linear.name not in anatomy.absorbable()
+        if column and (recipe.format.activations.rounded or side):
             raise InputError(
                 f"{name}: no linear before it can take over a column scale, only {', '.join(anatomy.absorbable())} have one; "
-                'set column_scale in a [[format.weights.override]] that matches "*.down_proj"'
+                "stored by itself it goes with plain inputs and without a low-rank pair"
             )
         if chosen and _by_output(fmt) and (fmt.grid != "affine" or fmt.column_scale):
             raise InputError(f'{name}: solver search="output" is for affine grids without a column scale; use "weight"')
@@ -88,7 +91,7 @@ def plan_block(
             _check_kept(fmt, linear, name, kept)
         inputs = _input_group(recipe.format.activations, linear, name)
         more = (kept, side) if group is not None else (0, 0)
-        plans.append(LinearPlan(linear, name, fmt, group, inputs, *more))
+        plans.append(LinearPlan(linear, name, fmt, group, inputs, *more, column))
     return tuple(plans)
 
 

@@ -185,6 +185,8 @@ def pack_block(block: nn.Module, solved: dict[str, Rounded], dtype: torch.dtype)
     for linear, r in solved.items():
         del tensors[f"{linear}.weight"]
         packed = pack_linear(r.codes, r.scale, r.zero, r.bits, r.symmetric) | (pack_kept(r.kept) if r.kept else {})
+        if r.column is not None:
+            packed["column_scale"] = r.column.to(torch.bfloat16)
         if r.side is not None:
             packed |= {"side_a": r.side.a.to(torch.bfloat16), "side_b": r.side.b.to(torch.bfloat16)}
         tensors |= {f"{linear}.{k}": v for k, v in packed.items()}
@@ -221,7 +223,7 @@ def _read_state(file: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = {k: state[k] for k in ("fingerprint", "done", "reports", "seconds")}
-        return known | {k: state[k] for k in ("learned", "finished") if k in state}
+        return known | {k: state[k] for k in ("learned", "finished", "spent") if k in state}
     except (ValueError, KeyError, TypeError, OSError):
         raise InputError(f"{file} is damaged; use --fresh to start over") from None
 
