@@ -81,9 +81,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted(monkeypatch)
 
 
-def quantized(folder: Path, recipe: str, sets: list[str], family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+def quantized(
+    folder: Path, recipe: str, sets: list[str], family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
     """A tiny model, quantized and loaded."""
-    make_tiny(folder / "model", family, layers=2)
+    make_tiny(folder / "model", family, layers=2, **options)
     made = load_recipe(recipe, [*sets, "guard=off"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MOVES, "prefix", Fixed)
@@ -122,6 +124,17 @@ def test_logits_and_cache_equal_those_of_torch(recipe: str, tmp_path: Path, call
         assert cache.get_seq_length() == other.get_seq_length() == PROMPT + NEW
         for a, b in zip(cache.layers, other.layers, strict=True):
             assert a.keys.shape == b.keys.shape and (a.values.float() - b.values.float()).ne(0).float().mean() < 0.9
+
+
+@every_level
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("recipe", ["weights alone", "static, prefix, R3, R4", "dynamic, prefix, R3, R4", "3-bit cache"])
+def test_heads_as_wide_as_those_of_real_models(recipe: str, size: int, level: str, tmp_path: Path) -> None:
+    """AVX-512's attention is for heads of multiples of 64."""
+    model = quantized(tmp_path, *RECIPES[recipe], head_dim=size)
+    with kernels.using(level):
+        ours, theirs = decoded(model, True)[0], decoded(model, False)[0]
+    assert float(apart(ours, theirs).median()) <= 1e-5 and float(apart(ours, theirs).max()) <= 2e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

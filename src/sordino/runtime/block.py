@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
@@ -96,6 +97,8 @@ def _forward(
 def _plain_request(decoder: Any, mask: Any, others: dict[str, Any]) -> bool:
     """Whether nothing is wanted but last hidden states, causal, of all layers, without gradients, in the model's own dtype."""
     config = decoder.config
+    if _global_forward_hooks or _global_forward_pre_hooks:  # they want to see every module
+        return False
     if others.get("is_causal") is not None or getattr(config, "is_causal", None) is not None:
         return False
     if any(v is not None and v is not False for k, v in others.items() if k != "return_dict"):

@@ -62,10 +62,10 @@ class RoomyLayer(DynamicLayer):
         return self.room
 
     def _settle(self) -> None:
-        """Hold what was assigned."""
-        held = self.keys, self.values
+        """Hold what was assigned. What was cut off may be in the hands of others: new tokens do not go over it."""
+        held, before = (self.keys, self.values), self.length
         self.length = held[0].shape[2]
-        if self.room is None or not all(map(_begins, self.room, held)):
+        if self.room is None or self.length < before or not all(map(_begins, self.room, held)):
             self.room = held
         self._given = [None, None]
 
@@ -73,9 +73,10 @@ class RoomyLayer(DynamicLayer):
         assert self.room is not None
         held = self.keys, self.values
         tokens = self.length + more + (max(64, self.length // 4) if self.length else 0)
-        room = [x.new_empty((*x.shape[:2], tokens, x.shape[3])) for x in held]
-        for new, old in zip(room, held, strict=True):
-            new[:, :, : self.length] = old
+        with torch.inference_mode(False), torch.no_grad():  # whatever mode writes to it later
+            room = [x.new_empty((*x.shape[:2], tokens, x.shape[3])) for x in held]
+            for new, old in zip(room, held, strict=True):
+                new[:, :, : self.length] = old
         self.room = room[0], room[1]
 
     def put(self, keys: Tensor, values: Tensor) -> None:

@@ -35,11 +35,17 @@ def run(layers: list[Any], norms: list[Norms], x: Tensor, cos: Tensor, sin: Tens
         attention, mlp = layer.self_attn, layer.mlp
         x, h = rows.norm(before, x, added)
         seen = _attend(attention, query, key, h, cos, sin, mask, cache)
-        x, h = rows.norm(between, x, attention.o_proj(seen))
+        x, h = rows.norm(between, x, _linear(attention.o_proj, seen))
         with unwritten(h):
-            gate, up = mlp.gate_proj(h), mlp.up_proj(h)
-        added = mlp.down_proj(rows.glu(gate, up))
+            gate, up = _linear(mlp.gate_proj, h), _linear(mlp.up_proj, h)
+        added = _linear(mlp.down_proj, rows.glu(gate, up))
     return x if added is None else x + added
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    """A linear's output in the dtype of its input [..., C]: what others have put there may give another one."""
+    out: Tensor = module(x)
+    return out.to(x.dtype)
 
 
 def _attend(
@@ -47,7 +53,7 @@ def _attend(
 ) -> Tensor:
     texts, tokens, size = h.shape[0], h.shape[1], attention.head_dim
     with unwritten(h):
-        q, k, v = attention.q_proj(h), attention.k_proj(h), attention.v_proj(h)
+        q, k, v = (_linear(m, h) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
     q, k = rows.place(query, q, cos, sin, size), rows.place(key, k, cos, sin, size)
     v = v.view(texts, tokens, -1, size).transpose(1, 2)
     if getattr(attention, "kv_grid", None) is not None:

@@ -91,6 +91,16 @@ class QuantLinear(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        """Buffers go along to another device, and stay what they are when a model is cast."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
     def codes(self, rows: slice = slice(None)) -> Tensor:
         """Codes of some rows, uint8 [rows, I]."""
         return unpack(self.weight_packed[rows], self.bits, self.in_features)
@@ -152,6 +162,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias`` for x [..., I] in x's dtype; with rounded inputs, of the codes where one scale a row allows."""
+        if not x.numel():
+            return x.new_empty((*x.shape[:-1], self.out_features))
         if self.columned:
             x = x * self.column_scale.to(x.dtype)
         if self.inputs is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -123,6 +124,9 @@ class Held(ctypes.Structure):
     )
 
 
+_LOCK = threading.RLock()
+
+
 class _State:
     """What is in use; ``library`` is None for torch alone."""
 
@@ -141,6 +145,8 @@ def _load() -> ctypes.CDLL | None:
             try:
                 library = ctypes.CDLL(str(file))
             except OSError:  # built for another machine
+                return None
+            if not all(hasattr(library, name) for name in _SIGNATURES):  # built from other sources
                 return None
             for name, arguments in _SIGNATURES.items():
                 function = getattr(library, name)
@@ -177,6 +183,11 @@ def choose(wanted: str | None) -> str:
     """
     if wanted is not None and wanted not in ("off", *LEVELS):
         raise InputError(f"{VARIABLE}={wanted}: one of off, {', '.join(LEVELS)}")
+    with _LOCK:
+        return _choose(wanted)
+
+
+def _choose(wanted: str | None) -> str:
     have = available()
     if wanted not in (None, "off", *have):
         raise InputError(f"{VARIABLE}={wanted}: this build or machine has {', '.join(have) or 'no kernels'}")
@@ -190,7 +201,7 @@ def choose(wanted: str | None) -> str:
 
 def active() -> ctypes.CDLL | None:
     """The library in use, or None for torch alone; the first call reads the environment."""
-    if not _State.name:
+    if not _State.name:  # threads that come meanwhile wait for the first one's choice
         choose(os.environ.get(VARIABLE) or None)
     return _State.library
 

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sordino.runtime.kernels.library import Weight, active
 
 # Up to so many rows the kernels multiply packed codes; for more, unpacking once and torch's matmul are faster.
 FEW_ROWS = 8
+LONGEST = 1 << 16  # inputs of an integer product of 8-bit codes whose sum surely fits 32 bits
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -30,6 +32,7 @@ class Packed:
         codes, scale, _, bias = tensors
         assert codes is not None and scale is not None
         self.at = _addresses(tensors)
+        self.held = [t.untyped_storage() for t in tensors if t is not None]  # so that no other tensor comes to lie there
         bias_type = 0 if bias is None else TYPES.get(bias.dtype, -1)
         shape = (scale.shape[0], inputs, group, bits)
         self.weight = Weight(*self.at, *shape, bias_type)
@@ -58,7 +61,10 @@ def packed(owner: Any, bias: Tensor | None, inputs: int, group: int, bits: int) 
     buffers = owner._buffers
     tensors = (buffers["weight_packed"], buffers["weight_scale"], buffers.get("weight_zero_point"), bias)
     known: Packed | None = owner.__dict__.get("_native")
+    if traced():
+        return None
     if tensors[0].device.type != "cpu":
+        owner.__dict__.pop("_native", None)
         return None
     if known is None or known.at != _addresses(tensors):
         known = Packed(tensors, inputs, group, bits)
@@ -72,8 +78,13 @@ def able(x: Tensor) -> bool:
 
 
 def traced() -> bool:
-    """Whether operations are recorded, to be done later: what the kernels do would be taken for constants."""
-    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
+    """Whether operations are recorded, to be done later, or transformed: what the kernels do would be taken for constants."""
+    return (
+        torch.compiler.is_compiling()
+        or bool(torch._C._get_tracing_state())
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _takes(weight: Packed, x: Tensor) -> bool:
@@ -152,7 +163,7 @@ def rounded_product(weight: Packed | None, x: Tensor, bits: int, clip: float, sc
         scale: fp32 [1], static; None for one scale a token.
     """
     library = active()
-    if library is None or weight is None or not _takes(weight, x) or x.numel() == 0:
+    if library is None or weight is None or not _takes(weight, x) or x.numel() == 0 or weight.weight.inputs > LONGEST:
         return None
     if scale is not None and scale.dtype != torch.float32:
         scale = scale.float()
