@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
 
 import sordino
-from levels import needs_kernels
+from levels import LEVELS, needs_kernels
 from sordino.recipe import load_recipe
 from sordino.runtime.block import one_call
 from sordino.runtime.modules import QuantLinear
@@ -150,3 +151,9 @@ def test_linears_of_others_may_give_another_dtype(model: Any) -> None:
     with one_call(False):
         theirs = model(IDS).logits
     assert float((ours - theirs).float().norm() / theirs.float().norm()) < 2e-2
+
+
+def test_the_kernels_are_there_where_a_compiler_is() -> None:
+    """Installation goes on without them where they do not compile; that must not pass for a success here."""
+    if any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        assert LEVELS, "installed without native kernels although a C++ compiler is here: see the output of pip install -v"
