@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sordino.numerics.inputs import encode, fake_encode, token_scale
+from sordino.numerics.inputs import encode, fake_encode, moving_scale, token_scale
 
 
 @given(st.integers(0, 10_000), st.sampled_from([3, 4, 8]), st.floats(0.3, 1.0), st.booleans())
@@ -69,7 +69,7 @@ def test_a_loud_channel_is_pulled_down(group: int | None) -> None:
     def error(u: torch.Tensor) -> torch.Tensor:
         factor = torch.ones(32).index_put((torch.tensor(5),), u.exp())
         y = x / factor
-        return ((fake_encode(y, token_scale(y, 3, 1.0, group), 3) * factor - x)[:, :5] ** 2).sum(-1).mean()
+        return ((fake_encode(y, moving_scale(y, 3, 1.0, group), 3) * factor - x)[:, :5] ** 2).sum(-1).mean()
 
     u = torch.zeros((), requires_grad=True)
     error(u).backward()

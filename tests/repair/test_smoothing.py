@@ -20,7 +20,7 @@ from sordino.repair.clip import ClippedLinear, ClipSpace
 from sordino.repair.smoothing import Mode, Smoothing, SmoothSpace
 from sordino.round.rtn import RtnSolver
 from sordino.rounding import Rounded
-from sordino.runtime.inputs import order_input
+from sordino.runtime.inputs import order_input, round_inputs, rounding
 from tiny import assert_seen_in_the_walk, make_tiny
 
 
@@ -156,6 +156,34 @@ def test_factors_stay_in_bounds_and_as_stored() -> None:
     smooth.settle(torch.bfloat16)
     assert float(smooth.u[0]) == pytest.approx(4.60517, rel=1e-5)
     assert torch.equal(block.norm.weight, block.norm.weight.to(torch.bfloat16).float())
+
+
+def test_scales_of_inputs_move_while_factors_are_trained(tmp_path: Path) -> None:
+    """The loudest channel of every token is pulled down, which a scale without gradients would not ask for."""
+    model, _ = sordino.load(make_tiny(tmp_path / "model", layers=1))
+    anatomy: Anatomy = anatomy_of(model)
+    block = model.model.layers[0].requires_grad_(False)
+    names = ["mlp.gate_proj", "mlp.up_proj"]
+    rounded = {n: RtnSolver().solve(block.get_submodule(n).weight.float(), None, AffineGrid(8, True), 16) for n in names}
+    with torch.no_grad():
+        block.post_attention_layernorm.weight[5] = 30.0
+    for name in names:
+        round_inputs(block.get_submodule(name), 3, False, 16, scale=1.0)
+    clips = ClipSpace(block, rounded, 0.0, {}, 0.0)
+    space = SmoothSpace(block, anatomy, clips.trained, 0.01, "hard", torch.float32)
+    hooks = [rounding(clips.trained[n]) for n in names]
+    assert all(h is not None and h.moving for h in hooks)
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    h = block.post_attention_layernorm(x)
+    exact = torch.nn.functional.silu(h @ rounded[names[0]].values().T) * (h @ rounded[names[1]].values().T)
+    h = block.post_attention_layernorm(x)
+    found = torch.nn.functional.silu(clips.trained[names[0]](h)) * clips.trained[names[1]](h)
+    ((found - exact.detach()) ** 2).mean().backward()
+    space.collect()
+    grad = space.sites[0].u.grad
+    assert grad is not None and int(grad.abs().argmax()) == 5 and float(grad[5]) < 0  # louder by less: u grows
+    space.fold()
+    assert not any(h.moving for h in hooks if h is not None)
 
 
 def test_a_site_is_left_alone_if_one_of_its_linears_is(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ _LEAST = 1e-8  # of a scale: a token of zeros has codes of zero
 
 
 def token_scale(x: Tensor, bits: int, clip: float | Tensor = 1.0, group: int | None = None) -> Tensor:
-    """Scales of tokens, with gradients by the largest entries: what makes a loud channel quieter makes all steps finer.
+    """Scales of tokens, without gradients.
 
     Args:
         x: [..., C].
@@ -26,6 +26,11 @@ def token_scale(x: Tensor, bits: int, clip: float | Tensor = 1.0, group: int | N
     Returns:
         fp32 [..., 1]; with groups [..., C], a channel's own.
     """
+    return moving_scale(x.detach(), bits, clip, group)
+
+
+def moving_scale(x: Tensor, bits: int, clip: float | Tensor = 1.0, group: int | None = None) -> Tensor:
+    """As :func:`token_scale`, with gradients by the largest entries: a quieter loud channel makes all steps finer."""
     size = x.shape[-1] if group is None else group
     peak = x.unflatten(-1, (-1, size)).abs().amax(-1).float()
     scale: Tensor = (peak * (clip / ((1 << (bits - 1)) - 1))).clamp(min=_LEAST)

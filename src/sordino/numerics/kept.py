@@ -6,6 +6,7 @@ R = out_features, C = in_features, k kept columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,14 +57,16 @@ def with_kept(w: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([w[:, : w.shape[1] - kept.shape[1]], kept.to(w.dtype)], 1)
 
 
-def round_with_kept(x: Tensor, bits: int, clip: float | Tensor, group: int | None, kept: int) -> Tensor:
+def round_with_kept(
+    x: Tensor, bits: int, clip: float | Tensor, group: int | None, kept: int, scales: Callable[..., Tensor] = token_scale
+) -> Tensor:
     """An input [..., C] on its dynamic grid, the last ``kept`` entries at 8 bits with a scale of their own for every token.
 
-    As in Atom, the low-bit scales do not see the kept entries.
+    As in Atom, the low-bit scales do not see the kept entries. ``scales`` makes them.
     """
     low = torch.cat([x[..., :-kept], torch.zeros_like(x[..., -kept:])], -1)
     high = x[..., -kept:]
-    parts = fake_encode(low, token_scale(low, bits, clip, group), bits), fake_encode(high, token_scale(high, BITS), BITS)
+    parts = fake_encode(low, scales(low, bits, clip, group), bits), fake_encode(high, token_scale(high, BITS), BITS)
     return torch.cat([parts[0][..., :-kept], parts[1]], -1)
 
 

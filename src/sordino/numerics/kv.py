@@ -44,12 +44,12 @@ class KvGrid:
             share: fp32 [K]; static: the scales. Dynamic: the share of a token's extremes that the codes reach.
 
         Returns:
-            fp32 [B, K, S, 1] each (static: [K, 1, 1]); scales are numbers that bf16 holds, with gradients by the extremes.
+            fp32 [B, K, S, 1] each (static: [K, 1, 1]); scales are numbers that bf16 holds.
         """
         half, share = 1 << (self.bits - 1), share.float()[:, None, None]
         if self.static:
             return share, torch.full_like(share, half)
-        x = x.float()
+        x = x.detach().float()
         if self.symmetric:
             scale = _stored(x.abs().amax(-1, keepdim=True) * share / (half - 1))
             return scale, torch.full_like(scale, half)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sordino.anatomy import Anatomy
 from sordino.repair.clip import ClippedLinear
 from sordino.rounding import Rounded
+from sordino.runtime.inputs import RoundInput, rounding
 from sordino.runtime.modules import ORDER
 
 Mode = Literal["soft", "hard", "free"]
@@ -98,12 +99,17 @@ class SmoothSpace:
     ):
         self.rate, self.stored = rate, stored
         self.sites: list[Smoothing] = []
+        self.hooks: list[RoundInput] = []  # a loud channel sets the scale of its token: u has to feel that
         for site, norm in anatomy.norms.items():
             names = [x.name for x in anatomy.at(site)]
             if all(name in trained for name in names):
                 order = trained[names[0]]._buffers.get(ORDER)
                 linears = [trained[name] for name in names]
+                self.hooks += [hook for linear in linears if (hook := rounding(linear)) is not None]
                 self.sites.append(Smoothing(block.get_submodule(norm), linears, None if order is None else order.long(), mode))
+
+        for hook in self.hooks:
+            hook.moving = True
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer."""
@@ -129,4 +135,6 @@ class SmoothSpace:
         for s in self.sites:
             for p in s.held:
                 p.requires_grad_(False)
+        for hook in self.hooks:
+            hook.moving = False
         return {}

@@ -26,7 +26,7 @@ from sordino.anatomy import Anatomy, Site
 from sordino.contract import LearnContext, Move
 from sordino.errors import InputError, SordinoError
 from sordino.numerics.cayley import cayley_step
-from sordino.numerics.inputs import fake_encode, token_scale
+from sordino.numerics.inputs import fake_encode, moving_scale
 from sordino.numerics.kv import KvGrid
 from sordino.recipe import Format, PositiveInt
 from sordino.reshape.turning import turn_stream, turn_values
@@ -154,7 +154,7 @@ def simulate(ctx: LearnContext, index: int, basis: Tensor, values: Tensor) -> li
     clip = _CLIP if inputs.static or inputs.clip == "search" else float(inputs.clip)
 
     def fake(x: Tensor, site: Site) -> Tensor:
-        scale = token_scale(x, inputs.bits, clip, ctx.groups[site])
+        scale = moving_scale(x, inputs.bits, clip, ctx.groups[site])
         return fake_encode(x, scale, inputs.bits) if inputs.rounded else x
 
     def around(site: Site, y: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sordino.numerics.hadamard import rotation
-from sordino.numerics.inputs import fake_encode, token_scale
+from sordino.numerics.inputs import fake_encode, moving_scale, token_scale
 from sordino.numerics.kept import round_with_kept
 from sordino.runtime.kernels.rows import rotate
 from sordino.runtime.modules import ORDER, SCALE, input_groups
@@ -48,12 +48,14 @@ class RoundInput:
         kept: the last channels, at 8 bits.
         trained: says what takes the place of ``input_scale`` while it is trained.
         once: rounds for all linears of a site, while it is trained.
+        moving: whether dynamic scales have gradients, while channels are trained to be louder or quieter.
     """
 
     def __init__(self, bits: int, static: bool, group: int | None = None, kept: int = 0):
         self.bits, self.static, self.group, self.kept = bits, static, group, kept
         self.trained: Callable[[], Tensor] | None = None
         self.once: Once | None = None
+        self.moving = False
 
     def __call__(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor]:
         """The input [..., C] on its grid."""
@@ -62,9 +64,10 @@ class RoundInput:
 
     def _round(self, module: Any, x: Tensor) -> Tensor:
         scale: Tensor = module.get_buffer(SCALE) if self.trained is None else self.trained()
+        scales = moving_scale if self.moving else token_scale
         if self.kept:
-            return round_with_kept(x, self.bits, scale, self.group, self.kept)
-        return fake_encode(x, scale if self.static else token_scale(x, self.bits, scale, self.group), self.bits)
+            return round_with_kept(x, self.bits, scale, self.group, self.kept, scales)
+        return fake_encode(x, scale if self.static else scales(x, self.bits, scale, self.group), self.bits)
 
 
 class Once:
