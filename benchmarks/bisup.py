@@ -11,14 +11,11 @@ stream behind each block (E_acc), into benchmarks/rows/bisup_sweeps.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
-import tempfile
-from pathlib import Path
 
-from ladder import ROWS, Ladder, called, climb, code_version, keep, run, texts_parser, there
+from ladder import ROWS, Ladder, called, climb, code_version, keep, made, texts_parser, there
 from sordino.recipe import load_recipe
 from tables import cells, latest, spread
 
@@ -92,11 +89,8 @@ def errors(name: str, recipe: str, overrides: list[str], args: argparse.Namespac
     }
     if there(ROWS / "bisup_sweeps.jsonl", key):
         return
-    with tempfile.TemporaryDirectory() as folder:
-        sets = [x for o in overrides for x in ("--set", o)]
-        out = str(Path(folder) / "out")
-        cost = run(["quantize", args.model, "-r", recipe, "-o", out, "--text", args.calibrate, "--blocks", args.blocks, *sets])
-        blocks = [b for b in json.loads((Path(out) / "sordino.json").read_text())["blocks"] if "error" in b]
+    with made(args.model, recipe, overrides, args.calibrate, "--blocks", args.blocks) as (_, cost, manifest):
+        blocks = [b for b in manifest["blocks"] if "error" in b]
     row = {"name": name, **key, "recipe": recipe, "overrides": overrides, "quantize": cost}
     row |= {"errors": [b["error"] for b in blocks], "fallbacks": [b["block"] for b in blocks if b.get("fallback")]}
     keep(ROWS / "bisup_sweeps.jsonl", row)

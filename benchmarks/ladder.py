@@ -11,12 +11,13 @@ import argparse
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import timeit
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,11 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
     key = {"digest": digest, "version": code_version(), "seed": seed, "windows": args.windows, "model": called(args.model)}
     if there(rows, key):
         return
-    work = Path(tempfile.mkdtemp(prefix="sordino-bench-"))
     result: dict[str, Any] = {"name": name, **key, "recipe": recipe, "overrides": overrides, "cores": os.cpu_count()}
     result["gflops"] = speed()
-    try:
-        subject = args.model
+    with made(args.model, recipe, overrides, args.calibrate, "--seed", str(seed)) as (subject, cost, manifest):
         if recipe:
-            subject = str(work / "out")
-            sets = [x for o in overrides for x in ("--set", o)]
-            given = ["quantize", args.model, "-r", recipe, "-o", subject, "--text", args.calibrate, "--seed", str(seed)]
-            result["quantize"] = run([*given, *sets])
-            manifest = json.loads((work / "out" / "sordino.json").read_text())
-            result |= {"guard": manifest["guard"], "coverage": manifest["coverage"]}
+            result |= {"quantize": cost, "guard": manifest["guard"], "coverage": manifest["coverage"]}
             if found := [b["inputs"]["down"] for b in manifest["blocks"] if "down" in b.get("inputs", {})]:
                 result["down_inputs"] = found
             result["errors"] = [b["error"] for b in manifest["blocks"] if "error" in b]  # held out, behind each block
@@ -86,10 +80,26 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
         result |= figures(subject, args.evaluate, args.windows, args.model if recipe else None, args.seqlen)
         if args.also:
             result["also"] = figures(subject, args.also, 16, args.model if recipe else None, args.seqlen)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     keep(rows, result)
     print(f"{name} seed {seed}: PPL {result['ppl']:.3f} at {result['bits_per_weight']:.3f} bits", flush=True)
+
+
+@contextmanager
+def made(
+    model: str, recipe: str | None, overrides: list[str], text: str, *options: str
+) -> Iterator[tuple[str, dict[str, float], dict[str, Any]]]:
+    """A checkpoint by the command line, there for the body: its folder, what it cost, its manifest; the model without a recipe.
+
+    The report's samples are left out: they would count as the recipe's time.
+    """
+    if recipe is None:
+        yield model, {}, {}
+        return
+    with tempfile.TemporaryDirectory(prefix="sordino-bench-", ignore_cleanup_errors=True) as folder:
+        out = str(Path(folder) / "out")
+        given = [*options, *(x for o in overrides for x in ("--set", o))]
+        cost = run(["quantize", model, "-r", recipe, "-o", out, "--text", text, "--no-samples", *given])
+        yield out, cost, json.loads((Path(out) / "sordino.json").read_text())
 
 
 def called(model: str) -> str:
@@ -99,8 +109,12 @@ def called(model: str) -> str:
 
 def there(rows: Path, key: dict[str, Any]) -> bool:
     """Whether a file has a row with these entries."""
-    have = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
-    return any(all(r.get(k) == v for k, v in key.items()) for r in have)
+    return any(all(r.get(k) == v for k, v in key.items()) for r in read(rows))
+
+
+def read(rows: Path) -> list[dict[str, Any]]:
+    """All rows of a file, in order; none without the file."""
+    return [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
 
 
 def keep(rows: Path, row: dict[str, Any]) -> None:

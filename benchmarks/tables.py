@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Any
 
-from ladder import ROWS
+from ladder import ROWS, read
 
 COLUMNS = ["recipe", "bits/weight", "bits/parameter", "PPL", "seeds", "C4 PPL", "KL", "fallbacks to RTN"]
 COLUMNS += ["CPU s", "GFLOP/s", "peak GiB"]
@@ -16,16 +15,12 @@ Row = dict[str, Any]
 
 def latest(file: str) -> dict[tuple[str, int], Row]:
     """Rows of the usual setting by (name, seed); later ones replace earlier ones."""
-    path = ROWS / file
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return {(r["name"], r["seed"]): r for r in rows if r["model"] == "smollm2" and r["windows"] == 32}
+    return {(r["name"], r["seed"]): r for r in read(ROWS / file) if r["model"] == "smollm2" and r["windows"] == 32}
 
 
 def last(file: str, *fields: str) -> dict[Any, Row]:
     """The last row of each value of a field, or tuple of several; empty without the file."""
-    path = ROWS / file
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return {r[fields[0]] if len(fields) == 1 else tuple(r[f] for f in fields): r for r in rows}
+    return {r[fields[0]] if len(fields) == 1 else tuple(r[f] for f in fields): r for r in read(ROWS / file)}
 
 
 def table(rows: dict[tuple[str, int], Row], names: list[str], columns: int = len(COLUMNS)) -> str:

@@ -9,20 +9,15 @@ Takes a quarter of an hour a row on two cores with all 6653 items. Needs the ext
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
-import shutil
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import sordino
-from ladder import ROWS, called, code_version, keep, run, there
-from sordino.measure.tasks import Tasks, TaskScore, TaskScores, open_tasks
+from ladder import ROWS, called, code_version, keep, made, read, there
+from sordino.measure.tasks import Tasks, TaskScore, TaskScores, open_tasks, score_of
 from sordino.recipe import load_recipe
 
 TASKS = ("piqa", "arc_easy", "arc_challenge", "winogrande")
@@ -71,22 +66,13 @@ def measure(name: str, tasks: Tasks, args: argparse.Namespace) -> None:
     if there(ROWS / "zeroshot.jsonl", key):
         return
     row: dict[str, Any] = key | {"recipe": recipe, "overrides": overrides, "cores": os.cpu_count()}
-    work = Path(tempfile.mkdtemp(prefix="sordino-bench-"))
-    try:
-        subject = args.model
+    with made(args.model, recipe, overrides, args.calibrate) as (subject, cost, manifest):
         if recipe:
-            subject = str(work / "out")
-            sets = [x for o in overrides for x in ("--set", o)]
-            row["quantize"] = run(
-                ["quantize", args.model, "-r", recipe, "-o", subject, "--text", args.calibrate, "--no-samples", *sets]
-            )
-            row["bits_per_weight"] = json.loads((work / "out" / "sordino.json").read_text())["bits_per_weight"]
+            row |= {"quantize": cost, "bits_per_weight": manifest["bits_per_weight"]}
         model, tokenizer = sordino.load(subject)
         started = time.process_time()
         scores = plainly(model, tokenizer, tasks) if name == PLAIN else tasks.run(model, tokenizer)
         row["cpu_seconds"], row["threads"] = round(time.process_time() - started), torch.get_num_threads()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     row["tasks"] = {}
     for task, t in scores.tasks.items():
         items = {m: packed(x) for m, x in t.items.items()}
@@ -102,11 +88,7 @@ def plainly(model: Any, tokenizer: Any, tasks: Tasks) -> TaskScores:
 
     suite = {"tasks": tasks.suite.tasks, "groups": tasks.suite.groups, "group_map": {}}
     found = evaluate(HFLM(pretrained=model, tokenizer=tokenizer), suite, limit=tasks.limit, log_samples=True)
-    scores = {}
-    for name in tasks.suite.tops:
-        figures = {k.removesuffix(",none"): v for k, v in found["results"][name].items() if k.endswith(",none")}
-        items = {m: tuple(float(s[m]) for s in found["samples"][name]) for m in figures if not m.endswith("_stderr")}
-        scores[name] = TaskScore(figures, items, len(found["samples"][name]))
+    scores = {n: score_of(n, found["results"][n], found["samples"], leaves) for n, leaves in tasks.suite.tops.items()}
     return TaskScores(scores, 0.0)
 
 
@@ -129,8 +111,7 @@ def scores_of(row: dict[str, Any]) -> TaskScores:
 
 def rendered() -> str:
     """The section of docs/results.md, from the last row of each name; empty without rows."""
-    path = ROWS / "zeroshot.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = read(ROWS / "zeroshot.jsonl")
     found = {r["name"]: r for r in rows if r["model"] == "smollm2" and r["limit"] is None}
     if EXACT not in found:
         return ""
@@ -148,20 +129,14 @@ def rendered() -> str:
             cells += [f"{own.mean:.4f} ± {own.mean_stderr:.4f}", "–" if name == EXACT else difference(own, exact)]
             lines.append(f"| {' | '.join([*cells, str(found[name]['cpu_seconds'])])} |")
     if PLAIN in found:
-        plain = found[PLAIN]["tasks"]
-        same = all(plain[n]["items"] == t["items"] for n, t in found[EXACT]["tasks"].items())
-        figures = all(
-            math.isclose(plain[n]["figures"][m], v, rel_tol=0, abs_tol=0)
-            for n, t in found[EXACT]["tasks"].items()
-            for m, v in t["figures"].items()
-        )
-        verdict = "equal to the last digit" if figures else "NOT equal"
+        pairs = [(found[PLAIN]["tasks"][n], t) for n, t in found[EXACT]["tasks"].items()]
+        verdict = "equal to the last digit" if all(p["figures"] == t["figures"] for p, t in pairs) else "NOT equal"
+        same = all(p["items"] == t["items"] for p, t in pairs)
         every = "every item's score is the same" if same else "not every item's score is the same"
         lines += ["", f"Plain lm-evaluation-harness on the same model and data: figures {verdict}, {every}."]
-    pairs = [(a, b) for a, b in PAIRS if a in found and b in found]
-    if pairs:
+    if claims := [(a, b) for a, b in PAIRS if a in found and b in found]:
         lines += ["", "| one | against | difference of means [95 %] |", "|---|---|---|"]
-        lines += [f"| {a} | {b} | {difference(scores_of(found[a]), scores_of(found[b]))} |" for a, b in pairs]
+        lines += [f"| {a} | {b} | {difference(scores_of(found[a]), scores_of(found[b]))} |" for a, b in claims]
     return "\n".join(lines) + "\n"
 
 

@@ -161,7 +161,7 @@ class Tasks:
         """
         started = time.time()
         found = _harness().run_suite(self.suite, model, tokenizer, self.limit, progress)
-        scores = {n: _score(n, found["results"][n], found["samples"], leaves) for n, leaves in self.suite.tops.items()}
+        scores = {n: score_of(n, found["results"][n], found["samples"], leaves) for n, leaves in self.suite.tops.items()}
         return TaskScores(scores, round(time.time() - started, 2))
 
 
@@ -196,8 +196,18 @@ def _harness() -> ModuleType:
     return harness
 
 
-def _score(name: str, result: Mapping[str, Any], samples: Mapping[str, Any], leaves: Sequence[str]) -> TaskScore:
-    """Our form of the harness' figures: "acc,none" is acc; other filters stay in the name."""
+def score_of(name: str, result: Mapping[str, Any], samples: Mapping[str, Any], leaves: Sequence[str]) -> TaskScore:
+    """Our form of the harness' figures: "acc,none" is acc; other filters stay in the name.
+
+    Args:
+        name: of a task or group.
+        result: its entry of the harness' ``results``.
+        samples: the harness' ``samples``, by task.
+        leaves: names of the tasks in it.
+
+    Raises:
+        InputError: if a group has no figure of its own.
+    """
     figures = {}
     for key, value in result.items():
         if isinstance(value, float) and "," in key:
@@ -225,7 +235,8 @@ class _Drawn:
 def _drawn(task: str, ours: Sequence[float], theirs: Sequence[float]) -> _Drawn:
     """Draw items, each task from random numbers of its own: tasks with equal counts must not rise and fall together."""
     values = np.array([-1.0, 0.0, 1.0])
-    counts = np.array([np.count_nonzero(np.subtract(ours, theirs) == v) for v in values])
+    apart = np.subtract(ours, theirs)
+    counts = np.array([np.count_nonzero(apart == v) for v in values])
     chances = counts + np.array([0.5, 0.0, 0.5])
     seed = np.random.default_rng([zlib.crc32(task.encode()), *counts])  # the same figures give the same interval
     draws = seed.multinomial(len(ours), chances / chances.sum(), size=_RESAMPLES)
