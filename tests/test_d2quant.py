@@ -97,18 +97,22 @@ def test_latents_follow_a_merged_column_scale(tmp_path: Path, monkeypatch: pytes
     assert len(shares) == 4 and min(shares) > 0.99
 
 
+def assert_generates_and_saves_again(ours: Any, tokenizer: Any, folder: Path) -> None:
+    ids = tokenizer("and it goes on", return_tensors="pt").input_ids
+    assert ours.generate(ids, max_new_tokens=8).shape[1] == ids.shape[1] + 8
+    ours.save_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, again(ids).logits)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_checkpoint_loads_generates_and_saves_again(preset: str, tied: bool, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", dtype=torch.bfloat16, layers=2, tied=tied, ffn=172)  # no multiple of 32
     result = sordino.quantize(str(model), preset, tmp_path / "out", **SMALL, overrides=("guard=off",))
     ours, tokenizer = sordino.load(tmp_path / "out")
-    ids = tokenizer("and it goes on", return_tensors="pt").input_ids
-    assert ours.generate(ids, max_new_tokens=8).shape[1] == ids.shape[1] + 8
-    ours.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    with torch.no_grad():
-        assert torch.equal(ours(ids).logits, again(ids).logits)
+    assert_generates_and_saves_again(ours, tokenizer, tmp_path / "again")
     measured = sordino.evaluate(tmp_path / "out", seqlen=32, windows=1)
     assert measured.bits_per_weight == pytest.approx(result.manifest["bits_per_weight"])
 
@@ -178,12 +182,7 @@ def test_column_scale_is_stored_where_nothing_can_take_it(family: str, base: str
             x = torch.randn(rows, linear.in_features)
             exact = F.linear(x, linear.dequantize(torch.float32), linear.bias).detach()
             assert float((linear(x).detach() - exact).norm()) <= 1e-5 * float(exact.norm())
-    ids = tokenizer("and it goes on", return_tensors="pt").input_ids
-    assert ours.generate(ids, max_new_tokens=8).shape[1] == ids.shape[1] + 8
-    ours.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    with torch.no_grad():
-        assert torch.equal(ours(ids).logits, again(ids).logits)
+    assert_generates_and_saves_again(ours, tokenizer, tmp_path / "again")
 
 
 def test_a_stored_column_scale_is_worth_it_where_columns_differ(tmp_path: Path) -> None:

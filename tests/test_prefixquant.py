@@ -12,20 +12,11 @@ from transformers import AutoModelForCausalLM
 import sordino
 from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
 from sordino.moves import MOVES
-from sordino.protect.prefix import Prefix
 from sordino.recipe import load_recipe, presets
-from tiny import make_tiny
+from tiny import IDS, Fixed, make_tiny
 
 SMALL: dict[str, Any] = {"windows": 16, "seqlen": 48}
-IDS = (70, 12, 0)
 NAMES = [n for n in presets() if n.startswith(("prefixquant-", "quarot-", "spinquant-", "w4a"))]
-
-
-class Fixed(Prefix):
-    """Random models have no outliers: the tokens are given, everything else is the move's own."""
-
-    def prefix(self, artifacts: dict[str, Any], first: int | None) -> tuple[int, ...]:
-        return IDS
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import sordino
 from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
+from sordino.protect.prefix import Prefix
 
 STORIES = Path(__file__).parent / "data" / "stories260k"  # a trained model, however small
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2")
@@ -29,6 +30,17 @@ _MERGES += ",Ġ p,Ġo f,in g,Ġ w,t i,Ġi s,c t,m e,e d,s t,n t,Ġ re,a n,d e,ti
 _CHAT = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 )
+
+
+IDS = (70, 12, 0)
+
+
+class Fixed(Prefix):
+    """Random models have no outliers: the tokens are given, everything else is the move's own."""
+
+    def prefix(self, artifacts: dict[str, Any], first: int | None) -> tuple[int, ...]:
+        assert first == 0
+        return IDS
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

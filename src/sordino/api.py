@@ -125,17 +125,13 @@ def quantize(
             work = Work(out, fingerprint)
             work.save()
             result = _run(source, plan, work, drawn, seed, out, progress or _silent, prompt)
-            run = _run_facts(work.seconds, _cpu_seconds() - cpu, plan) | {"parts": work.state.get("spent", {})}
+            run = _run_facts(work, _cpu_seconds() - cpu, plan)
             write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
             write_text(out / "report.html", quantize_page(out, str(model), result, run))
             publish(work, out)
             work.remove()
             if samples:
-                from sordino.report.samples import samples as speak  # which loads models by this file
-
-                (progress or _silent)("samples", 0, 1)
-                said = speak(str(model), out, result["full_precision_bytes"])
-                (progress or _silent)("samples", 1, 1)
+                said = _samples(str(model), out, result, progress or _silent)
                 write_text(out / "report.html", quantize_page(out, str(model), result, run, said))
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write to {out}: {reason(error)}") from None
@@ -324,9 +320,19 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _run_facts(seconds: float, cpu: float, plan: Plan) -> dict[str, Any]:
+def _samples(model: str, out: Path, result: dict[str, Any], progress: Progress) -> Any:
+    """Answers of both models for the report, or why there are none."""
+    from sordino.report.samples import samples  # which loads models by this file
+
+    progress("samples", 0, 1)
+    said = samples(model, out, result["full_precision_bytes"])
+    progress("samples", 1, 1)
+    return said
+
+
+def _run_facts(work: Work, cpu: float, plan: Plan) -> dict[str, Any]:
     return {
-        "seconds": round(seconds, 2),
+        "seconds": round(work.seconds, 2),
         "cpu_seconds": round(cpu, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "estimated_memory_bytes": plan.memory,
@@ -334,6 +340,7 @@ def _run_facts(seconds: float, cpu: float, plan: Plan) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),
+        "parts": work.state["spent"],
     }
 
 

@@ -21,19 +21,10 @@ from sordino.errors import InputError
 from sordino.moves import MOVES
 from sordino.protect.prefix import Outliers, Prefix, choose, token_ratios
 from sordino.recipe import MoveSpec, Recipe, load_recipe
-from tiny import Sordino, make_tiny
+from tiny import IDS, Fixed, Sordino, make_tiny
 
 SMALL: dict[str, Any] = {"windows": 8, "seqlen": 48}
-IDS = (70, 12, 0)
 P = len(IDS)
-
-
-class Fixed(Prefix):
-    """Random models have no outliers: the tokens are given, everything else is the move's own."""
-
-    def prefix(self, artifacts: dict[str, Any], first: int | None) -> tuple[int, ...]:
-        assert first == 0
-        return IDS
 
 
 class Stop(Move):

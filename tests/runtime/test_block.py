@@ -19,13 +19,12 @@ import sordino
 from levels import every_level, needs_kernels
 from sordino.errors import InputError
 from sordino.moves import MOVES
-from sordino.protect.prefix import Prefix
 from sordino.recipe import load_recipe
 from sordino.runtime import block, kernels
 from sordino.runtime.block import one_call
 from sordino.runtime.kernels import library
 from sordino.runtime.prefix import prefix_length
-from tiny import make_tiny
+from tiny import Fixed, make_tiny
 
 pytestmark = needs_kernels
 SMALL: dict[str, Any] = {"windows": 8, "seqlen": 48}
@@ -42,13 +41,6 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "integer products": ("w8a8", []),
     "3-bit cache": ("rtn-w4", ['format.kv={bits=3, mode="dynamic", symmetric=true}']),
 }
-
-
-class Fixed(Prefix):
-    """Random models have no outliers: the tokens are given, everything else is the move's own."""
-
-    def prefix(self, artifacts: dict[str, Any], first: int | None) -> tuple[int, ...]:
-        return (70, 12, 0)
 
 
 wholes: list[int] = []  # an entry for every layer that went through layers.py

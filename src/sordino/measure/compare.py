@@ -40,6 +40,11 @@ class Trade:
     points: tuple[tuple[float, float, str], ...]
 
     @property
+    def series(self) -> list[Series]:
+        """What to draw: the points, and a line along the frontier."""
+        return [Series(self.figure, self.points, self.frontier)]
+
+    @property
     def frontier(self) -> list[tuple[float, float]]:
         """The points that no other one beats, from the cheapest on."""
         signs = (1 if self.cost == "MiB" else -1), (-1 if self.figure == MEAN else 1)
@@ -148,7 +153,7 @@ class Comparison:
         if label not in plots:
             raise InputError(f"no figure '{label}'; there are {', '.join(plots)}")
         trade = plots[label]
-        return figure([Series(label, trade.points)], trade.cost, trade.figure, lines=False, log_x=True, path=trade.frontier)
+        return figure(trade.series, trade.cost, trade.figure, lines=False, log_x=True)
 
     def _repr_html_(self) -> str:
         return table(self.cells(), self.header)

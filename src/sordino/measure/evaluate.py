@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from sordino.api import load
 from sordino.corpus import EVAL_TEXT, Text, eval_windows, load_text, tokenize
 from sordino.errors import InputError
-from sordino.measure.size import Size, size_of
+from sordino.measure.size import size_of
 from sordino.measure.tasks import Tasks, TaskScores, open_tasks
 from sordino.numerics.divergence import token_kl
 from sordino.report.notebook import table
@@ -230,14 +230,9 @@ def evaluate(
         _check_same(model, ids, against.name, against.ids)
     scores = None if suite is None else suite.run(subject, tokenizer, progress)
     found, seconds = _on_text(subject, ids, against, progress)
-    size: Size = size_of(subject, locate(model))
+    figures: dict[str, Any] = found | asdict(size_of(subject, locate(model)))
     return Evaluation(
-        **found,
-        bits_per_weight=size.bits_per_weight,
-        bits_per_parameter=size.bits_per_parameter,
-        bytes=size.bytes,
-        bits_per_input=size.bits_per_input,
-        bits_per_kv=size.bits_per_kv,
+        **figures,
         windows=None if ids is None else len(ids),
         seqlen=None if ids is None else seqlen,
         tasks=scores,

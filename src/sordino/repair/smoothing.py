@@ -107,7 +107,6 @@ class SmoothSpace:
                 linears = [trained[name] for name in names]
                 self.hooks += [hook for linear in linears if (hook := rounding(linear)) is not None]
                 self.sites.append(Smoothing(block.get_submodule(norm), linears, None if order is None else order.long(), mode))
-
         for hook in self.hooks:
             hook.moving = True
 

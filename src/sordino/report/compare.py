@@ -7,7 +7,7 @@ from typing import Any
 from sordino.measure.bench import DECODED
 from sordino.measure.compare import Comparison
 from sordino.report.page import render
-from sordino.report.svg import Series, plot
+from sordino.report.svg import plot
 
 
 def comparison_page(comparison: Comparison) -> str:
@@ -36,9 +36,8 @@ def comparison_page(comparison: Comparison) -> str:
 def _plots(comparison: Comparison) -> list[dict[str, Any]]:
     """Quality over size and over speed, one plot for each figure that was measured."""
     plots = []
-    for label, trade in comparison.plots().items():
-        shown = Series(label, trade.points)
-        drawing = plot([shown], trade.cost, trade.figure, lines=False, log_x=True, path=trade.frontier)
+    for trade in comparison.plots().values():
+        drawing = plot(trade.series, trade.cost, trade.figure, lines=False, log_x=True)
         what = "Size" if trade.cost == "MiB" else "Speed"
         plots.append({"title": f"{what} and {trade.figure.partition(',')[0]}", "drawing": drawing})
     return plots

@@ -18,7 +18,7 @@ _KEY = 18  # height of one line of the legend
 # Fixed colours on white: a notebook's dark theme is not known to a picture.
 _STYLE = (
     f"svg{{font:12px system-ui,sans-serif;background:{LIGHT['paper']}}}"
-    f"text{{fill:{LIGHT['soft']}}}line{{stroke:{LIGHT['rule']}}}line.edge{{stroke:{LIGHT['c0']};stroke-dasharray:4 3}}"
+    f"text{{fill:{LIGHT['soft']}}}line{{stroke:{LIGHT['rule']}}}line.edge{{stroke:var(--c);stroke-dasharray:4 3}}"
     ".mid{text-anchor:middle}.end{text-anchor:end}polyline{fill:none;stroke:var(--c);stroke-width:1.8}"
     f"circle,rect.key{{fill:var(--c)}}g text{{fill:{LIGHT['ink']}}}"
 ) + "".join(f".s{i}{{--c:{LIGHT[f'c{i}']}}}" for i in range(COLOURS))
@@ -42,20 +42,9 @@ class Figure:
         Path(path).write_text(self.svg, encoding="utf-8")
 
 
-def figure(
-    series: Sequence[Series],
-    x_label: str,
-    y_label: str,
-    *,
-    lines: bool,
-    log_x: bool = False,
-    path: Sequence[tuple[float, float]] = (),
-) -> Figure:
+def figure(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, log_x: bool = False) -> Figure:
     """A plot by itself; see :func:`sordino.report.svg.plot` for the arguments. The legend names series if there are several."""
-    parts = [
-        draw(series, x_label, y_label, lines=lines, log_x=log_x, path=path)
-        or Markup('<text x="9" y="20">Nothing to draw.</text>')
-    ]
+    parts = [draw(series, x_label, y_label, lines=lines, log_x=log_x) or Markup('<text x="9" y="20">Nothing to draw.</text>')]
     named = series if len(series) > 1 else ()
     for i, s in enumerate(named):
         y = HEIGHT + _KEY * i

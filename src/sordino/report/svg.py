@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from markupsafe import Markup
@@ -24,21 +24,18 @@ _LONGEST = 28  # letters beside a point; the end of a path tells more than its b
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y, what a reader should see of it) under one name."""
+    """Points (x, y, what a reader should see of it) under one name.
+
+    Attributes:
+        edge: places (x, y) of some of them that a thin broken line joins.
+    """
 
     name: str
     points: Sequence[tuple[float, float, str]]
+    edge: Sequence[tuple[float, float]] = ()
 
 
-def plot(
-    series: Sequence[Series],
-    x_label: str,
-    y_label: str,
-    *,
-    lines: bool,
-    log_x: bool = False,
-    path: Sequence[tuple[float, float]] = (),
-) -> Markup:
+def plot(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, log_x: bool = False) -> Markup:
     """Draw series into one frame; y is logarithmic where it spans more than a factor of three.
 
     Args:
@@ -47,9 +44,8 @@ def plot(
         y_label: above it.
         lines: join the points of a series; otherwise each carries its text.
         log_x: for sizes.
-        path: points (x, y) among those of the series to join by a thin line of its own.
     """
-    drawn = draw(series, x_label, y_label, lines=lines, log_x=log_x, path=path)
+    drawn = draw(series, x_label, y_label, lines=lines, log_x=log_x)
     if not drawn:
         return Markup("<p>Nothing to draw.</p>")
     head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, f"{y_label} over {x_label}")
@@ -59,17 +55,9 @@ def plot(
     return head + drawn + Markup("</svg><p>") + legend + Markup("</p>")
 
 
-def draw(
-    series: Sequence[Series],
-    x_label: str,
-    y_label: str,
-    *,
-    lines: bool,
-    log_x: bool,
-    path: Sequence[tuple[float, float]] = (),
-) -> Markup:
+def draw(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, log_x: bool) -> Markup:
     """What stands inside the frame; empty if no point is finite. Arguments as of :func:`plot`."""
-    kept = [Series(s.name, [p for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])]) for s in series]
+    kept = [replace(s, points=[p for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])]) for s in series]
     xs, ys = [p[0] for s in kept for p in s.points], [p[1] for s in kept for p in s.points]
     if not xs:
         return Markup("")
@@ -84,15 +72,13 @@ def draw(
         parts.append(Markup('<text x="{}" y="{:.1f}" class="end">{}</text>').format(LEFT - 6, y + 4, written(value)))
     parts.append(Markup('<text x="{}" y="{}" class="mid">{}</text>').format((LEFT + WIDTH) / 2, HEIGHT - 6, x_label))
     parts.append(Markup('<text x="4" y="13">{}</text>').format(y_label))
-    corners = [(_x(across, x), _y(up, y)) for x, y in path if math.isfinite(x) and math.isfinite(y)]
-    parts += [
-        Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" class="edge"/>').format(*a, *b)
-        for a, b in pairwise(corners)
-    ]
     boxes: list[_Box] = []
     for number, s in enumerate(kept):
         places = [(_x(across, x), _y(up, y), text) for x, y, text in s.points]
         parts.append(Markup('<g class="s{}">').format(number % COLOURS))
+        corners = [(_x(across, x), _y(up, y)) for x, y in s.edge if math.isfinite(x) and math.isfinite(y)]
+        line = Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" class="edge"/>')
+        parts += [line.format(*a, *b) for a, b in pairwise(corners)]
         parts += _line(places) if lines else _labelled(places, boxes)
         parts.append(Markup("</g>"))
     return Markup("").join(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
@@ -11,11 +11,11 @@ class Clock:
     """Seconds by name of a part.
 
     Attributes:
-        spent: wall time so far, that of an interrupted run included.
+        spent: wall time so far, that of an interrupted run included; the work folder's own record, stored with its state.
     """
 
-    def __init__(self, spent: Mapping[str, float]):
-        self.spent = dict(spent)
+    def __init__(self, spent: dict[str, float]):
+        self.spent = spent
 
     @contextmanager
     def on(self, name: str) -> Iterator[None]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,7 +73,7 @@ class Walk:
         self.artifacts: dict[str, Any] = {}
         self.streams: dict[str, Stream] = {}
         self.prefix: PrefixStream | None = None
-        self.clock = Clock(self.work.state.get("spent", {}))
+        self.clock = Clock(self.work.state.setdefault("spent", {}))
 
     def run(self) -> Ends:
         """Do (or continue) the walk; returns what surrounds the blocks, with the final guard's figures.
@@ -91,7 +90,7 @@ class Walk:
         for index in range(self.work.done, last):
             self.progress("block", index, last)
             report = self._block(index) if index >= first else self._pass_through(index)
-            self.work.save(done=index + 1, reports=[*self.work.state["reports"], report], spent=self.clock.spent)
+            self.work.save(done=index + 1, reports=[*self.work.state["reports"], report])
             self.work.drop_streams(index + 1)
             self.source.close()  # pages of a mapped file count as this process's memory until it is unmapped
         self.progress("block", last, last)
@@ -119,7 +118,6 @@ class Walk:
             for move in self.plan.finishing:
                 with self.clock.on(move.name):
                     move.finish(finish)
-            self.work.save(spent=self.clock.spent)
             store_finish(finish, self.plan, self.work, self.source.dtype)
             del finish
         ends.tensors |= self.work.load_ends()
@@ -149,9 +147,9 @@ class Walk:
             ends, windows = Ends(self.source, self.plan), self.windows[: self.plan.recipe.calibration.windows]
             with self.clock.on("surveys"):
                 tokens = survey(self.source, self.plan, self.factory, ends, windows, self.calls, self.artifacts, self.progress)
-        if self.windows is not None:
+        if self.windows is not None and having(self.plan.moves, "learn"):
             rest = (self.work, self.windows, self.artifacts, self.seed, self.progress)
-            with self.clock.on("learning") if having(self.plan.moves, "learn") else nullcontext():
+            with self.clock.on("learning"):
                 self.plan = learn(self.source, self.plan, self.factory, *rest)
         if tokens := join_prompt(tokens, self.prompt):
             self.prefix = PrefixStream(tokens, self.factory, self.work, Ends(self.source, self.plan), self.source.dtype)

@@ -74,7 +74,11 @@ def packed(owner: Any, bias: Tensor | None, inputs: int, group: int, bits: int) 
 
 def able(x: Tensor) -> bool:
     """Whether the kernels can take activations: on the CPU, of a known type, nothing to differentiate or to trace."""
-    return x.device.type == "cpu" and x.dtype in TYPES and not (x.requires_grad and torch.is_grad_enabled()) and not traced()
+    return _readable(x) and not traced()
+
+
+def _readable(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in TYPES and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def traced() -> bool:
@@ -88,7 +92,7 @@ def traced() -> bool:
 
 
 def _takes(weight: Packed, x: Tensor) -> bool:
-    return able(x) and x.shape[-1:] == (weight.weight.inputs,)
+    return _readable(x) and x.shape[-1:] == (weight.weight.inputs,)  # where operations are traced, there is no weight
 
 
 def product(weight: Packed | None, x: Tensor) -> Tensor | None:
