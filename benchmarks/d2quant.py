@@ -16,6 +16,7 @@ BOTH = 'moves=[{{move="tune", epochs=1}}, {{move="distill", epochs={}, windows=4
 # The same behind evened value channels (reshape/smooth.py), and with smaller steps at the end.
 EVEN = BOTH.replace('[{{move="tune"', '[{{move="smooth", down=false}}, {{move="tune"')
 SLOW = EVEN.replace("0.003", "0.001")
+FINAL = 'moves=[{move="rotate"}, {move="mean-shift", always=true, final=true}]'
 # As the preset, behind a prefix of outlier tokens.
 PARKED = 'moves=[{move="prefix"}, {move="tune", epochs=1}, {move="distill", epochs=1, scales=0.003, gains=0.003}]'
 # No tuning of blocks; the distillation sees 416 windows, most of the validation text, where the walk sees 128.
@@ -40,6 +41,8 @@ def rungs(bits: int) -> Ladder:
         f"rotated gptaq-w{bits} + additive dual scale": (w, [rotate], SEEDS),
         f"d2quant-paper-w{bits}": (paper, [], SEEDS),
         f"d2quant-w{bits}": (w, [], SEEDS),
+        # The released code corrects the final norm too.
+        f"d2quant-w{bits} + final norm": (w, [FINAL], SEEDS),
         # Fewer scales on down_proj: no more bits than the rows it is compared with.
         f"d2quant-w{bits}, groups of 384": (w, [f"{DOWN}.0.group=384"], [0]),
         f"d2quant-w{bits} without rotation": (w, ['moves=[{move="mean-shift", always=true}]'], SEEDS),

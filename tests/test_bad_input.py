@@ -169,6 +169,7 @@ BAD_ARGUMENTS = [
     (_set("moves=[{move='distill', weights='fast'}]"), ["'distill'", "weights", "fast"]),
     (_set("moves=[{move='rotate', size=48}]"), ["'rotate'", "size", "48"]),
     (_set("moves=[{move='mean-shift', form='bias'}]"), ["'mean-shift'", "form", "bias"]),
+    (_set("moves=[{move='mean-shift', form='linear', final=true}]"), ["'mean-shift'", "linear", "final"]),
     (_set("moves=[{move='rotate'}, {move='rotate', seed=1}]"), ["more than one move"]),
     (_set("moves=[{move='rotaet'}]"), ["'rotaet'", "unknown"]),
     (_set("format.activations.bits=5"), ["format.activations.bits", "5"]),

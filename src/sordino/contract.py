@@ -55,6 +55,7 @@ class BlockContext(Protocol):
     notes: dict[str, Any]  # what moves want to have said in the block's report, by move name
     stored: torch.dtype  # dtype that the checkpoint has for what is not rounded
     call: dict[str, Any]  # keyword arguments (masks, rotary angles) of the block for these windows
+    norm: nn.Module | None  # the final norm, beside the last block only
 
     def rng(self, move: str) -> torch.Generator:
         """Random numbers that depend on (seed, block, move) only."""
@@ -94,6 +95,10 @@ class BlockContext(Protocol):
         """Take the bias of a norm or linear of the q block away."""
         ...
 
+    def shift_final(self, bias: Tensor) -> None:
+        """Add [D] to the bias of the final norm, which gets one if it has none; only beside the last block."""
+        ...
+
     def touch(self, site: Site) -> None:
         """Say that something at or before ``site`` changed by other means than :meth:`commit`."""
         ...
@@ -119,6 +124,7 @@ class FinishContext(Protocol):
     blocks: list[nn.Module]  # decoder layers holding the rounded values
     solved: list[dict[str, Rounded]]  # per block, the rounded linears by name inside it
     norm: nn.Module  # the final norm
+    exact_norm: nn.Module  # the full-precision model's, which stays as it is
     stored: torch.dtype  # dtype that the checkpoint has for what is not rounded
     windows: Tensor  # token ids [N, L]
     calib: int  # how many windows the walk calibrated on; they come first
@@ -199,6 +205,7 @@ class Move:
     reshapes_alone = False  # what its survey found is of blocks that no other move reshapes
     kept = 0  # input channels of every rounded linear, its last ones, that stay at 8 bits
     side = 0  # rank of a pair beside every rounded linear
+    final_bias = False  # gives the final norm a bias
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         """Preflight: raise InputError where the format or the export target cannot carry this move."""

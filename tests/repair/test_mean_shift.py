@@ -8,6 +8,7 @@ import torch
 
 import sordino
 from sordino.contract import Move
+from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
 from sordino.moves import MOVES
 from sordino.recipe import MoveSpec, load_recipe
 from sordino.repair.mean_shift import MeanShift, mean_input
@@ -21,6 +22,7 @@ def recipe(*moves: dict[str, Any]) -> sordino.Recipe:
 
 
 SHIFT: dict[str, Any] = {"move": "mean-shift", "always": True}
+FINAL = SHIFT | {"final": True}
 
 
 def test_nothing_of_the_mean_deviation_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +45,7 @@ def test_a_teacher_that_is_off_by_a_constant_gives_that_constant() -> None:
             "A", (), {"norms": {"gate_up": "norm"}, "at": lambda self, site: [type("L", (), {"in_features": 4})]}
         )()
         given: Any = None
+        norm = None
 
         def __init__(self) -> None:
             self.notes: dict[str, Any] = {}
@@ -83,10 +86,47 @@ def test_both_forms_give_the_same_logits_and_load(family: str, rotated: bool, tm
     assert (logits[0] - logits[1]).norm() <= 1e-3 * logits[0].norm()
 
 
-def test_is_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shift", [SHIFT, FINAL])
+def test_is_counted(shift: dict[str, Any], tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", layers=2)
-    result = sordino.quantize(str(model), recipe(SHIFT), tmp_path / "out", **SMALL)
+    result = sordino.quantize(str(model), recipe(shift), tmp_path / "out", **SMALL)
     plain = sordino.quantize(str(model), recipe(), tmp_path / "plain", **SMALL)
     measured = sordino.evaluate(tmp_path / "out", seqlen=32, windows=1)
     assert measured.bits_per_weight == pytest.approx(result.manifest["bits_per_weight"])
     assert result.manifest["bits_per_weight"] > plain.manifest["bits_per_weight"]
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_final_norm_gets_what_rounding_the_last_mlp_moved_its_mean_by(rotated: bool, tmp_path: Path) -> None:
+    """Against the stored model itself, once as it is and once with the last MLP as the source has it."""
+    model = make_tiny(tmp_path / "model", layers=2)
+    first = [{"move": "rotate"}] if rotated else []
+    recipe_ = load_recipe(recipe(*first, FINAL), ['format.weights.ignore=["*.self_attn.*"]'])
+    sordino.quantize(str(model), recipe_, tmp_path / "out", text=DEFAULT_TEXT, seed=0, **SMALL)
+    ours, tokenizer = sordino.load(tmp_path / "out", dtype=torch.float32)
+    # Attention is exact, so the teacher of the final norm is the first block as stored and the second as it was.
+    sordino.quantize(str(model), load_recipe(recipe(*first), ['format.weights.ignore=["*"]']), tmp_path / "exact", **SMALL)
+    exact, _ = sordino.load(tmp_path / "exact", dtype=torch.float32)
+    exact.model.layers[0] = ours.model.layers[0]
+    ids = tokenize(load_text(DEFAULT_TEXT), tokenizer)
+    windows = calibration_windows(ids, SMALL["seqlen"], SMALL["windows"], 4, 0)[: SMALL["windows"]]
+    with torch.no_grad():
+        means = [m.model(windows).last_hidden_state.flatten(0, 1).mean(0) for m in (exact, ours)]
+    bias = ours.model.norm.bias
+    assert bias.abs().max() > 1e-3 and torch.allclose(means[0], means[1], atol=1e-5)
+
+
+def test_distillation_learns_from_the_norm_without_the_shift(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    shifted, plain = (
+        sordino.quantize(
+            str(model),
+            load_recipe("gptq-w2").model_copy(update={"moves": tuple(MoveSpec(**m) for m in moves)}),
+            tmp_path / f"{len(moves)}",
+            **SMALL,
+        ).manifest
+        for moves in ([FINAL, {"move": "distill", "epochs": 1}], [])
+    )
+    assert shifted["guard"]["fp_ppl"] == plain["guard"]["fp_ppl"]
+    assert shifted["finish"]["distill"]["kl_after"] == pytest.approx(shifted["guard"]["kl"], rel=1e-4)
+    assert shifted["blocks"][-1]["moves"]["mean-shift"]["final_kept"]

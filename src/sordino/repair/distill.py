@@ -8,7 +8,6 @@ Shapes: B windows, L tokens, T = B*L, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -64,8 +63,7 @@ class Distill(Move):
 
     def finish(self, ctx: FinishContext) -> None:
         """Train, commit, compare."""
-        exact_norm = copy.deepcopy(ctx.norm).requires_grad_(False)
-        before, solved = held_out(ctx, exact_norm), list(ctx.solved)
+        before, solved = held_out(ctx), list(ctx.solved)
         inputs = [InputSpace(b, ctx.anatomy, self.inputs) for b in ctx.blocks]
         spaces = [WeightSpace(b, own, self.weights, self.scales) for b, own in zip(ctx.blocks, solved, strict=True)]
         trained = [b for b, own in zip(ctx.blocks, solved, strict=True) if own]
@@ -74,7 +72,7 @@ class Distill(Move):
         first_gains = [w.detach().clone() for w in gains.weights]
 
         def backward(windows: Tensor) -> float:
-            loss = divergence(ctx, exact_norm, windows)
+            loss = divergence(ctx, windows)
             loss.backward()
             return loss.item()
 
@@ -86,7 +84,7 @@ class Distill(Move):
         gains.fold()
         for scales in inputs:
             scales.fold()
-        after = held_out(ctx, exact_norm)
+        after = held_out(ctx)
         unguarded = math.isnan(before)
         kept = unguarded or after < before
         if not kept:
@@ -107,22 +105,22 @@ class Distill(Move):
                 ctx.commit(i, linear, rounded)
 
 
-def divergence(ctx: FinishContext, exact_norm: Any, windows: Tensor) -> Tensor:
+def divergence(ctx: FinishContext, windows: Tensor) -> Tensor:
     """Mean divergence from full precision on some windows [B], in nats per token, with gradients where they are on."""
     student, teacher = ctx.heads()
     with torch.no_grad():
-        target = exact_norm(ctx.targets[windows]).flatten(0, 1)
+        target = ctx.exact_norm(ctx.targets[windows]).flatten(0, 1)
     hidden = ctx.norm(ctx.hidden(windows)).flatten(0, 1)
     loss: Tensor = HeadDivergence.apply(hidden, student, target, teacher)  # type: ignore[no-untyped-call]
     return loss
 
 
 @torch.no_grad()
-def held_out(ctx: FinishContext, exact_norm: Any) -> float:
+def held_out(ctx: FinishContext) -> float:
     """Mean divergence from full precision on the held-out windows, in nats per token; NaN if there are none."""
     if not len(ctx.heldout):
         return math.nan
-    return sum(float(divergence(ctx, exact_norm, w)) for w in ctx.heldout.split(1)) / len(ctx.heldout)
+    return sum(float(divergence(ctx, w)) for w in ctx.heldout.split(1)) / len(ctx.heldout)
 
 
 class HeadDivergence(torch.autograd.Function):

@@ -5,15 +5,17 @@ calibration tokens, full-precision block against rounded block *on the same quan
 bias; everything after sees the corrected norm. It is the constant that minimizes the squared deviation there.
 As the released code does, differences are limited to ±10; unlike it, two running means are kept instead of all
 activations, and the effect is measured on held-out windows, where a constant that only fits the calibration text shows.
-Shapes: B windows, L tokens, D hidden size.
+The released code does the same once more at the final norm: what it puts out behind the last block with rounded attention
+and a plain MLP, against the last block all rounded. Shapes: B windows, L tokens, D hidden size.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy, Site
 from sordino.contract import BlockContext, Move, Split
@@ -28,18 +30,25 @@ class MeanShift(Move):
         form: ``norm`` stores a bias of the norm; ``linear`` stores what it becomes in gate and up, for engines whose
             norms have no bias (the rounded weights times the shift).
         always: keep the shift even where it does not help on held-out windows, as the paper does.
+        final: shift the final norm as well, as the released code does; by the last block as the moves before this one
+            have closed it. In the form ``norm`` only: heads have no bias.
     """
 
     name = "mean-shift"
 
-    def __init__(self, form: Literal["norm", "linear"] = "norm", always: bool = False) -> None:
-        self.form, self.always = form, always
+    def __init__(self, form: Literal["norm", "linear"] = "norm", always: bool = False, final: bool = False) -> None:
+        self.form, self.always, self.final_bias = form, always, final
         self._pending: Tensor | None = None
+        self._semi: Tensor | None = None
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         """Needs a norm between attention and MLP."""
         if "gate_up" not in anatomy.norms:
             raise InputError(f"move 'mean-shift': {anatomy.model_type} has no norm in front of its MLP")
+        if self.final_bias and self.form == "linear":
+            raise InputError(
+                "move 'mean-shift': the final norm's shift has no linear form; set final = false or form = \"norm\""
+            )
 
     def biases(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Where it is stored."""
@@ -59,11 +68,23 @@ class MeanShift(Move):
                 ctx.shift(norm, -shift)
             self._pending = shift if kept else torch.zeros_like(shift)
             ctx.notes[self.name] = {"mse_before": before, "mse_after": after, "kept": kept}
+            if ctx.norm is not None:
+                self._semi = mean_final(ctx, ctx.norm)
         elif site == "gate_up" and self.form == "linear" and self._pending is not None:
             for linear in ctx.anatomy.at("gate_up"):
                 weight: Any = ctx.q.get_submodule(linear.name).weight
                 ctx.shift(linear.name, weight.float() @ self._pending)
             ctx.unshift(norm)
+
+    def close(self, ctx: BlockContext) -> None:
+        """Behind the last block, measure and add the shift of the final norm."""
+        if ctx.norm is None or self._semi is None:
+            return
+        shift = (self._semi - mean_final(ctx, ctx.norm)).clamp_(-10.0, 10.0)
+        before, after = final_deviation(ctx, ctx.norm, shift)
+        kept = self.always or not after >= before
+        ctx.shift_final(shift if kept else torch.zeros_like(shift))
+        ctx.notes[self.name] |= {"final_mse_before": before, "final_mse_after": after, "final_kept": kept}
 
 
 def mean_input(ctx: BlockContext, which: Any, split: Split = "calib") -> Tensor:
@@ -83,3 +104,29 @@ def deviation(ctx: BlockContext) -> float:
         total += float((mine.float() - exact.float()).square().mean(-1).sum())
         count += mine.shape[0] * mine.shape[1]
     return total / max(count, 1)
+
+
+def mean_final(ctx: BlockContext, norm: nn.Module) -> Tensor:
+    """Mean over tokens of what the final norm makes of the rounded block's output, fp64-accumulated [D]."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for _, y in ctx.run("q", "q"):
+        normed = norm(y).flatten(0, 1)
+        total, count = total + normed.sum(0, dtype=torch.float64), count + len(normed)
+    return (total / max(count, 1)).float()
+
+
+def final_deviation(ctx: BlockContext, norm: nn.Module, shift: Tensor) -> tuple[float, float]:
+    """Mean squared deviation of the final norm's output from the full-precision model's, without and with a shift [D].
+
+    On held-out windows; NaN if there are none.
+    """
+    exact = ctx.target("heldout") if len(ctx.stream("q", "heldout")) else None
+    if exact is None:
+        return math.nan, math.nan
+    totals, done = [0.0, 0.0], 0
+    for _, y in ctx.run("q", "q", "heldout"):
+        off = norm(y).float() - norm(exact[done : done + len(y)]).float()
+        done += len(y)
+        for i, deviation in enumerate((off, off + shift)):
+            totals[i] += float(deviation.square().mean((1, 2)).sum())
+    return totals[0] / done, totals[1] / done

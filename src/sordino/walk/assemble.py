@@ -103,7 +103,7 @@ def storage_config(plan: Plan, prefix: list[int], prompt: dict[str, Any] | None 
         groups,
         fmt.embeddings,
         fmt.head,
-        biases=compress_names(biases, anatomy.blocks, anatomy.n_blocks),
+        biases=compress_names(biases, anatomy.blocks, anatomy.n_blocks) + [anatomy.final_norm] * plan.final_bias,
         basis=basis,
         prefix=prefix,
         system_prompt=prompt,

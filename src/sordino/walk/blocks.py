@@ -75,12 +75,14 @@ class BlockFactory:
             backbone(inputs_embeds=hidden, position_ids=torch.arange(first, first + seqlen)[None], use_cache=False)
         return [r.call for r in recorders]
 
-    def norm(self, basis: Basis | Dense | None = None) -> nn.Module:
-        """The final norm, real, in the compute dtype; it takes hidden states in ``basis``."""
+    def norm(self, basis: Basis | Dense | None = None, tensors: dict[str, Tensor] | None = None) -> nn.Module:
+        """The final norm, real, in the compute dtype, the source's or of given tensors; it takes hidden states in ``basis``."""
         norm = copy.deepcopy(self.model.get_submodule(self.anatomy.final_norm))
         # Copies: moves train the norm in place, and the source's own tensors must stay as they are.
-        own = {k: v.clone() for k, v in self.source.under(self.anatomy.final_norm, self.dtype).items()}
-        norm.load_state_dict(own, assign=True)
+        given = self.source.under(self.anatomy.final_norm) if tensors is None else tensors
+        if "bias" in given:
+            give_bias(norm)
+        norm.load_state_dict({k: v.to(self.dtype, copy=True) for k, v in given.items()}, assign=True)
         if basis is not None:
             out_of_basis(norm, basis)
         return norm.eval().requires_grad_(False)

@@ -59,6 +59,7 @@ class Context:
     budget: int
     seed: int
     stored: torch.dtype
+    norm: nn.Module | None = None
     solved: dict[str, Rounded] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     following: Tensor | None = None
@@ -114,6 +115,14 @@ class Context:
         give_bias(target)
         target.bias.data = (target.bias.float() + bias).to(self.stored).to(target.weight.dtype)
         self._touch_module(module)
+
+    def shift_final(self, bias: Tensor) -> None:
+        """Add to the bias of the final norm."""
+        if self.norm is None:
+            raise SordinoError(f"block {self.index}: the final norm stands beside the last block only")
+        target: Any = self.norm
+        give_bias(target)
+        target.bias.data = (target.bias.float() + bias).to(self.stored).to(target.weight.dtype)
 
     def unshift(self, module: str) -> None:
         """Take the bias of a norm or linear away."""
@@ -187,6 +196,8 @@ class Context:
         for name, parameter in self.q.named_parameters():
             parameter.data = exact[name].detach().clone() if name in exact else torch.zeros_like(parameter)
         self.solved = {}
+        if self.norm is not None and getattr(self.norm, "bias", None) is not None:
+            self.norm.bias.data.zero_()  # type: ignore[operator]
         self.put_scales(self.q)
         self.touch("qkv")
 

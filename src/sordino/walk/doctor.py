@@ -88,10 +88,11 @@ def _affine(plan: Plan, engine: str) -> None:
         if p.format.grid != "affine":
             raise InputError(f"{engine}: {p.name}: {p.format.grid} grids run in Sordino only; use an affine recipe, "
                              "e.g. d2quant-paper-w3 instead of d2quant-w3")  # fmt: skip
-    shifted = [m.name for m in plan.moves if set(m.biases(plan.anatomy)) & set(plan.anatomy.norms.values())]
+    norms = set(plan.anatomy.norms.values())
+    shifted = [m.name for m in plan.moves if m.final_bias or norms & set(m.biases(plan.anatomy))]
     if shifted:
         raise InputError(f"{engine}: move '{shifted[0]}' gives norms a bias, which {engine} does not know; "
-                         "store it in the linears (mean-shift: form = \"linear\") or leave it out")  # fmt: skip
+                         "store it in the linears (mean-shift: form = \"linear\", final = false) or leave it out")  # fmt: skip
     if plan.basis is not None and plan.anatomy.tied:
         raise InputError(f"{engine}: a rotated model with one table for embeddings and head runs in Sordino only; "
                          "leave the move 'rotate' out")  # fmt: skip

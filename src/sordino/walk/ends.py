@@ -46,6 +46,10 @@ class Ends:
             self._q_head = self._store(self.anatomy.head, self._head, plan.recipe.format.head)
         self.guard: dict[str, float] = {}
 
+    def of(self, module: str) -> dict[str, Tensor]:
+        """Stored tensors of a module outside the blocks, by name inside it."""
+        return {n.removeprefix(f"{module}."): x for n, x in self.tensors.items() if n.startswith(f"{module}.")}
+
     def embed(self, ids: Tensor, exact: bool, rotated: bool = True) -> Tensor:
         """Embeddings of token ids [N, L] in the compute dtype, [N, L, D]; ``exact`` takes the full-precision table.
 

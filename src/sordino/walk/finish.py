@@ -41,6 +41,7 @@ class Finish:
     calls: list[dict[str, Any]]
     around: Ends
     norm: nn.Module
+    exact_norm: nn.Module
     stored: torch.dtype
     windows: Tensor
     calib: int
@@ -130,12 +131,13 @@ def open_finish(
             own[name].latent = latent.float()
         blocks.append(block)
         solved.append(own)
-    norm = factory.norm(plan.basis)
+    norm = factory.norm(plan.basis, ends.of(plan.anatomy.final_norm))
     calib, numbers = plan.recipe.calibration.windows, torch.arange(len(windows))
     first, heldout, extra = numbers.tensor_split([calib, calib + plan.heldout])
     return Finish(
-        anatomy=plan.anatomy, blocks=blocks, solved=solved, around=ends, norm=norm, stored=plan.stored, windows=windows,
-        calib=calib, train=torch.cat([first, extra]), heldout=heldout, targets=targets, **rest,
+        anatomy=plan.anatomy, blocks=blocks, solved=solved, around=ends, norm=norm,
+        exact_norm=factory.norm(plan.basis), stored=plan.stored, windows=windows, calib=calib,
+        train=torch.cat([first, extra]), heldout=heldout, targets=targets, **rest,
     )  # fmt: skip
 
 

@@ -97,6 +97,11 @@ class Plan:
         """All linears that are rounded, in order."""
         return (x for block in self.linears for x in block if x.group is not None)
 
+    @property
+    def final_bias(self) -> bool:
+        """Whether a move gives the final norm a bias, beside the last block."""
+        return self.blocks[1] == self.anatomy.n_blocks and any(m.final_bias for m in self.moves)
+
     def coverage(self) -> str:
         """One line: how many of the block linears are quantized, at which groups, and which are not."""
         every = [x for block in self.linears for x in block]
@@ -117,6 +122,7 @@ class Plan:
         item = 8 * self.stored.itemsize
         caches = 2 * next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj")) * self.anatomy.n_blocks
         side = item * (sum(self.added_biases(i) for i in range(*self.blocks)) + prefix * caches)
+        side += item * self.anatomy.at("qkv")[0].in_features * self.final_bias
         side += 32 * self.anatomy.at("qkv")[0].in_features ** 2 * isinstance(self.basis, Dense)
         if self.recipe.format.activations.rounded:
             side += 32 * sum(input_groups(x.linear.in_features, x.inputs) for x in chosen)

@@ -104,6 +104,15 @@ class Work:
         file = self.path / "prefix" / f"{index:05d}.safetensors"
         return load_file(file) if file.is_file() else {}
 
+    def save_final_norm(self, tensors: dict[str, Tensor]) -> None:
+        """Store what the last block's moves gave the final norm."""
+        write_tensors(self.path / "norm.safetensors", tensors)
+
+    def load_final_norm(self) -> dict[str, Tensor]:
+        """Read :meth:`save_final_norm` back, if there is something."""
+        file = self.path / "norm.safetensors"
+        return _load(file) if file.is_file() else {}
+
     def save_learned(self, move: str, tensors: dict[str, Tensor]) -> None:
         """Store what a move learned before the walk."""
         write_tensors(self.path / "learned" / f"{move}.safetensors", tensors)

@@ -97,14 +97,16 @@ class Walk:
         for index in range(last, self.plan.anatomy.n_blocks if self._changed else last):
             self._keep(index, self._full(index))  # no stream goes through these
         ends = Ends(self.source, self.plan)  # not before: its tables would sit in memory through the whole walk
+        ends.tensors |= self.work.load_final_norm()
         whole = last == self.plan.anatomy.n_blocks
         if self.plan.finishing and whole:
             self._finish(ends)
         elif self.plan.heldout and whole:
             hidden = self.streams["q"].x[-self.plan.heldout :]
+            q_norm = self.factory.norm(self.plan.basis, ends.of(self.plan.anatomy.final_norm))
             ends.final_guard(
                 self.streams["fp"].x[-self.plan.heldout :], hidden, self.streams["rtn"].x, self._heldout_ids(),
-                self.factory.norm(self.plan.basis),
+                self.factory.norm(self.plan.basis), q_norm,
             )  # fmt: skip
         return ends
 
@@ -124,14 +126,11 @@ class Walk:
         if self.plan.heldout:
             exact = self.streams["fp"].x
             finish = open_finish(self.factory, self.plan, self.work, ends, self.windows, exact, **rest)
-            path = f"{self.plan.anatomy.final_norm}."
-            own = {k.removeprefix(path): v.to(self.plan.dtype) for k, v in ends.tensors.items() if k.startswith(path)}
-            finish.norm.load_state_dict(own)
             numbers = finish.heldout[: self.plan.rtn_windows]
             with torch.no_grad():
                 hidden = torch.cat([finish.hidden(n) for n in numbers.split(self.plan.batch)])
-            norm = self.factory.norm(self.plan.basis)
-            ends.final_guard(exact[numbers], hidden, self.streams["rtn"].x, self._heldout_ids(), norm, finish.norm)
+            norms = finish.exact_norm, finish.norm
+            ends.final_guard(exact[numbers], hidden, self.streams["rtn"].x, self._heldout_ids(), *norms)
 
     def _heldout_ids(self) -> Tensor:
         """Token ids of the held-out windows that the RTN model is followed on."""
@@ -249,10 +248,10 @@ class Walk:
 
     def _context(self, index: int, fp: nn.Module, q: nn.Module) -> Context:
         names: tuple[StreamName, ...] = ("fp", "q")
-        plan = self.plan
+        plan, last = self.plan, index == self.plan.anatomy.n_blocks - 1
         return Context(
             index=index,
-            last=index == plan.anatomy.n_blocks - 1,
+            last=last,
             anatomy=plan.anatomy,
             artifacts=self.artifacts,
             fp=fp,
@@ -263,6 +262,7 @@ class Walk:
             budget=plan.budget,
             seed=self.seed,
             stored=self.source.dtype,
+            norm=self.factory.norm(plan.basis) if last and plan.final_bias else None,
         )
 
     def _block(self, index: int) -> dict[str, Any]:
@@ -347,6 +347,9 @@ class Walk:
     def _store(self, ctx: Context) -> None:
         """Write the block, read it back, and make sure that the stored bytes are the block that calibration saw."""
         self.work.save_block(ctx.index, pack_block(ctx.q, ctx.solved, self.source.dtype))
+        if ctx.norm is not None:
+            path = self.plan.anatomy.final_norm
+            self.work.save_final_norm({f"{path}.{n}": p.detach().to(self.source.dtype) for n, p in ctx.norm.named_parameters()})
         if any(m.needs_latent for m in self.plan.finishing):
             self.work.save_latents(ctx.index, ctx.solved)
         back, _ = rounded_block(self.factory, self.plan, ctx.index, self.work.load_block(ctx.index))
