@@ -13,8 +13,10 @@ from sordino.anatomy import hidden_states
 from sordino.contract import BlockContext
 from sordino.moves import MOVES
 from sordino.recipe import load_recipe
+from sordino.repair.clip import ClippedLinear
+from sordino.repair.smoothing import SmoothSpace
 from sordino.repair.tune import Tune
-from tiny import make_tiny
+from tiny import Fixed, make_tiny
 
 HOSTS = {
     "quarot-w3a3": '{move="rotate", size="full"}, {move="rotate-inner"}',
@@ -67,15 +69,19 @@ class Look(Tune):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("family", "start"), [("llama", "error"), ("qwen2", "error"), ("llama", "random")])
+@pytest.mark.parametrize(
+    ("family", "start", "prefix"), [("llama", "error", True), ("qwen2", "error", False), ("llama", "random", False)]
+)
 def test_step_0_is_the_host_and_what_is_folded_is_what_was_trained(
-    host: str, family: str, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: str, family: str, start: str, prefix: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(MOVES, "look", Look)
+    monkeypatch.setitem(MOVES, "prefix", Fixed)
     seen.clear()
     model = make_tiny(tmp_path / "model", family, layers=2)
     options = ", ".join(f"{k}={v}" for k, v in EVERYTHING.items()) + f', start="{start}"'
-    made = load_recipe(host, [f'moves=[{HOSTS[host]}, {{move="look", {options}}}]', "guard=off"])
+    moves = ", ".join([HOSTS[host], *['{move="prefix"}'] * prefix, f'{{move="look", {options}}}'])
+    made = load_recipe(host, [f"moves=[{moves}]", "guard=off"])
     sordino.quantize(str(model), made, tmp_path / "out", windows=8, seqlen=32)
     assert len(seen) == 2
     for note in seen:
@@ -87,3 +93,75 @@ def test_step_0_is_the_host_and_what_is_folded_is_what_was_trained(
         assert float((note["folded"] - note["trained"]).norm()) <= 2e-2 * size
         # All but A, which B = 0 keeps from any: seven of the low-rank pairs.
         assert note["reached"] == note["parameters"] - 7
+
+
+def unrounded(linear: ClippedLinear, dtype: torch.dtype) -> torch.Tensor:
+    """What the weight would be if nothing were rounded."""
+    rows = 1.0 if linear.rows is None else linear.rows()[:, None]
+    kept = None if linear.start.kept is None else linear.start.kept.values() * rows
+    return linear.start.around(linear.grid()[0].view_as(linear.start.codes), kept).to(dtype)
+
+
+class Equal(Tune):
+    """Gives every smoothed site of a block random factors, the same for inputs and weights; nothing is rounded."""
+
+    name = "equal"
+
+    def close(self, ctx: BlockContext) -> None:
+        x = ctx.stream("q")[:2]
+
+        def output() -> torch.Tensor:
+            return hidden_states(ctx.q(x, **ctx.call))
+
+        spaces = self._spaces(ctx)
+        smooth = next(s for s in spaces if isinstance(s, SmoothSpace))
+        before, rng = output().detach(), torch.Generator().manual_seed(3)
+        slope = torch.randn(before.shape, generator=rng)
+        for site in smooth.sites:
+            site.u.data = 0.3 * torch.randn(site.u.shape, generator=rng)
+        smooth.settle()
+        equal = output().detach()
+        for site in smooth.sites:
+            site.v.data = 0.1 * torch.randn(site.u.shape, generator=rng)
+        with torch.enable_grad():
+            (output() * slope).sum().backward()
+        smooth.collect()
+        gradients = []
+        for site in smooth.sites:
+            for p in (site.u, site.v):
+                i, ends = int(site.free.nonzero()[3]), []
+                for step in (1e-2, -2e-2):
+                    p.data[i] += step
+                    smooth.settle()
+                    ends.append(float((output() * slope).sum()))
+                p.data[i] += 1e-2
+                gradients.append((float(p.grad[i]), (ends[0] - ends[1]) / 2e-2))
+        seen.append({"before": before, "equal": equal, "gradients": gradients, "held": [len(s.held) for s in smooth.sites]})
+        for space in spaces:
+            space.fold()
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(("family", "prefix"), [("llama", True), ("qwen2", True), ("qwen3", False), ("olmo2", False)])
+def test_equal_factors_keep_the_function_and_gradients_are_those_of_differences(
+    host: str, family: str, prefix: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spec sections 4 (sites), 5.4 (values of the prefix) and 11.2."""
+    if family == "olmo2" and host.startswith("quarot"):
+        return  # its residual stream cannot be turned
+    monkeypatch.setitem(MOVES, "equal", Equal)
+    monkeypatch.setitem(MOVES, "prefix", Fixed)
+    monkeypatch.setattr(ClippedLinear, "weight", unrounded)
+    seen.clear()
+    model = make_tiny(tmp_path / "model", family, layers=2)
+    options = ", ".join(f"{k}={v}" for k, v in EVERYTHING.items())
+    moves = ", ".join([HOSTS[host], *['{move="prefix"}'] * prefix, f'{{move="equal", {options}}}'])
+    made = load_recipe(host, [f"moves=[{moves}]", "guard=off", "format.activations.bits=16", "format.kv.bits=16"])
+    sordino.quantize(str(model), made, tmp_path / "out", windows=8, seqlen=32)
+    sites = (0 if family == "olmo2" else 2) + (2 if host.startswith("atom") else 1)
+    for note in seen:
+        assert float((note["equal"] - note["before"]).norm()) <= 1e-5 * float(note["before"].norm())
+        assert len(note["gradients"]) == 2 * sites and note["held"][-sites + 2 if family != "olmo2" else 0] == prefix
+        for own, difference in note["gradients"]:
+            assert own == pytest.approx(difference, rel=0.03, abs=0.05)
+    assert len(seen) == 2

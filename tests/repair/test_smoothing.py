@@ -11,7 +11,9 @@ from torch import nn
 
 import sordino
 from sordino.anatomy import Anatomy, anatomy_of
+from sordino.contract import BlockContext, Move
 from sordino.errors import InputError
+from sordino.moves import MOVES
 from sordino.numerics.affine import AffineGrid
 from sordino.numerics.kept import Kept
 from sordino.recipe import load_recipe
@@ -21,7 +23,7 @@ from sordino.repair.smoothing import Mode, Smoothing, SmoothSpace
 from sordino.round.rtn import RtnSolver
 from sordino.rounding import Rounded
 from sordino.runtime.inputs import order_input, round_inputs, rounding
-from tiny import assert_seen_in_the_walk, make_tiny
+from tiny import Fixed, assert_seen_in_the_walk, make_tiny
 
 
 class Norm(nn.Module):
@@ -57,7 +59,8 @@ def made(bits: int = 8, bias: bool = False, kept: int = 0, order: bool = False, 
         solved[name] = r
     clips = ClipSpace(block, solved, 0.01, {}, 0.01)
     trained: list[ClippedLinear] = list(clips.trained.values())
-    smooth = Smoothing(block.norm, trained, None if places is None else places.long(), mode)
+    held = [block.norm.weight] + ([block.norm.bias] if bias else [])
+    smooth = Smoothing(16, trained, torch.arange(16) if places is None else places.long(), mode, held)
     return block, clips, smooth
 
 
@@ -127,13 +130,13 @@ def test_kept_channels_have_no_factor_and_hard_ones_no_drift() -> None:
         smooth.u.fill_(0.5)
     smooth.settle(torch.float32)
     ratio = block.norm.weight / smooth.first[0]
-    kept = smooth.order[-3:]
+    kept = smooth.spread[-3:]
     assert torch.equal(ratio[kept], torch.ones(3)) and float(ratio.min()) == pytest.approx(torch.tensor(-0.5).exp().item())
     assert not smooth.v.requires_grad and float(smooth.penalty()) == 0.0
     was, now = (outputs(block, X).detach() for _ in range(2))
     folded = clips.fold()
     assert torch.equal(was, now)
-    y = block.norm(X)[:, smooth.order]
+    y = block.norm(X)[:, smooth.spread]
     torch.testing.assert_close(torch.cat([y @ folded[n].values().T for n in ("a", "b")], -1), was)
 
 
@@ -196,8 +199,32 @@ def test_a_site_is_left_alone_if_one_of_its_linears_is(tmp_path: Path) -> None:
     }
     clips = ClipSpace(block, rounded, 0.01, {}, 0.01)
     space = SmoothSpace(block, anatomy, clips.trained, 0.01, "soft", torch.float32)
-    assert [s.norm for s in space.sites] == [block.post_attention_layernorm]
+    assert [s.held for s in space.sites] == [[block.post_attention_layernorm.weight]]
     assert len(space.groups()[0]["params"]) == 2
+
+
+def test_a_fallback_gives_the_prefix_its_values_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ruin(Move):
+        def close(self, ctx: BlockContext) -> None:
+            divided.append(ctx.q.self_attn.prefix_value / ctx.fp.self_attn.prefix_value)
+            for parameter in ctx.q.parameters():
+                parameter.data = -3 * parameter.data
+            ctx.touch("qkv")
+
+    divided: list[torch.Tensor] = []
+    monkeypatch.setattr(tune, "better", lambda *_: True)
+    monkeypatch.setitem(MOVES, "ruin", Ruin)
+    monkeypatch.setitem(MOVES, "prefix", Fixed)
+    model = make_tiny(tmp_path / "model", layers=2)
+    groups = ["format.weights.group=16", "format.activations.group=16", "format.kv.bits=16"]
+    values = []
+    for name, moves in (("smooth", f'{HOSTS[1]}, {{move="prefix"}}, {TUNE}}}'), ("plain", f'{HOSTS[1]}, {{move="prefix"}}')):
+        recipe = load_recipe("quarot-w4a4", [f'moves=[{moves}, {{move="ruin"}}]', *groups])
+        manifest = sordino.quantize(str(model), recipe, tmp_path / name, windows=8, seqlen=32).manifest
+        assert all(b["fallback"] == "rtn" for b in manifest["blocks"])
+        values.append([x.self_attn.prefix_value for x in sordino.load(tmp_path / name)[0].model.layers])
+    assert float((divided[0] - 1).abs().max()) > 1e-3 and torch.equal(divided[2], torch.ones_like(divided[2]))
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
 
 
 HOSTS = ['{move="rotate", size="full"}, {move="rotate-inner"}', '{move="channels", count=4}']
@@ -226,7 +253,6 @@ def test_what_was_trained_is_what_the_checkpoint_computes(
     [
         ("llama", "weights=0.01, scales=0, inputs=0, gains=0, smooth=0.01", "set weights=0"),
         ("llama", "weights=0, scales=0, inputs=0, smooth=0.01", "set gains=0"),
-        ("olmo2", "weights=0, scales=0, inputs=0, gains=0, smooth=0.01", "no norm feeds"),
         ("llama", 'weights=0, scales=0, inputs=0, gains=0, smooth=0.01, smooth_mode="firm"', "smooth_mode"),
     ],
 )

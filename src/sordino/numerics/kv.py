@@ -36,12 +36,13 @@ class KvGrid:
         """The largest code."""
         return (1 << self.bits) - 1
 
-    def fit(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    def fit(self, x: Tensor, share: Tensor, moving: bool = False) -> tuple[Tensor, Tensor]:
         """Scale and zero point for x [B, K, S, d].
 
         Args:
             x: what is to be rounded.
             share: fp32 [K]; static: the scales. Dynamic: the share of a token's extremes that the codes reach.
+            moving: whether dynamic scales have gradients by x.
 
         Returns:
             fp32 [B, K, S, 1] each (static: [K, 1, 1]); scales are numbers that bf16 holds.
@@ -49,7 +50,7 @@ class KvGrid:
         half, share = 1 << (self.bits - 1), share.float()[:, None, None]
         if self.static:
             return share, torch.full_like(share, half)
-        x = x.detach().float()
+        x = (x if moving else x.detach()).float()
         if self.symmetric:
             scale = _stored(x.abs().amax(-1, keepdim=True) * share / (half - 1))
             return scale, torch.full_like(scale, half)
@@ -61,9 +62,9 @@ class KvGrid:
         """Codes, uint8 like x [B, K, S, d]."""
         return ((x.float() / scale).round() + zero).clamp(0, self.top).to(torch.uint8)
 
-    def fake(self, x: Tensor, share: Tensor) -> Tensor:
+    def fake(self, x: Tensor, share: Tensor, moving: bool = False) -> Tensor:
         """``(code - zero) * scale`` in the dtype of x [B, K, S, d]; gradients as numerics/straight.py says."""
-        scale, zero = self.fit(x, share)
+        scale, zero = self.fit(x, share, moving)
         return fake_round(x, scale, -zero, self.top - zero)
 
     @staticmethod

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sordino.numerics.affine import round_scale
+from sordino.numerics.kept import Kept
 from sordino.numerics.straight import fake_round
 from sordino.repair.low_rank import LowRank, SideBranch
 from sordino.rounding import Rounded
@@ -43,8 +44,12 @@ class Clip:
 
     def __call__(self, grown: Tensor | float = 1.0) -> Tensor:
         """The scales as they will be stored, with gradients as if they were not rounded; the full range may have ``grown``."""
-        exact = self.whole * torch.sigmoid(self.parameter) * grown
-        return exact + (round_scale(exact.detach()) - exact.detach())
+        return stored_scale(self.whole * torch.sigmoid(self.parameter) * grown)
+
+
+def stored_scale(exact: Tensor) -> Tensor:
+    """Scales as they will be stored, with gradients as if they were not rounded."""
+    return exact + (round_scale(exact.detach()) - exact.detach())
 
 
 class ClippedLinear(nn.Module):
@@ -55,6 +60,7 @@ class ClippedLinear(nn.Module):
         clip: scales [R, G].
         update: the low-rank update, or the pair beside the weight, or None.
         columns: says by what the columns of ``exact`` are multiplied (repair/smoothing.py), [C]; None for nothing.
+        rows: says by what the whole of its rows, the bias included, is multiplied, [R]; likewise.
         bias: the linear's own, frozen, or None.
     """
 
@@ -66,6 +72,7 @@ class ClippedLinear(nn.Module):
         side = None if isinstance(update, SideBranch) else rounded.side  # a trained pair takes the place of the old one
         self.start, self.bias, self.update = replace(rounded, latent=None, side=side), bias, update
         self.columns: Callable[[], Tensor] | None = None
+        self.rows: Callable[[], Tensor] | None = None
         shape = (*rounded.scale.shape, rounded.group)
         self.register_buffer("exact", rounded_from(rounded).view(shape))
         self.register_buffer("zero", rounded.zero[..., None])
@@ -84,6 +91,9 @@ class ClippedLinear(nn.Module):
             grown = _full(value, self.zero, self.top) / _full(self.exact, self.zero, self.top)
         if isinstance(self.update, LowRank):
             value = value + self.update().view_as(value)
+        if self.rows is not None:
+            rows = self.rows()[:, None]
+            value, grown = value * rows[..., None], grown * rows
         return value, self.clip(grown)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
@@ -91,19 +101,27 @@ class ClippedLinear(nn.Module):
         value, scale = self.grid()
         rounded = fake_round(value, scale[..., None], -self.zero, self.top - self.zero)
         low = self.start.columned(rounded.view_as(self.start.codes).to(dtype))
-        weight = self.start.around(low, self._kept())
+        kept = self._kept()
+        weight = self.start.around(low, None if kept is None else kept[0])
         return weight + self.update().to(dtype) if isinstance(self.update, SideBranch) else weight
 
-    def _kept(self) -> Tensor | None:
-        """The kept columns with their part of the update, as stored at 8 bits, [R, k]; None where there is none."""
+    def _kept(self) -> tuple[Tensor, Tensor] | None:
+        """The kept columns with their part of the update, [R, k], and their scales, as stored; None if they are as before."""
         kept = self.start.kept
-        if kept is None or not isinstance(self.update, LowRank):
+        if kept is None or not (isinstance(self.update, LowRank) or self.rows is not None):
             return None
-        return fake_round(kept.values() + self.update()[:, -kept.codes.shape[1] :], kept.scale, *kept.bounds)
+        value, scale = kept.values(), kept.scale
+        if isinstance(self.update, LowRank):
+            value = value + self.update()[:, -kept.codes.shape[1] :]
+        if self.rows is not None:
+            rows = self.rows()[:, None]
+            value, scale = value * rows, stored_scale(scale * rows)
+        return fake_round(value, scale, *kept.bounds), scale
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""
-        return F.linear(x, self.weight(x.dtype), self.bias)
+        bias = self.bias if self.bias is None or self.rows is None else self.bias * self.rows().to(x.dtype)
+        return F.linear(x, self.weight(x.dtype), bias)
 
     @torch.no_grad()
     def rounded(self) -> Rounded:
@@ -113,7 +131,7 @@ class ClippedLinear(nn.Module):
         shape = self.start.codes.shape
         side = self.update.pair() if isinstance(self.update, SideBranch) else self.start.side
         own, new = self.start.kept, self._kept()
-        kept = own if own is None or new is None else replace(own, codes=(new / own.scale).round_().to(torch.int8))
+        kept = own if own is None or new is None else Kept((new[0] / new[1]).round_().to(torch.int8), new[1])
         codes = codes.view(shape).to(torch.uint8)
         return replace(self.start, codes=codes, scale=scale, latent=value.reshape(shape), side=side, kept=kept)
 

@@ -1,60 +1,80 @@
 """Soft-constrained smoothing (BiSup-style, our reading; spec section 4): inputs divided by s_a, weights multiplied by s_w.
 
-Where the two are equal, nothing changes in full precision (SmoothQuant, OmniQuant); here they may drift apart, at a price. The
-sites are those whose input comes from a norm, which takes 1 / s_a into its gain, so that it costs nothing at run time. The
-inputs of o_proj and down_proj are left out: in the rotated hosts a rotation stands between them and what could take the
-factor (in the others v_proj and up_proj could). Shapes: C channels, G groups, g = C/G.
+Where the two are equal, nothing changes in full precision (SmoothQuant, OmniQuant); here they may drift apart, at a price.
+What makes the input takes 1 / s_a, so that it costs nothing at run time: the gain of a norm for q, k, v and for gate, up;
+the rows of v_proj for o_proj (query heads that share a value head share its factors; values of a protected prefix are
+divided too) and those of up_proj for down_proj, unless an online rotation stands between. Shapes: R rows, C columns, F
+factors, K key heads, P tokens of the prefix, d head size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sordino.anatomy import Anatomy
+from sordino.anatomy import Anatomy, Site
 from sordino.repair.clip import ClippedLinear
 from sordino.rounding import Rounded
-from sordino.runtime.inputs import RoundInput, rounding
+from sordino.runtime.inner import ATTENTION
+from sordino.runtime.inputs import RotateInput, RoundInput, rounding
 from sordino.runtime.modules import ORDER
+from sordino.runtime.prefix import VALUE
 
 Mode = Literal["soft", "hard", "free"]
 _WIDEST = math.log(100)  # of u; OmniQuant cuts its scales likewise
+_MAKERS: dict[Site, str] = {"o": "self_attn.v_proj", "down": "mlp.up_proj"}
 _PRICES = {"soft": (0.01, 0.1), "hard": (0.0, 0.0), "free": (0.0, 0.0)}  # of u^2 and v^2, in units of the loss at first
 
 
 class Smoothing:
     """Factors of one site: ``s_a = exp(u)``, ``s_w = exp(u + v)``.
 
+    What makes the input is divided by s_a: tensors, in place, or the rows of a linear that is trained as well.
+
     Attributes:
-        u, v: fp32 [C], zero at first, in the order of the norm's channels.
-        order: column -> channel, int64 [C]; None where they are the same.
+        u, v: fp32 [F], zero at first, in the order of what makes the input.
+        spread: column -> factor, int64 [C].
     """
 
-    def __init__(self, norm: Any, linears: list[ClippedLinear], order: Tensor | None, mode: Mode):
-        self.norm, self.order, self.prices = norm, order, _PRICES[mode]
-        self.u = nn.Parameter(torch.zeros_like(norm.weight, dtype=torch.float32))
-        self.v = nn.Parameter(torch.zeros_like(self.u), requires_grad=mode != "hard")
-        self.free = torch.ones_like(self.u)  # channels that are kept at 8 bits have no factor
+    def __init__(
+        self, size: int, linears: list[ClippedLinear], spread: Tensor, mode: Mode, held: Sequence[Tensor], maker: Any = None
+    ):
+        """Attach factors.
+
+        Args:
+            size: F.
+            linears: of the site.
+            spread: column -> factor.
+            mode: what ties s_w to s_a.
+            held: what is divided in place, [F] or [1, K, P, F/K].
+            maker: the linear whose rows are divided, or None.
+        """
+        self.spread, self.prices, self.held = spread, _PRICES[mode], held
+        self.u = nn.Parameter(torch.zeros(size))
+        self.v = nn.Parameter(torch.zeros(size), requires_grad=mode != "hard")
+        self.free = torch.ones(size)  # channels that are kept at 8 bits have no factor
         start = linears[0].start
         if start.kept is not None:
-            last = start.codes.shape[1] - start.kept.codes.shape[1]
-            self.free[torch.arange(len(self.free))[last:] if order is None else order[last:]] = 0
-        bias = [] if getattr(norm, "bias", None) is None else [norm.bias]
-        self.held = [norm.weight, *bias]
-        self.first = [p.detach().float().clone() for p in self.held]
-        for p in self.held:
+            self.free[spread[-start.kept.codes.shape[1] :]] = 0
+        self.first = [p.detach().float().clone() for p in held]
+        for p in held:
             p.requires_grad_(True)
         for linear in linears:
             linear.columns = self.columns
+        if maker is not None:
+            maker.rows = self.rows
 
     def columns(self) -> Tensor:
         """s_w by column, fp32 [C]."""
-        factors = ((self.u + self.v) * self.free).exp()
-        return factors if self.order is None else factors[self.order]
+        return ((self.u + self.v) * self.free).exp()[self.spread]
+
+    def rows(self) -> Tensor:
+        """1 / s_a, fp32 [F]."""
+        return (-self.u * self.free).exp()
 
     def penalty(self) -> Tensor:
         """What it costs that s_w leaves s_a, and s_a its first value."""
@@ -62,22 +82,28 @@ class Smoothing:
         return of_u * self.u.square().mean() + of_v * self.v.square().mean()
 
     def collect(self) -> None:
-        """Hand the norm's gradients to u: the gain is ``g exp(-u)``, and so is a bias."""
+        """Hand the gradients of what is held to u: it is ``first exp(-u)``."""
         for p in self.held:
             if p.grad is not None and self.u.grad is not None:
-                self.u.grad -= p.grad.float() * p.detach().float() * self.free
+                self.u.grad -= by_factor(p.grad.float() * p.detach().float()) * self.free
             p.grad = None
 
     @torch.no_grad()
     def settle(self, stored: torch.dtype) -> None:
-        """Keep u in bounds and put it into the norm, as it will be stored."""
+        """Keep u in bounds and put it into what is held, as it will be stored."""
         self.u.clamp_(-_WIDEST, _WIDEST)
         for p, first in zip(self.held, self.first, strict=True):
-            p.copy_((first * (-self.u * self.free).exp()).to(stored))
+            rows = self.rows() if p.ndim == 1 else self.rows().view(1, p.shape[1], 1, p.shape[3])
+            p.copy_((first * rows).to(stored))
+
+
+def by_factor(x: Tensor) -> Tensor:
+    """Sum over what shares a factor: [F] as it is, [1, K, P, d] -> [K * d]."""
+    return x if x.ndim == 1 else x.sum((0, 2)).flatten()
 
 
 class SmoothSpace:
-    """Smoothing of the sites of a block that a norm feeds.
+    """Smoothing of the sites of a block.
 
     Args:
         block: the decoder layer.
@@ -97,18 +123,51 @@ class SmoothSpace:
         mode: Mode,
         stored: torch.dtype,
     ):
-        self.rate, self.stored = rate, stored
+        self.rate, self.stored, self.block = rate, stored, block
         self.sites: list[Smoothing] = []
         self.hooks: list[RoundInput] = []  # a loud channel sets the scale of its token: u has to feel that
+        makers = self._makers(anatomy, trained)
+        self.makers = {name: trained[name] for name in makers.values()}
+        self.attention: Any = block.get_submodule(ATTENTION)
         for site, norm in anatomy.norms.items():
             names = [x.name for x in anatomy.at(site)]
             if all(name in trained for name in names):
-                order = trained[names[0]]._buffers.get(ORDER)
-                linears = [trained[name] for name in names]
-                self.hooks += [hook for linear in linears if (hook := rounding(linear)) is not None]
-                self.sites.append(Smoothing(block.get_submodule(norm), linears, None if order is None else order.long(), mode))
+                module: Any = block.get_submodule(norm)
+                bias = [] if getattr(module, "bias", None) is None else [module.bias]
+                self._add(site, names, len(module.weight), trained, mode, [module.weight, *bias])
+        for site, name in makers.items():
+            held = [self.attention.get_buffer(VALUE)] if site == "o" and hasattr(self.attention, VALUE) else []
+            rows = len(trained[name].start.codes)
+            self._add(site, [x.name for x in anatomy.at(site)], rows, trained, mode, held, trained[name])
+        self._move(True)
+
+    def _makers(self, anatomy: Anatomy, trained: Mapping[str, ClippedLinear]) -> dict[Site, str]:
+        """The linears whose outputs reach an input with nothing but a mixture of tokens, or a product, in between."""
+        found: dict[Site, str] = {}
+        for site, maker in _MAKERS.items():
+            names = [x.name for x in anatomy.at(site)]
+            if all(name in trained for name in [maker, *names]):
+                turned = any(isinstance(h, RotateInput) for n in names for h in trained[n]._forward_pre_hooks.values())
+                found |= {} if turned else {site: maker}
+        return found
+
+    def _add(self, site: Site, names: list[str], size: int, trained: Mapping[str, ClippedLinear], *rest: Any) -> None:
+        """Smooth one site."""
+        linears = [trained[name] for name in names]
+        spread = torch.arange(size)
+        if site == "o":  # query heads that share a value head share its factors
+            head = self.attention.head_dim
+            queries = linears[0].start.codes.shape[1] // size
+            spread = spread.view(-1, 1, head).expand(-1, queries, -1).flatten()
+        order = linears[0]._buffers.get(ORDER)
+        self.sites.append(Smoothing(size, linears, spread if order is None else spread[order.long()], *rest))
+        self.hooks += [hook for linear in linears if (hook := rounding(linear)) is not None]
+
+    def _move(self, on: bool) -> None:
+        """Let dynamic scales of what is smoothed have gradients."""
         for hook in self.hooks:
-            hook.moving = True
+            hook.moving = on
+        self.attention.moving_values = on
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer."""
@@ -130,10 +189,14 @@ class SmoothSpace:
             s.settle(self.stored)
 
     def fold(self) -> dict[str, Rounded]:
-        """The norms hold s_a already; s_w is in what ClipSpace folds."""
+        """What is held has s_a already, and s_w is in what ClipSpace folds, as are rows; their biases are not."""
         for s in self.sites:
             for p in s.held:
                 p.requires_grad_(False)
-        for hook in self.hooks:
-            hook.moving = False
+        for name, maker in self.makers.items():
+            module: Any = self.block.get_submodule(name)
+            if maker.bias is not None and maker.rows is not None:
+                bias = maker.bias.float() * maker.rows().detach()
+                module.bias = nn.Parameter(bias.to(self.stored).to(maker.bias.dtype), requires_grad=False)
+        self._move(False)
         return {}

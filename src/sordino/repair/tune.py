@@ -54,8 +54,8 @@ class Tune(Move):
         side: put the update beside the rounded weight instead: it costs bits, and starts where it takes most off the error.
         start: directions that the merged update begins with: where the rounding error weighs most ("error"), or "random" ones.
         updates: learning rate of that update, in steps of the grid; of one at the side, in shares of its size.
-        smooth: learning rate of factors by which the inputs behind norms are divided and their weights multiplied, likewise;
-            gains must be 0. 0 for none.
+        smooth: learning rate of factors by which inputs are divided and the weights that read them multiplied, likewise; gains
+            must be 0. 0 for none.
         smooth_mode: whether the two may drift apart, "soft": at a price, "hard": not, "free": at none.
         target: the full-precision block's output on the full-precision stream, or ("quantized") on the quantized one, which
             leaves the error of earlier blocks alone.
@@ -102,8 +102,6 @@ class Tune(Move):
             raise InputError("move 'tune': side says where the low-rank update goes; set its rank")
         if self.smooth > 0 and self.gains > 0:
             raise InputError("move 'tune': smooth works through the norms' gains; set gains=0")
-        if self.smooth > 0 and not anatomy.norms:
-            raise InputError(f"move 'tune': in {anatomy.model_type} no norm feeds a linear, so that smooth has nowhere to go")
         if self.clips > 0 and self.inputs > 0:
             raise InputError("move 'tune': clips takes the place of inputs; set inputs=0")
 

@@ -67,7 +67,7 @@ def treat(
     if grid is not None and not packed:
         trained = getattr(module, "trained_scales", {})
         shares = [trained[n]() if n in trained else module.get_buffer(n) for n in (KEY_SCALE, VALUE_SCALE)]
-        key, value = grid.fake(key, shares[0]), grid.fake(value, shares[1])
+        key, value = grid.fake(key, shares[0]), grid.fake(value, shares[1], getattr(module, "moving_values", False))
     return query, *join(module, key, value, mask)
 
 

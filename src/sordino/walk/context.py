@@ -21,6 +21,7 @@ from sordino.numerics.gram import add_cross, add_gram, mirror
 from sordino.rounding import Rounded, Stats
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
 from sordino.runtime.modules import SCALE, drop_bias, give_bias
+from sordino.runtime.prefix import VALUE
 from sordino.walk.runner import Runner
 
 _SCALES = (SCALE, KEY_SCALE, VALUE_SCALE)
@@ -195,6 +196,8 @@ class Context:
         exact = dict(self.fp.named_parameters())
         for name, parameter in self.q.named_parameters():
             parameter.data = exact[name].detach().clone() if name in exact else torch.zeros_like(parameter)
+        for name, kept in [b for b in self.fp.named_buffers() if b[0].rpartition(".")[2] == VALUE]:  # smoothing divides it
+            self.q.get_buffer(name).copy_(kept)
         self.solved = {}
         if self.norm is not None and getattr(self.norm, "bias", None) is not None:
             self.norm.bias.data.zero_()  # type: ignore[operator]
