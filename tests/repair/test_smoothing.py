@@ -19,7 +19,7 @@ from sordino.numerics.kept import Kept
 from sordino.recipe import load_recipe
 from sordino.repair import tune
 from sordino.repair.clip import ClippedLinear, ClipSpace
-from sordino.repair.smoothing import Mode, Smoothing, SmoothSpace
+from sordino.repair.smoothing import Mode, Smoothing, SmoothSpace, candidates
 from sordino.round.rtn import RtnSolver
 from sordino.rounding import Rounded
 from sordino.runtime.inputs import order_input, round_inputs, rounding
@@ -203,6 +203,44 @@ def test_a_site_is_left_alone_if_one_of_its_linears_is(tmp_path: Path) -> None:
     assert len(space.groups()[0]["params"]) == 2
 
 
+def test_first_values_are_those_of_least_loss(tmp_path: Path) -> None:
+    """A channel that is louder by far than the rest of its group is pulled down, and the loss is the least of all tried."""
+    model, _ = sordino.load(make_tiny(tmp_path / "model", layers=1))
+    anatomy: Anatomy = anatomy_of(model)
+    block = model.model.layers[0].requires_grad_(False)
+    names = ["mlp.gate_proj", "mlp.up_proj"]
+    rounded = {n: RtnSolver().solve(block.get_submodule(n).weight.float(), None, AffineGrid(8, True), 16) for n in names}
+    with torch.no_grad():
+        block.post_attention_layernorm.weight[5] = 30.0
+    for name in names:
+        round_inputs(block.get_submodule(name), 3, False, 16, scale=1.0)
+    clips = ClipSpace(block, rounded, 0.0, {}, 0.0)
+    space = SmoothSpace(block, anatomy, clips.trained, 0.01, "soft", torch.float32)
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    h = block.post_attention_layernorm(x)
+    exact = [h @ rounded[n].values().T for n in names]
+    tried: list[float] = []
+
+    def loss() -> float:
+        h = block.post_attention_layernorm(x)
+        tried.append(float(sum((clips.trained[n](h) - y).square().sum() for n, y in zip(names, exact, strict=True))))
+        return tried[-1]
+
+    space.begin({"gate_up": h.abs().amax(0)}, loss)
+    (site,), before = space.sites, list(tried)
+    assert len(before) == 8 and loss() == pytest.approx(min(before)) and min(before) < 0.5 * before[0]
+    assert int(site.u.argmax()) == 5 and float(site.penalty()) == 0.0
+
+
+def test_candidates_are_the_published_ones() -> None:
+    inputs, weights = torch.tensor([1.0, 2.0, 40.0]), torch.tensor([1.0, 4.0, 1.0])
+    found = list(candidates(inputs, weights))
+    assert len(found) == 8 and torch.equal(found[0], torch.zeros(3))
+    torch.testing.assert_close(found[1], torch.tensor([0.0, 0.0, 20.0]).clamp(min=1).log())  # above the median
+    root = (inputs.sqrt() / weights.sqrt()).log()
+    torch.testing.assert_close(found[-1], root - root.mean())
+
+
 def test_a_fallback_gives_the_prefix_its_values_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Ruin(Move):
         def close(self, ctx: BlockContext) -> None:
@@ -241,6 +279,7 @@ def test_what_was_trained_is_what_the_checkpoint_computes(
     model = make_tiny(tmp_path / "model", "qwen2", layers=2)
     moves = f'moves=[{host}, {TUNE}, smooth_mode="{mode}"}}]'
     groups = ["format.weights.group=16", "format.activations.group=16", "format.kv.bits=16"]
+    moves = moves.replace("}]", ', smooth_start="search"}]') if mode == "free" else moves
     recipe = load_recipe("quarot-w4a4", [moves, *groups])
     manifest = sordino.quantize(str(model), recipe, tmp_path / "out", windows=16, seqlen=48).manifest
     tuned = [b["moves"]["tune"] for b in manifest["blocks"]]

@@ -10,7 +10,7 @@ factors, K key heads, P tokens of the prefix, d head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,8 @@ from sordino.runtime.prefix import VALUE
 Mode = Literal["soft", "hard", "free"]
 _WIDEST = math.log(100)  # of u; OmniQuant cuts its scales likewise
 _MAKERS: dict[Site, str] = {"o": "self_attn.v_proj", "down": "mlp.up_proj"}
+_QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99)
+_SHARES = (0.3, 0.5)
 _PRICES = {"soft": (0.01, 0.1), "hard": (0.0, 0.0), "free": (0.0, 0.0)}  # of u^2 and v^2, in units of the loss at first
 
 
@@ -38,6 +40,7 @@ class Smoothing:
     Attributes:
         u, v: fp32 [F], zero at first, in the order of what makes the input.
         spread: column -> factor, int64 [C].
+        begun: what u began with, fp32 [F].
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Smoothing:
         self.spread, self.prices, self.held = spread, _PRICES[mode], held
         self.u = nn.Parameter(torch.zeros(size))
         self.v = nn.Parameter(torch.zeros(size), requires_grad=mode != "hard")
+        self.begun = torch.zeros(size)
         self.free = torch.ones(size)  # channels that are kept at 8 bits have no factor
         start = linears[0].start
         if start.kept is not None:
@@ -79,7 +83,7 @@ class Smoothing:
     def penalty(self) -> Tensor:
         """What it costs that s_w leaves s_a, and s_a its first value."""
         of_u, of_v = self.prices
-        return of_u * self.u.square().mean() + of_v * self.v.square().mean()
+        return of_u * (self.u - self.begun).square().mean() + of_v * self.v.square().mean()
 
     def collect(self) -> None:
         """Hand the gradients of what is held to u: it is ``first exp(-u)``."""
@@ -95,6 +99,21 @@ class Smoothing:
         for p, first in zip(self.held, self.first, strict=True):
             rows = self.rows() if p.ndim == 1 else self.rows().view(1, p.shape[1], 1, p.shape[3])
             p.copy_((first * rows).to(stored))
+
+
+def candidates(inputs: Tensor, weights: Tensor) -> Iterator[Tensor]:
+    """First values of u, fp32 [F], by the largest magnitudes of inputs and of the weights that read them, [F] each.
+
+    None; Outlier Suppression+'s, which divides what is louder than a threshold (five quantiles); SmoothQuant's (two
+    exponents), less its mean, which dynamic scales take out again.
+    """
+    yield torch.zeros_like(inputs)
+    inputs, weights = inputs.clamp(min=1e-5), weights.clamp(min=1e-5)
+    for threshold in inputs.quantile(torch.tensor(_QUANTILES)):
+        yield (inputs / threshold).clamp(min=1).log()
+    for share in _SHARES:
+        u = share * inputs.log() - (1 - share) * weights.log()
+        yield u - u.mean()
 
 
 def by_factor(x: Tensor) -> Tensor:
@@ -125,6 +144,7 @@ class SmoothSpace:
     ):
         self.rate, self.stored, self.block = rate, stored, block
         self.sites: list[Smoothing] = []
+        self.linears: list[tuple[Site, list[ClippedLinear]]] = []  # of each
         self.hooks: list[RoundInput] = []  # a loud channel sets the scale of its token: u has to feel that
         makers = self._makers(anatomy, trained)
         self.makers = {name: trained[name] for name in makers.values()}
@@ -161,6 +181,7 @@ class SmoothSpace:
             spread = spread.view(-1, 1, head).expand(-1, queries, -1).flatten()
         order = linears[0]._buffers.get(ORDER)
         self.sites.append(Smoothing(size, linears, spread if order is None else spread[order.long()], *rest))
+        self.linears.append((site, linears))
         self.hooks += [hook for linear in linears if (hook := rounding(linear)) is not None]
 
     def _move(self, on: bool) -> None:
@@ -168,6 +189,28 @@ class SmoothSpace:
         for hook in self.hooks:
             hook.moving = on
         self.attention.moving_values = on
+
+    @torch.no_grad()
+    def begin(self, loudest: Mapping[Site, Tensor], loss: Callable[[], float]) -> None:
+        """Begin each site with the candidate that has the lowest loss of the block, the sites before it having theirs.
+
+        Args:
+            loudest: largest magnitude of each channel of a site's input, [C].
+            loss: of the block as it is now.
+        """
+        for smoothing, (site, linears) in zip(self.sites, self.linears, strict=True):
+            order = linears[0]._buffers.get(ORDER)
+            inputs = loudest[site] if order is None else loudest[site][order.long()]
+            weights = torch.stack([linear.exact.abs().amax(0).flatten() for linear in linears]).amax(0)
+            found = (math.inf, smoothing.begun)
+            for u in candidates(*(_loudest(x, smoothing) for x in (inputs, weights))):
+                smoothing.u.copy_(u.clamp_(-_WIDEST, _WIDEST) * smoothing.free)
+                smoothing.settle(self.stored)
+                at = loss()
+                found = (at, smoothing.u.clone()) if at < found[0] else found
+            smoothing.begun = found[1]
+            smoothing.u.copy_(found[1])
+            smoothing.settle(self.stored)
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer."""
@@ -200,3 +243,8 @@ class SmoothSpace:
                 module.bias = nn.Parameter(bias.to(self.stored).to(maker.bias.dtype), requires_grad=False)
         self._move(False)
         return {}
+
+
+def _loudest(columns: Tensor, smoothing: Smoothing) -> Tensor:
+    """Largest of the columns that share a factor, [C] -> [F]."""
+    return torch.zeros_like(smoothing.u).scatter_reduce(0, smoothing.spread, columns.float(), "amax")

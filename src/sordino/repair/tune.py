@@ -34,6 +34,7 @@ from sordino.repair.smoothing import Mode, SmoothSpace
 from sordino.repair.spaces import GainSpace, WeightSpace
 from sordino.runtime.modules import ORDER
 
+_FIRST = 4  # windows by which first values are chosen
 _LIMIT = 0.3  # of the gradients' norm, for the parameter-efficient spaces: IntactKV's and PrefixQuant's value
 
 
@@ -56,6 +57,8 @@ class Tune(Move):
         updates: learning rate of that update, in steps of the grid; of one at the side, in shares of its size.
         smooth: learning rate of factors by which inputs are divided and the weights that read them multiplied, likewise; gains
             must be 0. 0 for none.
+        smooth_start: what factors begin with: 1 ("one": step 0 is the host), or ("search") what has the lowest loss on the
+            first windows, site by site, of 1, Outlier Suppression+'s and SmoothQuant's.
         smooth_mode: whether the two may drift apart, "soft": at a price, "hard": not, "free": at none.
         target: the full-precision block's output on the full-precision stream, or ("quantized") on the quantized one, which
             leaves the error of earlier blocks alone.
@@ -81,12 +84,13 @@ class Tune(Move):
         updates: Rate = 0.01,
         smooth: Rate = 0.0,
         smooth_mode: Mode = "soft",
+        smooth_start: Literal["one", "search"] = "one",
         target: Literal["full", "quantized"] = "full",
     ) -> None:
         self.epochs, self.batch, self.rates = epochs, batch, (weights, scales)
         self.gains, self.inputs, self.with_biases = gains, inputs, biases
         self.clips, self.rank, self.start, self.updates, self.target = clips, rank, start, updates, target
-        self.smooth, self.smooth_mode = smooth, smooth_mode
+        self.smooth, self.smooth_mode, self.smooth_start = smooth, smooth_mode, smooth_start
         self.wants_side, self.side = side, rank if side else 0
 
     @property
@@ -120,15 +124,23 @@ class Tune(Move):
         if self.smooth > 0 and any(r.side is not None for r in ctx.solved.values()):
             raise SordinoError("move 'tune': smooth cannot follow a pair at the side; put it before, or leave one out")
         x, target = ctx.stream("q"), self._target(ctx)
+        loudest = _loudest(ctx) if self.smooth > 0 and self.smooth_start == "search" else None
         spaces = self._spaces(ctx)
         priced = [space for space in spaces if isinstance(space, SmoothSpace)]
         start: list[float] = []
 
-        def backward(windows: Tensor) -> float:
+        def loss_of(windows: Tensor) -> Tensor:
             t = target[windows].float()
             weight = token_weights(t)
             y = hidden_states(ctx.q(x[windows], **ctx.call)).float()
-            loss: Tensor = ((y - t).square().sum(-1) * weight).sum() / (t.square().sum(-1) * weight).sum()
+            return ((y - t).square().sum(-1) * weight).sum() / (t.square().sum(-1) * weight).sum()
+
+        if loudest is not None:
+            for smoothed in priced:
+                smoothed.begin(loudest, lambda: float(loss_of(torch.arange(min(_FIRST, len(x))))))
+
+        def backward(windows: Tensor) -> float:
+            loss = loss_of(windows)
             start.append(loss.item())
             # Relative to the first one, so that the bound on the gradients means the same in every block.
             (loss / max(start[0], 1e-12) + sum(s.penalty() for s in priced) if self.efficient else loss).backward()
@@ -194,6 +206,16 @@ class Tune(Move):
 def better(before: float, after: float) -> bool:
     """Whether a block keeps its training, by its held-out errors; without any (guards off) it does."""
     return math.isnan(before) or after < before
+
+
+def _loudest(ctx: BlockContext) -> dict[Site, Tensor]:
+    """Largest magnitude of every channel of the inputs of a site, before they are turned, fp32 [C]."""
+    found: dict[Site, Tensor] = {}
+    for site in SITES:
+        for _, batch in ctx.inputs("q", site):
+            own = batch.abs().amax((0, 1)).float()
+            found[site] = torch.maximum(found.get(site, own), own)
+    return found
 
 
 def _exact(ctx: BlockContext, site: Site, linear: str) -> Tensor:
