@@ -4,6 +4,8 @@ python benchmarks/bisup.py --calibrate wiki.valid.raw --evaluate wiki.test.raw -
 
 Rows are the vertical part: host, + clips, + smoothing, + low-rank, and the target that leaves earlier error alone. The
 prompt's rows come from prompt.py (`--recipe quarot-w3a3` for the prompt alone, `--recipe bisup-quarot-w3a3` for all of it).
+`--keys-early` instead: the Atom hosts with keys rounded before the rotary embedding, as Atom's code has it; simulated, since the
+packed cache holds what attention reads. Blocks are calibrated with keys rounded behind it.
 `--sweeps` instead: one option at a time on blocks 0:10 of a host at W3A3, told by the held-out error against the full-precision
 stream behind each block (E_acc), into benchmarks/rows/bisup_sweeps.jsonl.
 """
@@ -14,8 +16,14 @@ import argparse
 import math
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-from ladder import ROWS, Ladder, called, climb, code_version, keep, made, texts_parser, there
+from ladder import ROWS, Ladder, called, climb, code_version, figures, keep, made, texts_parser, there
+from sordino.measure import evaluate
+from sordino.numerics.kv import KvGrid
 from sordino.recipe import load_recipe
 from tables import cells, latest, spread
 
@@ -60,6 +68,7 @@ SWEEPS: dict[str, list[str]] = {
     "start": [f'{CLIP}, {RANK}, start="{s}"' for s in ("error", "random")],
     "side": [f"{CLIP}, rank={r}, side=true" for r in (8, 16)],
     "smoothing": [f'{CLIP}, {RANK}, {SMOOTH}, smooth_mode="{m}"' for m in ("hard", "soft", "free")],
+    "smoothing's start": [f'{CLIP}, {RANK}, {SMOOTH}, smooth_start="{s}"' for s in ("one", "search")],
     "target": [f'{CLIP}, {RANK}, target="{t}"' for t in ("full", "quantized")],
     "epochs": [f"{CLIP}, {RANK}, epochs={n}" for n in (1, 2, 5)],
 }
@@ -97,6 +106,67 @@ def errors(name: str, recipe: str, overrides: list[str], args: argparse.Namespac
     print(f"{name}: {row['errors'][-1]:.4f} behind block {blocks[-1]['block']}", flush=True)
 
 
+EARLY = {name: f"{name}, keys rounded before the rotary embedding (simulated)" for name in ("atom-w4a4", "atom-w3a3")}
+
+
+def early(args: argparse.Namespace) -> None:
+    """Rows of :data:`EARLY`: the hosts' own checkpoints, evaluated with another place for the rounding of keys."""
+    for recipe, name in EARLY.items():
+        digest = load_recipe(recipe, [TELL]).digest
+        key = {
+            "digest": f"{digest}-early",
+            "version": code_version(),
+            "seed": 0,
+            "windows": args.windows,
+            "model": called(args.model),
+        }
+        if there(ROWS / "bisup.jsonl", key):
+            continue
+        with made(args.model, recipe, [TELL], args.calibrate, "--seed", "0") as (folder, cost, _), keys_early():
+            row = {"name": name, **key, "recipe": recipe, "overrides": [TELL], "quantize": cost}
+            row |= figures(folder, args.evaluate, args.windows, args.model, args.seqlen)
+            if args.also:
+                row["also"] = figures(folder, args.also, 16, args.model, args.seqlen)
+        keep(ROWS / "bisup.jsonl", row)
+        print(f"{name}: PPL {row['ppl']:.3f}", flush=True)
+
+
+@contextmanager
+def keys_early() -> Iterator[None]:
+    """Let checkpoints that `sordino.evaluate` loads round what k_proj puts out, a scale for each token and head, and not again."""
+
+    def load(*args: Any, **options: Any) -> Any:
+        model, tokenizer = real(*args, **options)
+        for attention in [m for m in model.modules() if getattr(m, "kv_grid", None) is not None]:
+            grid, share = attention.kv_grid, attention.key_scale
+            attention.kv_grid = _ValuesOnly(grid.bits, grid.symmetric, grid.static, share)
+
+            def round_keys(
+                _: Any, __: Any, out: Any, grid: Any = grid, share: Any = share, size: int = attention.head_dim
+            ) -> Any:
+                heads = out.unflatten(-1, (-1, size)).transpose(1, 2)
+                return grid.fake(heads, share).transpose(1, 2).flatten(2)
+
+            attention.k_proj.register_forward_hook(round_keys)
+        return model, tokenizer
+
+    real, evaluate.load = evaluate.load, load
+    try:
+        yield
+    finally:
+        evaluate.load = real
+
+
+@dataclass(frozen=True)
+class _ValuesOnly(KvGrid):
+    """Leaves alone what is to be rounded by the keys' shares."""
+
+    keys: Any
+
+    def fake(self, x: Any, share: Any, moving: bool = False) -> Any:
+        return x if share is self.keys else super().fake(x, share, moving)
+
+
 def rendered() -> str:
     """The grid, with the share of each host's gap to full precision that is closed, and E_acc behind some blocks."""
     rows = latest("bisup.jsonl")
@@ -104,11 +174,11 @@ def rendered() -> str:
     names = ["recipe", "bits/weight", "inputs", "KV", "PPL", "seeds", "C4 PPL", "KL", "gap closed"]
     names += ["E_acc at a third, two thirds, the end", "CPU s"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for name in LADDER:
+    for name in (*LADDER, *EARLY.values()):
         mine = [r for (n, _), r in sorted(rows.items()) if n == name]
         if not mine:
             continue
-        host = [r["ppl"] for (n, _), r in rows.items() if n == name.partition(" ")[0]]
+        host = [r["ppl"] for (n, _), r in rows.items() if n == name.partition(" ")[0].rstrip(",")]
         shown = cells(name, mine)
         closed = [math.log(statistics.mean(host) / r["ppl"]) / math.log(statistics.mean(host) / exact[0]) for r in mine if host]
         share = spread([100 * c for c in closed], 0) + " %" if closed and " " in name else "–"
@@ -130,5 +200,8 @@ if __name__ == "__main__":
         parser = texts_parser(__doc__)
         parser.add_argument("--blocks", default="0:10", help="blocks to quantize")
         sweep(parser.parse_args())
+    elif "--keys-early" in sys.argv:
+        sys.argv.remove("--keys-early")
+        early(texts_parser(__doc__).parse_args())
     else:
         climb(__doc__, LADDER, "bisup.jsonl")
