@@ -4,8 +4,8 @@ python benchmarks/bisup.py --calibrate wiki.valid.raw --evaluate wiki.test.raw -
 
 Rows are the vertical part: host, + clips, + smoothing, + low-rank, and the target that leaves earlier error alone. The
 prompt's rows come from prompt.py (`--recipe quarot-w3a3` for the prompt alone, `--recipe bisup-quarot-w3a3` for all of it).
-`--keys-early` instead: the Atom hosts with keys rounded before the rotary embedding, as Atom's code has it; simulated, since the
-packed cache holds what attention reads. Blocks are calibrated with keys rounded behind it.
+`--keys-early` instead: the Atom hosts with keys rounded before the rotary embedding, as Atom's code has it; simulated, since
+the packed cache holds what attention reads. Blocks are calibrated with keys rounded behind it.
 `--sweeps` instead: one option at a time on blocks 0:10 of a host at W3A3, told by the held-out error against the full-precision
 stream behind each block (E_acc), into benchmarks/rows/bisup_sweeps.jsonl.
 """
@@ -133,7 +133,7 @@ def early(args: argparse.Namespace) -> None:
 
 @contextmanager
 def keys_early() -> Iterator[None]:
-    """Let checkpoints that `sordino.evaluate` loads round what k_proj puts out, a scale for each token and head, and not again."""
+    """Let checkpoints that `sordino.evaluate` loads round what k_proj puts out, by token and head, and not again."""
 
     def load(*args: Any, **options: Any) -> Any:
         model, tokenizer = real(*args, **options)
