@@ -2,12 +2,12 @@
 
 python benchmarks/equivalence.py --calibrate wiki.valid.raw --evaluate wiki.test.raw --recipe prefixquant-w4a4kv4-static
 
-For each pair, in fp32 and bf16: mean divergence of the next-token distributions (nat) and how many of 64 greedily generated
-tokens are equal. The first pair is a model in which nothing is rounded, turned and behind the prefix, against the original that
-reads the prefix as text (turned weights are stored in bf16); the second tells what the dtype alone does to the original. The
-others are the quantized checkpoint against itself. Codes that fall the other way feed on themselves, so the last pair, the
-same forward with embeddings moved by a millionth (fp32; bf16 does not see it), tells how far apart two correct ways are bound
-to be. Rows go to benchmarks/rows/equivalence.jsonl.
+For each pair, in fp32 and bf16: mean divergence of the next-token distributions (nat), or how many of 64 greedily generated
+tokens agree before the first difference, the worst of four prompts. The first pair is a model in which nothing is rounded,
+turned and behind the prefix, against the original that reads the prefix as text (turned weights are stored in bf16); the
+second tells what the dtype alone does to the original. The others are the quantized checkpoint against itself. Codes that fall
+the other way feed on themselves: the same forward with embeddings moved by a millionth (fp32; bf16 does not hold it) tells
+how far apart two correct ways are bound to be. Rows go to benchmarks/rows/equivalence.jsonl.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Logits = Callable[[Any, Tensor], Tensor]
 
 def main() -> None:
     if sys.argv[1:2] == ["tell"]:
-        print(json.dumps(tell(sys.argv[2], getattr(torch, sys.argv[3]), PROMPTS)))
+        print(json.dumps([tell(sys.argv[2], getattr(torch, sys.argv[3]), [p])[0] for p in PROMPTS]))
         return
     parser = texts_parser(__doc__)
     parser.add_argument("--recipe", default="prefixquant-w4a4kv4-static")

@@ -73,6 +73,7 @@ def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: ar
     with made(args.model, recipe, overrides, args.calibrate, "--seed", str(seed)) as (subject, cost, manifest):
         if recipe:
             result |= {"quantize": cost, "guard": manifest["guard"], "coverage": manifest["coverage"]}
+            result |= {"finish": manifest["finish"]} if manifest.get("finish") else {}
             if found := [b["inputs"]["down"] for b in manifest["blocks"] if "down" in b.get("inputs", {})]:
                 result["down_inputs"] = found
             result["errors"] = [b["error"] for b in manifest["blocks"] if "error" in b]  # held out, behind each block

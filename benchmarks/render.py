@@ -29,8 +29,8 @@ windows of 2048, bf16. C4: the first 16 windows of a sample of truncated C4 docu
 "auto" takes groups of 64 where 128 does not divide (576 columns) and 128 else (1536 columns). "g64 sym" rows are in the
 setting of the public tools' table: symmetric, groups of 64 everywhere. KL is against full precision on the same windows.
 The first two ladders keep the guards on: "fallbacks" names blocks in which plain rounding took the place of what the row is
-about. Seeds of one row may be of different versions of the code; every JSON row has its own.
-Where a row has one seed, the rows with several tell how far another choice of calibration windows moves it. CPU seconds are
+about. Seeds of one row may be of different versions of the code; every JSON row has its own. Most rows have one seed: the
+range of rows with three tells how far another choice of calibration windows moves one. CPU seconds are
 user + system of the whole `quantize` process, taken with one thread and another job beside; GFLOP/s is what one thread of that
 machine makes of a bf16 matmul (rows without it: about 460).
 
@@ -158,10 +158,9 @@ def equivalence(title: str = "") -> str:
     recipes = ", ".join(sorted({f"`{r['recipe']}`" for r in rows.values()}))
     lines = ["", *([title, ""] if title else [])]
     lines += [
-        f"Of {recipes}: mean divergence of the next token's distribution (nat), and equal ones of 64 greedy tokens. The first"
-    ]
-    lines += [
-        "pair is unrounded; the last of those with a divergence tells how far apart two correct ways are bound to be.",
+        f"Of {recipes}: mean divergence of the next token's distribution (nat), or how many of 64 greedy tokens agree",
+        "before the first difference, the worst of four prompts. The first two pairs round nothing. Moved by a millionth, fp32",
+        "shows how far apart two correct ways are bound to be; bf16 does not hold so small a change: its 0 bounds nothing.",
         "",
     ]
     lines += ["| pair | fp32 | bf16 |", "|---|---|---|"]

@@ -37,7 +37,8 @@ TABLES: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 # What mkdocstrings shows beside the package's own names.
 FURTHER = {
-    "Measuring": ("sordino.measure.compare", "sordino.measure.bench", "sordino.measure.tasks"),
+    "Measuring": ("sordino.measure.compare", "sordino.measure.bench", "sordino.measure.tasks", "sordino.measure.inspect"),
+    "Generating": ("sordino.runtime.generate", "sordino.measure.prompt"),
     "Text": ("sordino.corpus",),
     "Notebooks": ("sordino.report.notebook",),
     "Extending": ("sordino.contract",),

@@ -163,7 +163,7 @@ BAD_ARGUMENTS = [
     (_set("format.weights.bits=7"), ["format.weights.bits", "7"]),
     (_set("format.weights"), ["key=value"]),
     (_set("format.weights.solver=gtpq"), ["gtpq", "gptq"]),
-    (_set("moves=[{move='low-rank'}]"), ["'low-rank'", "planned but not built"]),
+    (_set("moves=[{move='low-rank'}]"), ["'low-rank'", "an option of 'tune': rank"]),
     (_set("moves=[{move='tune', epochs=0}]"), ["'tune'", "epochs", "0"]),
     (_set("moves=[{move='tune', epoch=1}]"), ["'tune'", "epoch", "did you mean 'epochs'"]),
     (_set("moves=[{move='distill', weights='fast'}]"), ["'distill'", "weights", "fast"]),

@@ -49,7 +49,7 @@ SetOption = Annotated[
 WindowsOption = Annotated[int | None, typer.Option(min=1, help="How many windows of text.")]
 TasksOption = Annotated[
     str | None,
-    typer.Option("--tasks", help="Zero-shot tasks of lm-evaluation-harness, e.g. piqa,arc_easy (needs the extra [eval])."),
+    typer.Option("--tasks", help="Zero-shot tasks of lm-evaluation-harness, e.g. piqa,arc_easy (needs the extra 'eval')."),
 ]
 TaskData = Annotated[Path | None, typer.Option("--task-data", help="Folder of local task files; without it, from the hub.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="How many items of each task.")]

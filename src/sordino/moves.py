@@ -27,23 +27,27 @@ MOVES: dict[str, MoveFactory] = {
     m.name: m for m in (Channels, Distill, LearnRotations, MeanShift, Prefix, Rotate, RotateInner, Smooth, Tune)
 }
 
-# Moves of the plan that no code stands behind yet; a recipe that names one is refused by name.
-PLANNED = frozenset({"permute"} | {"low-rank", "clip", "scale-search"})
+# What the field calls a move of its own, and is something else here.
+_ELSEWHERE = {
+    "low-rank": "is an option of 'tune': rank",
+    "clip": "is an option of 'tune': clips",
+    "permute": "is called 'channels'",
+    "scale-search": "is part of every grid: format.weights.search",
+}
 
 
 def build_moves(specs: tuple[MoveSpec, ...]) -> list[Move]:
     """Instantiate the moves of a recipe.
 
     Raises:
-        InputError: if a move is unknown, not built yet, or refuses its options.
+        InputError: if a move is unknown, or refuses its options.
     """
     moves = []
     for spec in specs:
         factory = MOVES.get(spec.move)
         if factory is None:
             known = ", ".join(sorted(MOVES))
-            state = "is planned but not built yet" if spec.move in PLANNED else "is unknown"
-            raise InputError(f"move '{spec.move}' {state}; available: {known}")
+            raise InputError(f"move '{spec.move}' {_ELSEWHERE.get(spec.move, 'is unknown')}; available: {known}")
         moves.append(factory(**_options(spec, factory)))
     return moves
 

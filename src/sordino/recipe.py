@@ -109,7 +109,7 @@ class WeightFormat(_Table):
     grid: Literal["affine", "additive"] = "affine"
     """Scale and zero point, or a sum of signed row scales (D²Quant; own runtime only)."""
     column_scale: bool = False
-    """One more scale for each input column, merged into up_proj (down_proj only)."""
+    """One more scale for each input column: of down_proj merged into up_proj, of others stored (own runtime only)."""
     search: Annotated[int, Field(ge=0, le=200, strict=True)] = 24
     """How many shrunken ranges are tried for a grid; 0 takes the full range."""
     solver: Solver = Rtn()

@@ -80,9 +80,9 @@ class RowGrid:
     grid: KvGrid
     rows: Tensor
 
-    def fake(self, x: Tensor, share: Tensor) -> Tensor:
+    def fake(self, x: Tensor, share: Tensor, moving: bool = False) -> Tensor:
         """X [B, K, L, d] with the chosen rows rounded."""
-        return torch.where(self.rows[:, None, :, None], self.grid.fake(x, share), x)
+        return torch.where(self.rows[:, None, :, None], self.grid.fake(x, share, moving), x)
 
 
 @torch.no_grad()

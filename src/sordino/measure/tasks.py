@@ -192,7 +192,7 @@ def _harness() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("sordino"):
             raise
-        raise InputError(f"tasks need lm-evaluation-harness ({error.name} is missing): pip install 'sordino[eval]'") from None
+        raise InputError(f"tasks need lm-evaluation-harness ({error.name} is missing): pip install -e '.[eval]'") from None
     return harness
 
 

@@ -301,8 +301,11 @@ def _check_resources(plan: Plan, source: Source, out: Path | None) -> Plan:
     memory, disk = _memory(plan, source), _disk(plan, source)
     available = psutil.virtual_memory().available
     if memory > available:
+        whole = [m.name for m in plan.moves if m.bytes_per_weight]
+        hint = f", or leave out the move '{whole[0]}', which holds the whole model" if whole else ""
         raise InputError(
-            f"about {gib(memory)} of memory are needed and {gib(available)} are free; use fewer --windows or a shorter --seqlen"
+            f"about {gib(memory)} of memory are needed and {gib(available)} are free; "
+            f"use fewer --windows or a shorter --seqlen{hint}"
         )
     if out is not None:
         anchor = next(p for p in (out, *out.absolute().parents) if p.exists())
