@@ -41,7 +41,7 @@ FURTHER = {
     "Generating": ("sordino.runtime.generate", "sordino.measure.prompt"),
     "Text": ("sordino.corpus",),
     "Notebooks": ("sordino.report.notebook",),
-    "Extending": ("sordino.contract",),
+    "Extending": ("sordino.contract", "sordino.rounding"),
 }
 MADE = "<!-- made by docs/generate.py when the site is built -->\n\n"
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: no network, one tiny random model of each family, the real default model."""
+"""No network, and no notices of other libraries."""
 
 import os
 

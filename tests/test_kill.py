@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from sordino.errors import InputError
+from sordino.walk.store import Work, write_tensors
 from tiny import Done, Sordino, make_tiny
 
 BLOCKS = 6
@@ -257,6 +260,17 @@ def test_failed_guard_is_told_again(model: Path, whole: Path, tmp_path: Path) ->
     (out / "sordino.json").write_text(json.dumps(manifest))
     done = start(model, out).wait()
     assert done.code == 1 and "worse than RTN" in done.err and len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("part", ["prefix", "latents"])
+def test_a_damaged_part_of_a_block_is_named(part: str, tmp_path: Path) -> None:
+    work = Work(tmp_path, {})
+    file = work.path / part / "00002.safetensors"
+    write_tensors(file, {"x": torch.ones(4)})
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(InputError, match=f"{part}/00002.safetensors is missing or damaged.*--fresh"):
+        work.load_prefix(2) if part == "prefix" else work.load_latents(2)
+    assert work.load_prefix(3) == work.load_latents(3) == {}
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,11 @@ class Anatomy:
     tied: bool
     key_heads: int
 
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.at("qkv")[0].in_features
+
     def at(self, site: Site) -> tuple[Linear, ...]:
         """Linears that share the input of ``site``."""
         return tuple(x for x in self.linears if x.site == site)

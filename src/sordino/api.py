@@ -1,4 +1,4 @@
-"""The Python API: ``quantize``, ``load``, ``evaluate``. The command line is a thin layer over these."""
+"""The Python API: ``quantize`` and ``load``; ``evaluate`` is in measure/evaluate.py. The command line is thin above it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import platform
 import resource
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sordino.contract import Progress
 from sordino.corpus import DEFAULT_TEXT, Text, calibration_windows, load_text, tokenize
 from sordino.errors import InputError, SordinoError, reason
-from sordino.heap import keep_freed_memory
+from sordino.heap import keep_freed_memory, peak_memory
 from sordino.protect.prompt import Prompt
 from sordino.recipe import Recipe, load_recipe
 from sordino.report.notebook import Figure, figure, table
@@ -31,8 +31,6 @@ from sordino.walk.prompt import prompt_of
 from sordino.walk.source import Source, locate, open_source, without_bars
 from sordino.walk.store import WORK, Work, claim, write_text
 from sordino.walk.walk import Walk
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -334,7 +332,7 @@ def _run_facts(work: Work, cpu: float, plan: Plan) -> dict[str, Any]:
     return {
         "seconds": round(work.seconds, 2),
         "cpu_seconds": round(cpu, 2),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "estimated_memory_bytes": plan.memory,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

@@ -20,6 +20,7 @@ from sordino.rounding import Rounded, Stats
 StreamName = Literal["fp", "q"]
 SiteInputs = Callable[[Site], Iterator[tuple[slice, Tensor]]]  # as BlockContext.inputs gives them
 Split = Literal["calib", "heldout"]
+Progress = Callable[[str, int, int], None]  # told (what, done, total)
 
 
 class ParameterSpace(Protocol):
@@ -46,7 +47,6 @@ class BlockContext(Protocol):
     """What a move sees of the block that is being quantized."""
 
     index: int
-    last: bool
     anatomy: Anatomy
     artifacts: dict[str, Any]  # what the surveys found, by move name
     fp: nn.Module  # the reshaped full-precision twin, read-only
@@ -72,7 +72,7 @@ class BlockContext(Protocol):
         ...
 
     def stats(self, site: Site, kinds: frozenset[str], cap: float | None = None) -> Stats:
-        """Sums over the calibration tokens, of the block as it is now; see :attr:`Solver.cap`."""
+        """Sums over the calibration tokens, of the block as it is now; see :attr:`sordino.rounding.Solver.cap`."""
         ...
 
     def stream(self, name: StreamName, split: Split = "calib") -> Tensor:
@@ -126,17 +126,11 @@ class FinishContext(Protocol):
     norm: nn.Module  # the final norm
     exact_norm: nn.Module  # the full-precision model's, which stays as it is
     stored: torch.dtype  # dtype that the checkpoint has for what is not rounded
-    windows: Tensor  # token ids [N, L]
     calib: int  # how many windows the walk calibrated on; they come first
     train: Tensor  # numbers of the windows to train on: the walk's, then those that moves asked for beyond them
     heldout: Tensor  # numbers of the windows to judge by
     targets: Tensor  # final hidden states of the full-precision model, [N, L, D]
     notes: dict[str, Any]
-
-    @property
-    def ends(self) -> dict[str, Tensor]:
-        """Tensors outside the blocks, by full name, as they will be stored; may be edited."""
-        ...
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Say how far work has come that takes longer than seconds."""

@@ -1,8 +1,9 @@
-"""One setting of the C library's heap that makes long runs, and prompts of small models, about a tenth faster."""
+"""The process's memory: how much it took, and one setting of the C library's heap that makes long runs a tenth faster."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt's parameters in malloc.h
@@ -18,3 +19,9 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc accepts
         mallopt(_TRIM_THRESHOLD, 1 << 30)
+
+
+def peak_memory() -> int:
+    """Bytes this process had at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import warnings
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sordino.heap import peak_memory
 
 _NAMES = {
     "block": "quantizing blocks",
@@ -55,7 +56,7 @@ class Bars:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Move a bar."""
-        memory = f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+        memory = f"peak {peak_memory() / 2**30:.1f} GiB"
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(_NAMES.get(what, what), total=total, memory=memory)
         self._progress.update(self._tasks[what], completed=done, total=total, memory=memory)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import sordino
 from sordino.errors import InputError
+from sordino.measure.propagation import basis_of, last_states
 from sordino.numerics.basis import Basis, Dense
 from sordino.recipe import Recipe, load_recipe
 from sordino.reshape.learn_rotations import LearnRotations
@@ -55,6 +56,9 @@ def test_logits_are_unchanged(family: str, tied: bool, tmp_path: Path, monkeypat
         a, b = exact(ids).logits, ours(ids).logits
     assert (a - b).norm() <= 1e-4 * a.norm()
     assert torch.equal(exact.generate(ids, max_new_tokens=16), ours.generate(ids, max_new_tokens=16))
+    basis = basis_of(ours)  # as `inspect` turns its states back
+    assert basis is not None
+    torch.testing.assert_close(basis.undo(last_states(ours, ids)), last_states(exact, ids), rtol=1e-3, atol=1e-4)
     start, turned = Basis.whole(96, 0).apply(torch.eye(96)), ours.model.norm.basis.view(torch.float32)
     assert not torch.allclose(start, turned, atol=1e-3)
     torch.testing.assert_close(turned @ turned.T, torch.eye(96), atol=1e-5, rtol=0)

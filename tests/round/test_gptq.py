@@ -116,6 +116,15 @@ def test_gptq_equals_the_model(bits: int, group: int, static: bool, order: str, 
     assert_same(rounded, model(w, h, grid, group, order, static), w, h)
 
 
+def test_grids_fitted_beforehand_are_weighted_too() -> None:
+    h = torch.diag(normal(32, seed=1).exp())
+    w, grid = normal(20, 32, seed=2), AffineGrid(3)
+    rounded = solve(GptqSolver(static_groups=True, weighted=True), w, h, grid, 16)
+    fits = [grid.fit(w[:, i : i + 16].contiguous(), h.diagonal()[i : i + 16]) for i in (0, 16)]
+    assert torch.equal(rounded.scale, torch.cat([f.scale for f in fits], 1))
+    assert not torch.equal(rounded.scale, grid.fit_groups(w, 16).scale)
+
+
 @orders
 @pytest.mark.parametrize("alpha", [0.25, 1.0])
 @pytest.mark.parametrize("group", [8, 40])

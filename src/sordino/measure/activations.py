@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sordino.anatomy import SITES, Anatomy, Site
-from sordino.measure.evaluate import Progress, in_turn
+from sordino.contract import Progress
+from sordino.measure.evaluate import in_turn
 from sordino.numerics.hadamard import rotation
 from sordino.protect.prefix import Outliers, token_ratios
 

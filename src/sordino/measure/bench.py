@@ -10,10 +10,9 @@ a model that is too big or too far away to quantize here (measure/shapes.py).
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -28,8 +27,9 @@ import transformers
 
 from sordino.anatomy import skeleton
 from sordino.api import load
+from sordino.contract import Progress
 from sordino.errors import InputError, SordinoError
-from sordino.heap import keep_freed_memory
+from sordino.heap import keep_freed_memory, peak_memory
 from sordino.measure.shapes import config_of, random_checkpoint, shape, stored
 from sordino.progress import quiet_libraries
 from sordino.report.notebook import Figure, figure, table
@@ -40,7 +40,6 @@ from sordino.walk.source import locate
 PROMPT, DECODED = 512, 32  # tokens, if nothing else is asked for
 ROUNDS = 5  # that count; one more warms up
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -319,7 +318,7 @@ def _serve(pipe: Connection, order: Order, threads: int, tokens: tuple[int, int]
         model = _open(order)
         pipe.send("ready")
         while True:
-            pipe.send(_measure(model, *tokens) if pipe.recv() == "run" else _peak_memory())
+            pipe.send(_measure(model, *tokens) if pipe.recv() == "run" else peak_memory())
     except SordinoError as error:
         pipe.send(error)
     except EOFError:
@@ -351,9 +350,3 @@ def _measure(model: Any, prompt_tokens: int, new_tokens: int) -> tuple[float, fl
         out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
     return filled - started, time.perf_counter() - filled
-
-
-def _peak_memory() -> int:
-    """Bytes this process had at most."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from sordino.contract import Progress
 from sordino.corpus import EVAL_TEXT, load_text
 from sordino.errors import InputError
 from sordino.measure.bench import DECODED, PROMPT, bench, positions
@@ -212,7 +213,7 @@ def compare(
     prefix_from: str | Path | None = None,
     tasks: Tasks | None = None,
     speed: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Measure several checkpoints; see :func:`sordino.evaluate` for the arguments and errors.
 
@@ -237,7 +238,7 @@ def compare(
     return Comparison(tuple(rows), None if content is None else content.spec, _speeds(checkpoints, progress) if speed else ())
 
 
-def _speeds(checkpoints: Sequence[str | Path], progress: Callable[[str, int, int], None] | None) -> tuple[dict[str, Any], ...]:
+def _speeds(checkpoints: Sequence[str | Path], progress: Progress | None) -> tuple[dict[str, Any], ...]:
     """Speed of each checkpoint: tokens a second with their range over rounds, ratios to full precision, memory."""
     limits = [positions(name) for name in checkpoints]
     tokens = min([PROMPT, *(limit - DECODED for limit in limits if limit is not None)])

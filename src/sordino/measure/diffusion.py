@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sordino.anatomy import Anatomy
-from sordino.measure.evaluate import Progress, in_turn
+from sordino.contract import Progress
+from sordino.measure.evaluate import in_turn
 from sordino.measure.propagation import last_states, relative_errors
 from sordino.measure.sensitivity import kv_grid, names_of, round_tokens, with_inputs, with_kv
 from sordino.numerics.kv import KvGrid

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sordino.api import load
+from sordino.contract import Progress
 from sordino.corpus import EVAL_TEXT, Text, eval_windows, load_text, tokenize
 from sordino.errors import InputError
 from sordino.measure.size import size_of
@@ -29,7 +30,6 @@ from sordino.runtime.prefix import prefix_ids, prefix_length
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
 from sordino.walk.source import locate
 
-Progress = Callable[[str, int, int], None]
 _ROWS = 256  # positions whose logits are looked at in fp32 at once
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -32,11 +32,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from sordino.contract import Progress
 from sordino.errors import InputError, reason
 from sordino.measure.local_tasks import LOCAL_TASKS, LocalTask, Row, find_local, read_rows
 from sordino.runtime.prefix import prefix_length
 
-Progress = Callable[[str, int, int], None]
 Request = tuple[Any, list[int], list[int]]  # (texts, context ids, continuation ids)
 
 _HOME = Path(lm_eval.tasks.__file__).parent

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from sordino.anatomy import Anatomy, anatomy_of
 from sordino.api import load
+from sordino.contract import Progress
 from sordino.corpus import DEFAULT_TEXT, load_text
 from sordino.errors import InputError
 from sordino.measure.activations import Activations, look
 from sordino.measure.advice import Advice, advise
 from sordino.measure.diffusion import Horizontal, horizontal
-from sordino.measure.evaluate import Progress, Windows
+from sordino.measure.evaluate import Windows
 from sordino.measure.propagation import Vertical, vertical
 from sordino.measure.sensitivity import Sensitivity, names_of, round_weights, sensitivities, with_weights
 from sordino.protect.prefix import THRESHOLD, choose

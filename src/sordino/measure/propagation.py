@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from sordino.anatomy import hidden_states
+from sordino.contract import Progress
 from sordino.measure.activations import hooked
-from sordino.measure.evaluate import Progress, in_turn
-from sordino.numerics.basis import Basis
+from sordino.measure.evaluate import in_turn
+from sordino.numerics.basis import Basis, Dense
+from sordino.runtime.modules import stored_basis
 
 MASSIVE = 100.0  # a token whose squared norm exceeds the median token's so many times counts as massive
 
@@ -115,10 +117,12 @@ def run_blocks(
     return seen
 
 
-def basis_of(model: Any) -> Basis | None:
+def basis_of(model: Any) -> Basis | Dense | None:
     """The rotated basis that a checkpoint's blocks work in."""
     found = getattr(getattr(model.config, "quantization_config", None), "basis", None)
-    return None if found is None else Basis(**found)
+    if found is None:
+        return None
+    return Basis(**found) if found["signs"] is not None else stored_basis(model.get_decoder().norm)
 
 
 def last_states(model: Any, ids: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sordino.anatomy import SITES, Anatomy, Linear, group_size
+from sordino.contract import Progress
 from sordino.measure.activations import hooked
-from sordino.measure.evaluate import Progress, final_states, in_turn
+from sordino.measure.evaluate import final_states, in_turn
 from sordino.measure.propagation import relative_errors
 from sordino.numerics.affine import AffineGrid, GridParams
 from sordino.numerics.divergence import token_kl

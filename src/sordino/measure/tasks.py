@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sordino.contract import Progress
 from sordino.errors import InputError
 
-Progress = Callable[[str, int, int], None]
 _RESAMPLES = 10_000
 _LEVEL = 0.95
 

@@ -23,7 +23,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: uint8 [R, N], every value below ``2**bits``.
-        bits: 2, 3, 4 or 8 (any width from 1 to 8 works).
+        bits: 1 to 8.
 
     Returns:
         int32 [R, W].

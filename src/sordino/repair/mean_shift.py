@@ -12,13 +12,14 @@ and a plain MLP, against the last block all rounded. Shapes: B windows, L tokens
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy, Site
-from sordino.contract import BlockContext, Move, Split
+from sordino.contract import BlockContext, Move, StreamName
 from sordino.errors import InputError
 from sordino.recipe import Format
 
@@ -87,13 +88,9 @@ class MeanShift(Move):
         ctx.notes[self.name] |= {"final_mse_before": before, "final_mse_after": after, "final_kept": kept}
 
 
-def mean_input(ctx: BlockContext, which: Any, split: Split = "calib") -> Tensor:
-    """Mean over tokens of what gate and up see, fp64-accumulated [D]; both blocks run on the quantized stream."""
-    total, count = torch.zeros(ctx.anatomy.at("gate_up")[0].in_features, dtype=torch.float64), 0
-    for _, x in ctx.inputs(which, "gate_up", split, stream="q"):
-        total += x.flatten(0, 1).sum(0, dtype=torch.float64)
-        count += x.shape[0] * x.shape[1]
-    return (total / max(count, 1)).float()
+def mean_input(ctx: BlockContext, which: StreamName) -> Tensor:
+    """Mean over tokens of what gate and up see, [D]; both blocks run on the quantized stream."""
+    return _mean(x for _, x in ctx.inputs(which, "gate_up", stream="q"))
 
 
 def deviation(ctx: BlockContext) -> float:
@@ -107,11 +104,15 @@ def deviation(ctx: BlockContext) -> float:
 
 
 def mean_final(ctx: BlockContext, norm: nn.Module) -> Tensor:
-    """Mean over tokens of what the final norm makes of the rounded block's output, fp64-accumulated [D]."""
+    """Mean over tokens of what the final norm makes of the rounded block's output, [D]."""
+    return _mean(norm(y) for _, y in ctx.run("q", "q"))
+
+
+def _mean(batches: Iterable[Tensor]) -> Tensor:
+    """Mean over windows and tokens of [B, L, D], summed in fp64."""
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for _, y in ctx.run("q", "q"):
-        normed = norm(y).flatten(0, 1)
-        total, count = total + normed.sum(0, dtype=torch.float64), count + len(normed)
+    for batch in batches:
+        total, count = total + batch.sum((0, 1), dtype=torch.float64), count + batch.shape[0] * batch.shape[1]
     return (total / max(count, 1)).float()
 
 

@@ -78,7 +78,7 @@ class LearnRotations(Move):
         Nothing where they did not help.
         """
         first: Any = ctx.blocks[0].get_submodule(ATTENTION)
-        basis = torch.eye(ctx.anatomy.at("qkv")[0].in_features, dtype=torch.float64).requires_grad_()
+        basis = torch.eye(ctx.anatomy.hidden, dtype=torch.float64).requires_grad_()
         values = torch.eye(first.head_dim, dtype=torch.float64).repeat(len(ctx.blocks), 1, 1).requires_grad_()
         state = {"basis": basis, "values": values}
         hooks = [h for i in ctx.rounded for h in simulate(ctx, i, basis, values)]

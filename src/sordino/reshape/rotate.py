@@ -41,7 +41,7 @@ class Rotate(Move):
         """Needs norms in front of the sublayers, and a hidden size with a power of two in it."""
         if not anatomy.norms:
             raise InputError(f"move 'rotate': {anatomy.model_type} has no norms before its linears to take gains from")
-        hidden = anatomy.at("qkv")[0].in_features
+        hidden = anatomy.hidden
         if hidden % 2:
             raise InputError(f"move 'rotate': the hidden size {hidden} is odd, no Hadamard group divides it")
 
@@ -52,4 +52,4 @@ class Rotate(Move):
     @torch.no_grad()
     def reshape(self, block: nn.Module, index: int, anatomy: Anatomy, artifacts: dict[str, Any]) -> None:
         """Fuse the gains, rotate the linears."""
-        turn_stream(block, anatomy, self.basis(anatomy.at("qkv")[0].in_features).apply)
+        turn_stream(block, anatomy, self.basis(anatomy.hidden).apply)

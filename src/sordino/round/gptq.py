@@ -113,7 +113,8 @@ class GptqSolver:
             wt += prepared.shift.T @ wt
             w = wt[torch.argsort(perm)].T.contiguous()
         if self.static_groups:
-            fitted, order = grid.fit_groups(w, group), perm[::group] // group
+            weights = None if prepared.weights is None else prepared.weights[torch.argsort(perm)]
+            fitted, order = grid.fit_groups(w, group, weights), perm[::group] // group
             column = None if fitted.column is None else fitted.column[perm]
             static = GridParams(fitted.scale[:, order], fitted.zero[:, order], column)
         codes, params = _walk_columns(wt, prepared, grid, group, static)

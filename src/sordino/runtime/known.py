@@ -58,7 +58,7 @@ class Known:
         self.window: int | None = getattr(decoder.config, "sliding_window", None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()  # addresses mean nothing in a copy
+        return type(None), ()  # addresses mean nothing in a copy
 
     def _look(self) -> tuple[Any, ...]:
         addresses, hooks = [d[k].data_ptr() for d, k in self._places], [len(h) for h in self._hooks]
@@ -98,10 +98,6 @@ class Known:
                 return None
             held.keys, held.values, held.length, held.room = keys.data_ptr(), values.data_ptr(), length, keys.shape[2]
         return found
-
-
-def _nothing() -> None:
-    return None
 
 
 def _parts(layer: Any) -> tuple[list[Any], list[Any]]:

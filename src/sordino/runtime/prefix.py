@@ -1,4 +1,4 @@
-"""Keys and values that stand before every text, in full precision: outlier tokens, later a system prompt.
+"""Keys and values that stand before every text, in full precision: outlier tokens, a system prompt.
 
 They belong to the attention modules, not to transformers' cache: the user's ids, masks, positions and cache lengths stay
 their own. The keys are rotated to the positions -P … -1, and rotary embedding is relative, so this equals a text that

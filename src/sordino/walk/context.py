@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
 from sordino.runtime.modules import SCALE, drop_bias, give_bias
 from sordino.runtime.prefix import VALUE
 from sordino.walk.runner import Runner
+from sordino.walk.seeds import seeded
 
 _SCALES = (SCALE, KEY_SCALE, VALUE_SCALE)
 
@@ -69,8 +69,7 @@ class Context:
 
     def rng(self, move: str) -> torch.Generator:
         """Generator seeded by (seed, block, move), whatever ran before."""
-        digest = hashlib.sha256(f"{self.seed} {self.index} {move}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return seeded(self.seed, self.index, move)
 
     def runner(self, which: StreamName, stream: StreamName) -> Runner:
         """The runner of one block on one stream."""
@@ -112,18 +111,18 @@ class Context:
 
     def shift(self, module: str, bias: Tensor) -> None:
         """Add to the bias of a norm or linear of the q block."""
-        target: Any = self.q.get_submodule(module)
-        give_bias(target)
-        target.bias.data = (target.bias.float() + bias).to(self.stored).to(target.weight.dtype)
+        self._add_bias(self.q.get_submodule(module), bias)
         self._touch_module(module)
 
     def shift_final(self, bias: Tensor) -> None:
         """Add to the bias of the final norm."""
         if self.norm is None:
             raise SordinoError(f"block {self.index}: the final norm stands beside the last block only")
-        target: Any = self.norm
-        give_bias(target)
-        target.bias.data = (target.bias.float() + bias).to(self.stored).to(target.weight.dtype)
+        self._add_bias(self.norm, bias)
+
+    def _add_bias(self, module: Any, bias: Tensor) -> None:
+        give_bias(module)
+        module.bias.data = (module.bias.float() + bias).to(self.stored).to(module.weight.dtype)
 
     def unshift(self, module: str) -> None:
         """Take the bias of a norm or linear away."""

@@ -58,9 +58,7 @@ class Ends:
         x = F.embedding(ids, self._table if exact else self._q_table).to(self.plan.dtype)
         return x if self.plan.basis is None or not rotated else self.plan.basis.apply(x)
 
-    def final_guard(
-        self, fp: Tensor, q: Tensor, rtn: Tensor, ids: Tensor, norm: nn.Module, q_norm: nn.Module | None = None
-    ) -> None:
+    def final_guard(self, fp: Tensor, q: Tensor, rtn: Tensor, ids: Tensor, norm: nn.Module, q_norm: nn.Module) -> None:
         """Compare KL to full precision of the quantized and the RTN model on the held-out windows they share.
 
         Perplexities and agreement come along for the report.
@@ -71,11 +69,11 @@ class Ends:
             rtn: of the RTN model.
             ids: the windows' token ids [N, L]; as many as of ``rtn``.
             norm: the final norm.
-            q_norm: of the quantized model, where it differs.
+            q_norm: the quantized model's.
         """
         n = self.plan.rtn_windows
         with torch.no_grad():
-            ours, theirs = self._apart(fp[:n], q[:n], ids, norm, q_norm or norm), self._apart(fp[:n], rtn, ids, norm, norm)
+            ours, theirs = self._apart(fp[:n], q[:n], ids, norm, q_norm), self._apart(fp[:n], rtn, ids, norm, norm)
         self.guard = ours | {"rtn_kl": theirs["kl"], "rtn_ppl": theirs["ppl"]}
 
     def heads(self) -> tuple[Tensor, Tensor]:

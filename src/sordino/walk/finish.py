@@ -6,8 +6,6 @@ starts again from the first. Shapes: N windows, L tokens, D hidden size.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import Anatomy, hidden_states
+from sordino.contract import Progress
 from sordino.numerics.kv import KvGrid
 from sordino.rounding import Rounded
 from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE, round_kv
@@ -24,6 +23,7 @@ from sordino.runtime.modules import ORDER, SCALE, QuantLinear
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
+from sordino.walk.seeds import seeded
 from sordino.walk.store import Work, pack_block
 
 _OWN = (".weight_", ".kept_", ".side_", ".column_")  # buffers of a quantized linear
@@ -48,13 +48,8 @@ class Finish:
     train: Tensor
     heldout: Tensor
     targets: Tensor
-    tell: Callable[[str, int, int], None]
+    tell: Progress
     notes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def ends(self) -> dict[str, Tensor]:
-        """Tensors outside the blocks, as they will be stored."""
-        return self.around.tensors
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Pass it on."""
@@ -62,8 +57,7 @@ class Finish:
 
     def rng(self, move: str) -> torch.Generator:
         """Generator seeded by (seed, move)."""
-        digest = hashlib.sha256(f"{self.seed} finish {move}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return seeded(self.seed, "finish", move)
 
     def hidden(self, windows: Tensor) -> Tensor:
         """What the rounded model hands to its final norm, for window numbers [B] -> [B, L, D]."""
@@ -145,8 +139,8 @@ def store_finish(finish: Finish, plan: Plan, work: Work, stored_dtype: torch.dty
     """Write the second generation, and mark it as the valid one."""
     path = plan.anatomy.final_norm
     for name, parameter in finish.norm.named_parameters():
-        finish.ends[f"{path}.{name}"] = parameter.detach().to(stored_dtype)
+        finish.around.tensors[f"{path}.{name}"] = parameter.detach().to(stored_dtype)
     for i in range(*plan.blocks):
         work.save_block(i, pack_block(finish.blocks[i], finish.solved[i], stored_dtype), finished=True)
-    work.save_ends(finish.ends)
+    work.save_ends(finish.around.tensors)
     work.save(finished=finish.notes)

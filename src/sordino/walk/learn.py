@@ -7,8 +7,6 @@ Shapes: N windows, L tokens.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,12 +16,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sordino.anatomy import Anatomy, Site, hidden_states
-from sordino.contract import having
+from sordino.contract import Progress, having
 from sordino.numerics.basis import Dense
 from sordino.recipe import Format
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
+from sordino.walk.seeds import seeded
 from sordino.walk.source import Source
 from sordino.walk.store import Work
 
@@ -45,7 +44,7 @@ class Learning:
     train: Tensor
     heldout: Tensor
     seed: int
-    tell: Callable[[str, int, int], None]
+    tell: Progress
     notes: dict[str, Any] = field(default_factory=dict)
     _calls: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -55,8 +54,7 @@ class Learning:
 
     def rng(self, move: str) -> torch.Generator:
         """Generator seeded by (seed, move)."""
-        digest = hashlib.sha256(f"{self.seed} learn {move}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return seeded(self.seed, "learn", move)
 
     def loss(self, windows: Tensor) -> Tensor:
         """Mean cross-entropy of token ids [B, L], in nats a token, with gradients where they are on."""
@@ -84,7 +82,7 @@ def learn(
     windows: Tensor,
     artifacts: dict[str, Any],
     seed: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> Plan:
     """Let moves learn, unless an interrupted run has them done.
 

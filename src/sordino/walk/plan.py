@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -121,18 +120,18 @@ class Plan:
             return 16.0
         item = 8 * self.stored.itemsize
         caches = 2 * next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj")) * self.anatomy.n_blocks
-        side = item * (sum(self.added_biases(i) for i in range(*self.blocks)) + prefix * caches)
-        side += item * self.anatomy.at("qkv")[0].in_features * self.final_bias
-        side += 32 * self.anatomy.at("qkv")[0].in_features ** 2 * isinstance(self.basis, Dense)
+        side = item * ((self.blocks[1] - self.blocks[0]) * self.added_biases() + prefix * caches)
+        side += item * self.anatomy.hidden * self.final_bias
+        side += 32 * self.anatomy.hidden**2 * isinstance(self.basis, Dense)
         if self.recipe.format.activations.rounded:
             side += 32 * sum(input_groups(x.linear.in_features, x.inputs) for x in chosen)
         side += item * 2 * self.anatomy.key_heads * self.recipe.format.kv.rounded * (self.blocks[1] - self.blocks[0])
         return (sum(x.bits_stored for x in chosen) + side) / sum(x.linear.in_features * x.linear.out_features for x in chosen)
 
-    def added_biases(self, index: int) -> int:
+    def added_biases(self) -> int:
         """Numbers in the biases that moves add to a block."""
         sizes = {x.name: x.out_features for x in self.anatomy.linears} | dict.fromkeys(
-            self.anatomy.norms.values(), self.anatomy.at("qkv")[0].in_features
+            self.anatomy.norms.values(), self.anatomy.hidden
         )
         return sum(sizes[name] for name in {n for m in self.moves for n in m.biases(self.anatomy)})
 
@@ -164,7 +163,7 @@ def draft_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None) -
     moves = tuple(build_moves(recipe.moves))
     for move in moves:
         move.check(recipe.format, anatomy, None)
-    _check_moves(moves, source)
+    _check_moves(moves, source, anatomy)
     span = _check_blocks(blocks, anatomy)
     kept = max((m.kept for m in moves), default=0)
     side = max((m.side for m in moves), default=0)
@@ -186,14 +185,14 @@ def draft_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None) -
         linears=linears,
         dtype=compute_dtype(source.dtype),
         stored=source.dtype,
-        batch=max(1, min(c.windows, max(_BATCH_TOKENS, _hidden(source)) // c.seqlen)),
+        batch=max(1, min(c.windows, max(_BATCH_TOKENS, anatomy.hidden) // c.seqlen)),
         budget=min(1 << 29, psutil.virtual_memory().total // 16),
         heldout=max(4, c.windows // 8) if calibrated and recipe.guard != "off" else 0,
         extra=max([0, *(m.finish_windows - c.windows for m in moves)]),
         q_calib=calibrated,
         fp_calib="D" in needs or fp_moves,
         targets=fp_moves,
-        basis=_basis(moves, _hidden(source)),
+        basis=_basis(moves, anatomy.hidden),
         inner=_inner(moves),
         memory=0,
         disk=0,
@@ -260,7 +259,7 @@ def _check_blocks(blocks: tuple[int, int] | None, anatomy: Anatomy) -> tuple[int
     return first, last
 
 
-def _check_moves(moves: tuple[Move, ...], source: Source) -> None:
+def _check_moves(moves: tuple[Move, ...], source: Source, anatomy: Anatomy) -> None:
     curious = having(moves, "survey")
     if len({m.name for m in curious}) < len(curious):
         raise InputError(f"the move '{curious[0].name}' stands there twice; keep one of them")
@@ -274,7 +273,7 @@ def _check_moves(moves: tuple[Move, ...], source: Source) -> None:
         others = [m for m in moves if m is not move]
         if any(m.name == move.name for m in others):
             raise InputError(f"the move '{move.name}' stands there twice; keep one of them")
-        turning = [m for m in others if m.basis(_hidden(source)) is not None]
+        turning = [m for m in others if m.basis(anatomy.hidden) is not None]
         if not turning:
             raise InputError(f"move '{move.name}' starts from a rotation of the residual stream; put 'rotate' before it")
         if late := [m for m in moves[moves.index(move) :] if m in turning or m.inner()]:
@@ -315,11 +314,6 @@ def _check_resources(plan: Plan, source: Source, out: Path | None) -> Plan:
     return replace(plan, memory=memory, disk=disk)
 
 
-def _hidden(source: Source) -> int:
-    config: Any = source.config
-    return int(config.hidden_size)
-
-
 def _stream_windows(plan: Plan) -> int:
     n = plan.recipe.calibration.windows
     return (n * (plan.q_calib + plan.fp_calib)) + 2 * plan.heldout + plan.rtn_windows + plan.extra
@@ -332,14 +326,14 @@ def _memory(plan: Plan, source: Source) -> int:
     widest = max(x.in_features for x in plan.anatomy.linears)
     tallest = max(sum(x.out_features * x.in_features for x in plan.anatomy.at(s)) for s in ("qkv", "o", "gate_up", "down"))
     hessian = widest * widest * (8 * 2 + 4 if widest <= 8192 else 4 * 3) if plan.q_calib else 0
-    streams = 2 * _stream_windows(plan) * c.seqlen * _hidden(source) * item
+    streams = 2 * _stream_windows(plan) * c.seqlen * plan.anatomy.hidden * item
     kept = min(plan.budget, plan.q_calib * c.windows * c.seqlen * 2 * widest * item) * (1 + plan.fp_calib)
     forward = plan.needs_text * plan.batch * c.seqlen * widest * 4 * 4
     ends = sum(_bytes(source, n) for n in source.names if not n.startswith(plan.anatomy.blocks + "."))
     walking = block * item * (3 if plan.heldout else 2) + max(hessian, min(tallest, 1 << 25) * 16) + kept + forward
     # The tables around the blocks are in memory before and after the walk, twice where they are rounded.
     per_weight = max((m.bytes_per_weight for m in plan.moves), default=0)
-    graph = plan.batch * c.seqlen * (12 * _hidden(source) + 6 * widest) * item  # activations that the backward pass needs
+    graph = plan.batch * c.seqlen * (12 * plan.anatomy.hidden + 6 * widest) * item  # activations that the backward pass needs
     finishing = plan.anatomy.n_blocks * (block * per_weight + graph) + 2 * ends if per_weight else 0
     learning = max(
         (_learning(plan, source, block, widest, ends, m.learn_tokens) for m in having(plan.moves, "learn")), default=0
@@ -350,8 +344,8 @@ def _memory(plan: Plan, source: Source) -> int:
 def _learning(plan: Plan, source: Source, block: int, widest: int, ends: int, tokens: int) -> int:
     """Of a move that learns before the walk: the whole model, and what the backward pass needs of a step's tokens."""
     item = plan.dtype.itemsize
-    graph = tokens * (24 * _hidden(source) * item + 6 * widest * (item + 4))  # rounding works in fp32
-    return plan.anatomy.n_blocks * (block * item + graph) + 2 * ends + 48 * _hidden(source) ** 2
+    graph = tokens * (24 * plan.anatomy.hidden * item + 6 * widest * (item + 4))  # rounding works in fp32
+    return plan.anatomy.n_blocks * (block * item + graph) + 2 * ends + 48 * plan.anatomy.hidden**2
 
 
 def _disk(plan: Plan, source: Source) -> int:
@@ -361,7 +355,7 @@ def _disk(plan: Plan, source: Source) -> int:
     kept = sum(_bytes(source, n) for n in source.names) - sum(
         x.linear.in_features * x.linear.out_features * source.dtype.itemsize for x in plan.quantized()
     )
-    streams = 2 * _stream_windows(plan) * c.seqlen * _hidden(source) * plan.dtype.itemsize
+    streams = 2 * _stream_windows(plan) * c.seqlen * plan.anatomy.hidden * plan.dtype.itemsize
     return 2 * rounded + kept + streams
 
 

@@ -92,8 +92,7 @@ class Work:
 
     def load_latents(self, index: int) -> dict[str, Tensor]:
         """Read :meth:`save_latents` back, if there is something."""
-        file = self.path / "latents" / f"{index:05d}.safetensors"
-        return load_file(file) if file.is_file() else {}
+        return _if_there(self.path / "latents" / f"{index:05d}.safetensors")
 
     def save_prefix(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Store what a block makes of the prefix."""
@@ -101,8 +100,7 @@ class Work:
 
     def load_prefix(self, index: int) -> dict[str, Tensor]:
         """Read :meth:`save_prefix` back, if there is something."""
-        file = self.path / "prefix" / f"{index:05d}.safetensors"
-        return load_file(file) if file.is_file() else {}
+        return _if_there(self.path / "prefix" / f"{index:05d}.safetensors")
 
     def save_final_norm(self, tensors: dict[str, Tensor]) -> None:
         """Store what the last block's moves gave the final norm."""
@@ -110,8 +108,7 @@ class Work:
 
     def load_final_norm(self) -> dict[str, Tensor]:
         """Read :meth:`save_final_norm` back, if there is something."""
-        file = self.path / "norm.safetensors"
-        return _load(file) if file.is_file() else {}
+        return _if_there(self.path / "norm.safetensors")
 
     def save_learned(self, move: str, tensors: dict[str, Tensor]) -> None:
         """Store what a move learned before the walk."""
@@ -131,7 +128,7 @@ class Work:
 
     def load_ends(self) -> dict[str, Tensor]:
         """Read :meth:`save_ends` back; None of it if there was no finish stage."""
-        return load_file(self.path / "finished" / "ends.safetensors") if self.finished is not None else {}
+        return _load(self.path / "finished" / "ends.safetensors") if self.finished is not None else {}
 
     @property
     def finished(self) -> dict[str, Any] | None:
@@ -226,6 +223,10 @@ def _load(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError):
         raise InputError(f"{file} is missing or damaged; use --fresh to start over") from None
+
+
+def _if_there(file: Path) -> dict[str, Tensor]:
+    return _load(file) if file.is_file() else {}
 
 
 def _read_state(file: Path) -> dict[str, Any]:

@@ -5,14 +5,13 @@ It runs the model as it is stored, before any reshape. Shapes: N windows, L toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sordino.contract import having
+from sordino.contract import Progress, having
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.ends import Ends
 from sordino.walk.plan import Plan
@@ -29,7 +28,7 @@ def survey(
     windows: Tensor,
     calls: list[dict[str, Any]],
     artifacts: dict[str, Any],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> tuple[int, ...]:
     """Let the moves see every block.
 

@@ -1,6 +1,6 @@
 """The block walker (DESIGN section 4): streams, order, guards, resume.
 
-    survey -> embeddings -> for each block: load; reshape; open; for each site: before, the one solver, after; close;
+    survey -> learn -> embeddings -> for each block: load; reshape; open; for each site: before, the one solver, after; close;
     guard; store; advance -> finish -> assemble
 
 Two streams at most: the quantized one, which every block sees its own rounding through, and the full-precision one,
@@ -10,7 +10,6 @@ which is the target. A stream that nothing needs is not computed. Shapes: N wind
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sordino.anatomy import SITES, Site, hidden_states
-from sordino.contract import StreamName, having
+from sordino.contract import Progress, StreamName, having
 from sordino.errors import SordinoError
 from sordino.protect.prompt import join_prompt
 from sordino.runtime.inner import ATTENTION
@@ -41,8 +40,6 @@ from sordino.walk.survey import survey
 
 # A block may be this much worse than RTN before RTN takes its place (guard a).
 _GUARD = 1.01
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass

@@ -45,11 +45,7 @@ class Packed:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()  # addresses mean nothing in a copy
-
-
-def _nothing() -> None:
-    return None
+        return type(None), ()  # addresses mean nothing in a copy
 
 
 def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
