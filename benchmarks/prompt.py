@@ -46,6 +46,10 @@ HELD_AGAINST = {"F0": ["Q0"], "F1": ["Q1", "Q2", "Q3", "shipped"], "FB": ["QB"]}
 def main() -> None:
     args = _arguments()
     recipe = load_recipe(args.recipe, [*args.set, "guard=off"])
+    if any(move.move == "tune" and move.options.get("smooth") for move in recipe.moves):
+        raise SystemExit(
+            "a recipe whose tuning smooths divides the values of its prefix: those of full precision do not fit it"
+        )
     key = {"digest": recipe.digest, "version": code_version(), "seed": args.seed, "model": called(args.model)}
     key |= {"prompt": args.system_prompt, "windows": args.windows, "seqlen": args.seqlen}
     if there(ROWS / "prompt.jsonl", key):

@@ -157,6 +157,20 @@ def test_killed_in_every_phase(model: Path, whole: Path, tmp_path: Path) -> None
     assert hashes(finish(model, out)) == hashes(whole)
 
 
+SHIFTED = ("--set", "moves=[{move='mean-shift', always=true, final=true}, {move='distill', epochs=1}]")
+
+
+def test_what_the_last_block_gave_the_final_norm_survives(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for event, name in (
+        ("os.rename", f"{WORK}/.norm.safetensors.tmp"),
+        ("os.rename", f"{WORK}/finished/.00003.safetensors.tmp"),
+        ("os.rename", f"{WORK}/final/model.safetensors"),
+    ):
+        assert killed(start(model, out, *SHIFTED, prepare=functools.partial(die_at, out, event, name)).wait()), name
+    assert hashes(finish(model, out, *SHIFTED)) == hashes(finish(model, tmp_path / "whole", *SHIFTED))
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_after_any_number_of_changes(model: Path, whole: Path, tmp_path: Path, seed: int) -> None:
     """Dies again and again after a random number of changes to files, as long as that is too few to finish."""

@@ -44,6 +44,17 @@ def test_an_unclipped_token_is_within_half_a_step(seed: int, bits: int) -> None:
         assert bool(((grid.fake(x, one) - x).abs() <= scale * (1.01 + (1 << bits) / 200)).all())
 
 
+@given(st.integers(0, 1000), st.booleans(), st.sampled_from([0.6, 0.95]))
+def test_moving_scales_feel_what_makes_all_of_a_token_louder(seed: int, symmetric: bool, share: float) -> None:
+    """Codes stay, the scale grows: what is rounded is homogeneous, also where it is clipped, so that dL/dc is L."""
+    grid, x = KvGrid(3, symmetric, False), torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(seed))
+    slope = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1))
+    c = torch.ones((), requires_grad=True)
+    (grid.fake(c * x, torch.tensor([share, share]), moving=True) * slope).sum().backward()
+    exact = (grid.fake(x, torch.tensor([share, share])) * slope).sum()
+    assert c.grad is not None and abs(float(c.grad - exact)) < 0.02 * float(slope.norm() * x.norm() / 4)
+
+
 def test_gradients_are_those_of_rounded_inputs() -> None:
     """Straight through inside, the outermost codes too; none where clipped; the scale's is LSQ's."""
     x = torch.randn(1, 1, 6, 16, generator=torch.Generator().manual_seed(2)) * 2

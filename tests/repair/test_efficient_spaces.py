@@ -141,27 +141,31 @@ class Equal(Tune):
             space.fold()
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(("family", "prefix"), [("llama", True), ("qwen2", True), ("qwen3", False), ("olmo2", False)])
 def test_equal_factors_keep_the_function_and_gradients_are_those_of_differences(
-    host: str, family: str, prefix: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: str, family: str, prefix: bool, rounded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Spec sections 4 (sites), 5.4 (values of the prefix) and 11.2."""
+    """At 8 bits too, but for the gradients, with the weights as stored. Spec sections 4, 5.4 and 11.2."""
     if family == "olmo2" and host.startswith("quarot"):
         return  # its residual stream cannot be turned
     monkeypatch.setitem(MOVES, "equal", Equal)
     monkeypatch.setitem(MOVES, "prefix", Fixed)
-    monkeypatch.setattr(ClippedLinear, "weight", unrounded)
+    if not rounded:
+        monkeypatch.setattr(ClippedLinear, "weight", unrounded)
     seen.clear()
     model = make_tiny(tmp_path / "model", family, layers=2)
     options = ", ".join(f"{k}={v}" for k, v in EVERYTHING.items())
     moves = ", ".join([HOSTS[host], *['{move="prefix"}'] * prefix, f'{{move="equal", {options}}}'])
-    made = load_recipe(host, [f"moves=[{moves}]", "guard=off", "format.activations.bits=16", "format.kv.bits=16"])
+    plain = ["format.weights.bits=8", "format.activations.bits=16", "format.kv.bits=16"]
+    made = load_recipe(host, [f"moves=[{moves}]", "guard=off", *plain])
     sordino.quantize(str(model), made, tmp_path / "out", windows=8, seqlen=32)
     sites = (0 if family == "olmo2" else 2) + (2 if host.startswith("atom") else 1)
     for note in seen:
-        assert float((note["equal"] - note["before"]).norm()) <= 1e-5 * float(note["before"].norm())
+        most = 0.04 if rounded else 1e-5
+        assert float((note["equal"] - note["before"]).norm()) <= most * float(note["before"].norm())
         assert len(note["gradients"]) == 2 * sites and note["held"][-sites + 2 if family != "olmo2" else 0] == prefix
-        for own, difference in note["gradients"]:
+        for own, difference in [] if rounded else note["gradients"]:
             assert own == pytest.approx(difference, rel=0.03, abs=0.05)
     assert len(seen) == 2

@@ -1,5 +1,6 @@
 """Mean shift: it removes the mean deviation exactly, and its two stored forms are one function."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from sordino.contract import Move
 from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
 from sordino.moves import MOVES
 from sordino.recipe import MoveSpec, load_recipe
+from sordino.repair import mean_shift
 from sordino.repair.mean_shift import MeanShift, mean_input
 from tiny import make_tiny
 
@@ -130,3 +132,20 @@ def test_distillation_learns_from_the_norm_without_the_shift(tmp_path: Path) -> 
     assert shifted["guard"]["fp_ppl"] == plain["guard"]["fp_ppl"]
     assert shifted["finish"]["distill"]["kl_after"] == pytest.approx(shifted["guard"]["kl"], rel=1e-4)
     assert shifted["blocks"][-1]["moves"]["mean-shift"]["final_kept"]
+
+
+def test_a_final_shift_that_does_not_help_is_dropped_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mean_shift, "final_deviation", lambda *_: (1.0, 2.0))
+    model = make_tiny(tmp_path / "model", layers=2)
+    moves = (MoveSpec(move="mean-shift", final=True),)
+    sordino.quantize(str(model), load_recipe("gptq-w2").model_copy(update={"moves": moves}), tmp_path / "out", **SMALL)
+    assert not sordino.load(tmp_path / "out")[0].model.norm.bias.any()
+    assert "shift of the final norm" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_without_held_out_text_no_figure_is_made_up(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    sordino.quantize(str(model), recipe(FINAL), tmp_path / "out", **SMALL)
+    text = (tmp_path / "out" / "sordino.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["blocks"][-1]["moves"]["mean-shift"]["final_kept"]

@@ -30,7 +30,7 @@ def prefix_made_by(model: Any, ids: Sequence[int], rounded: bool) -> dict[str, T
 
     Args:
         model: as :func:`sordino.load` gives it, without a prefix. A checkpoint with all its blocks in full precision makes
-            what ``sordino quantize`` does.
+            what ``sordino quantize`` does, unless smoothing is trained, which divides the values of a prefix.
         ids: P tokens.
         rounded: whether keys and values are rounded as those of any text, where they are attended to as well.
 

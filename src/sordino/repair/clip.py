@@ -120,7 +120,7 @@ class ClippedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""
-        bias = self.bias if self.bias is None or self.rows is None else self.bias * self.rows().to(x.dtype)
+        bias = self.bias if self.bias is None or self.rows is None else (self.bias.float() * self.rows()).to(x.dtype)
         return F.linear(x, self.weight(x.dtype), bias)
 
     @torch.no_grad()

@@ -85,7 +85,8 @@ class MeanShift(Move):
         before, after = final_deviation(ctx, ctx.norm, shift)
         kept = self.always or not after >= before
         ctx.shift_final(shift if kept else torch.zeros_like(shift))
-        ctx.notes[self.name] |= {"final_mse_before": before, "final_mse_after": after, "final_kept": kept}
+        errors = {} if math.isnan(before) else {"final_mse_before": before, "final_mse_after": after}
+        ctx.notes[self.name] |= {**errors, "final_kept": kept}
 
 
 def mean_input(ctx: BlockContext, which: StreamName) -> Tensor:

@@ -195,16 +195,15 @@ class SmoothSpace:
         """Begin each site with the candidate that has the lowest loss of the block, the sites before it having theirs.
 
         Args:
-            loudest: largest magnitude of each channel of a site's input, [C].
+            loudest: largest magnitude of each channel of a site's input, as the weights' columns read it, [C].
             loss: of the block as it is now.
         """
         for smoothing, (site, linears) in zip(self.sites, self.linears, strict=True):
-            order = linears[0]._buffers.get(ORDER)
-            inputs = loudest[site] if order is None else loudest[site][order.long()]
-            weights = torch.stack([linear.exact.abs().amax(0).flatten() for linear in linears]).amax(0)
-            found = (math.inf, smoothing.begun)
-            for u in candidates(*(_loudest(x, smoothing) for x in (inputs, weights))):
-                smoothing.u.copy_(u.clamp_(-_WIDEST, _WIDEST) * smoothing.free)
+            weights = torch.stack([_column_sizes(linear) for linear in linears]).amax(0)
+            free, found = smoothing.free > 0, (math.inf, smoothing.begun)
+            for u in candidates(*(_loudest(x, smoothing)[free] for x in (loudest[site], weights))):
+                smoothing.u.zero_()
+                smoothing.u[free] = u.clamp_(-_WIDEST, _WIDEST)
                 smoothing.settle(self.stored)
                 at = loss()
                 found = (at, smoothing.u.clone()) if at < found[0] else found
@@ -243,6 +242,12 @@ class SmoothSpace:
                 module.bias = nn.Parameter(bias.to(self.stored).to(maker.bias.dtype), requires_grad=False)
         self._move(False)
         return {}
+
+
+def _column_sizes(linear: ClippedLinear) -> Tensor:
+    """Largest magnitude of every column of a weight, [C]."""
+    sizes, column = linear.exact.abs().amax(0).flatten(), linear.start.column
+    return sizes if column is None else sizes * column.abs()
 
 
 def _loudest(columns: Tensor, smoothing: Smoothing) -> Tensor:

@@ -104,6 +104,8 @@ class Tune(Move):
             raise InputError("move 'tune': clips, rank, smooth replace weights and scales; set weights=0 and scales=0")
         if self.wants_side and not self.rank:
             raise InputError("move 'tune': side says where the low-rank update goes; set its rank")
+        if self.smooth > 0 and self.wants_side:
+            raise InputError("move 'tune': smooth and a pair at the side (side) do not go together; leave one out")
         if self.smooth > 0 and self.gains > 0:
             raise InputError("move 'tune': smooth works through the norms' gains; set gains=0")
         if self.clips > 0 and self.inputs > 0:
@@ -122,7 +124,7 @@ class Tune(Move):
         exact: StreamName = "fp" if self.target == "full" else "q"
         before, state = ctx.error(exact=exact), ctx.snapshot()
         if self.smooth > 0 and any(r.side is not None for r in ctx.solved.values()):
-            raise SordinoError("move 'tune': smooth cannot follow a pair at the side; put it before, or leave one out")
+            raise SordinoError("move 'tune': smooth and a pair at the side (side) do not go together; leave one out")
         x, target = ctx.stream("q"), self._target(ctx)
         loudest = _loudest(ctx) if self.smooth > 0 and self.smooth_start == "search" else None
         spaces = self._spaces(ctx)
@@ -209,7 +211,7 @@ def better(before: float, after: float) -> bool:
 
 
 def _loudest(ctx: BlockContext) -> dict[Site, Tensor]:
-    """Largest magnitude of every channel of the inputs of a site, before they are turned, fp32 [C]."""
+    """Largest magnitude of every channel of the inputs of a site, in the order of the weights' columns, fp32 [C]."""
     found: dict[Site, Tensor] = {}
     for site in SITES:
         for _, batch in ctx.inputs("q", site):

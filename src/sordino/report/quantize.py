@@ -130,6 +130,8 @@ def _warnings(manifest: dict[str, Any]) -> Iterator[str]:
         lost = [b["block"] for b in blocks if b.get("moves", {}).get(name, {}).get("kept") is False]
         if lost:
             yield f"The move '{name}' made {_blocks(lost)} no better on held-out text; they keep what they had."
+    if any(b.get("moves", {}).get("mean-shift", {}).get("final_kept") is False for b in blocks):
+        yield "The mean shift of the final norm made its output no better on held-out text and was dropped."
     for name, note in manifest.get("finish", {}).items():
         if note.get("kept") is False:
             yield f"The move '{name}' made the whole model no better on held-out text; what it did was dropped."
