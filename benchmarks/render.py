@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import bisup
 import d2quant
@@ -13,6 +14,7 @@ import prefixquant
 import weight_only
 import zeroshot
 from ladder import ROOT, ROWS
+from sordino.recipe import presets
 from tables import cells, last, latest, spread, table
 
 HEAD = """# Measured results
@@ -81,8 +83,24 @@ def main() -> None:
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 8))
     fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + prefix() + equivalence())
     fill(ROOT / "docs" / "kernels.md", speeds() + beside_llama_cpp() or "Nothing yet: `benchmarks/speed.py` was not run.\n")
+    fill(ROOT / "docs" / "howto" / "cost.md", costs())
     none = "Nothing yet: `benchmarks/bisup.py` is written and was not run.\n"
     fill(ROOT / "docs" / "methods" / "bisup.md", (hosts or none) + together + prompt())
+
+
+def costs() -> str:
+    """CPU seconds and peak memory of the presets as they are; and which have no row."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in ("weight_only.jsonl", "d2quant.jsonl", "prefixquant.jsonl", "bisup.jsonl", "joined.jsonl"):
+        for row in latest(file).values():
+            if row["recipe"] and not [o for o in row["overrides"] if not o.startswith("guard=")]:
+                found.setdefault(row["recipe"], []).append(row)
+    lines = ["| preset | CPU s | peak GiB |", "|---|---|---|"]
+    for name in sorted(found, key=lambda n: min(r["quantize"]["cpu_seconds"] for r in found[n])):
+        shown = cells(name, found[name])
+        lines.append(f"| `{name}` | {shown[8]} | {shown[10]} |")
+    missing = ", ".join(f"`{n}`" for n in presets() if n not in found)
+    return "\n".join([*lines, "", f"Presets that have not been run on smollm2: {missing or 'none'}."]) + "\n"
 
 
 def fill(path: Path, content: str) -> None:
