@@ -55,6 +55,7 @@ LADDER: Ladder = {
     **ladder(8),
     "w4a4kv4": ("w4a4kv4", [], SEEDS),
     "w4a8kv4": ("w4a8kv4", [], SEEDS),
+    "w8a8": ("w8a8", [], [0]),
     # Ours with static scales: is dynamic still worth its time?
     **{
         f"{name}, static": (name, [f'format.activations={{bits={bits}, mode="static"}}', KV_STATIC], [0])

@@ -41,7 +41,7 @@ def test_with_and_without_a_cache_the_logits_are_equal(family: str, mode: str, s
     joined = torch.cat(parts, 1)
     # Sums in another order may let a code at a tie fall the other way, which shows in the tokens behind it.
     apart = (joined - whole).norm(dim=-1) / whole.norm(dim=-1)
-    assert float(apart.max()) <= 1e-2 and float(apart.median()) <= 1e-4
+    assert float(apart.max()) <= 5e-2 and float(apart.median()) <= 1e-4
     assert 1e-3 * exact.norm() < (whole - exact).norm() < 0.7 * exact.norm()
 
 

@@ -32,6 +32,7 @@ class RoomyLayer(DynamicLayer):
         self.room: tuple[Tensor, Tensor] | None = None
         self.length = 0
         self.checked: object = None  # runtime/block.py's own
+        self.places: object = None  # runtime/known.py's own
         self._given: list[Any] = [None, None]  # what others put in the place of keys and values, until more room is wanted
         super().__init__()  # type: ignore[no-untyped-call]
 
@@ -51,6 +52,10 @@ class RoomyLayer(DynamicLayer):
     # The base class assigns to these, when it crops or reorders.
     keys = property(lambda self: self._seen(0), lambda self, x: self._given.__setitem__(0, x))
     values = property(lambda self: self._seen(1), lambda self, x: self._given.__setitem__(1, x))
+
+    def holds(self, room: tuple[Tensor, Tensor], length: int) -> bool:
+        """Whether these are its tensors, with so many tokens, and nobody has put others in their place."""
+        return self.room is room and self.length == length and self._given[0] is None and self._given[1] is None
 
     def make_room(self, more: int) -> tuple[Tensor, Tensor]:
         """:attr:`room` for so many tokens more."""

@@ -89,15 +89,46 @@ class Known:
         length = cache.get_seq_length()
         if self.window is not None and length >= self.window:
             return None
-        found = (library.Held * len(cache.layers))()
-        for held, layer in zip(found, cache.layers, strict=True):
-            if getattr(layer, "checked", None) is not self:
+        layers = cache.layers
+        if any(getattr(layer, "checked", None) is not self for layer in layers):
+            return None
+        places: Places | None = layers[0].places
+        if places is None or not places.hold(layers, length):
+            rooms = [layer.make_room(1) for layer in layers]
+            if any(layer.length != length or keys.shape[0] != texts for layer, (keys, _) in zip(layers, rooms, strict=True)):
                 return None
-            keys, values = layer.make_room(1)
-            if layer.length != length or keys.shape[0] != texts:
-                return None
-            held.keys, held.values, held.length, held.room = keys.data_ptr(), values.data_ptr(), length, keys.shape[2]
-        return found
+            places = layers[0].places = Places(rooms)
+        return places.at(length) if places.texts == texts else None
+
+
+class Places:
+    """Where the rows of a cache are, in the kernels' words; looked up again only when a layer has moved.
+
+    Attributes:
+        texts: rows of the batch.
+    """
+
+    def __init__(self, rooms: list[tuple[Tensor, Tensor]]):
+        self._rooms, self._array = rooms, (library.Held * len(rooms))()
+        self._each = list(self._array)  # views of the array, made once
+        self.texts, self._most = rooms[0][0].shape[0], min(keys.shape[2] for keys, _ in rooms)
+        for held, (keys, values) in zip(self._each, rooms, strict=True):
+            held.keys, held.values, held.room = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # addresses mean nothing in a copy
+
+    def hold(self, layers: list[Any], length: int) -> bool:
+        """Whether all layers are where they were, hold so many tokens, and have room for one more."""
+        if length >= self._most or len(layers) != len(self._rooms):
+            return False
+        return all(layer.holds(room, length) for layer, room in zip(layers, self._rooms, strict=True))
+
+    def at(self, length: int) -> Any:
+        """The array, for a token behind so many."""
+        for held in self._each:
+            held.length = length
+        return self._array
 
 
 def _parts(layer: Any) -> tuple[list[Any], list[Any]]:
