@@ -194,7 +194,6 @@ class Move:
         return 0
 
     survey_windows: int | None = None  # calibration windows that the survey is content with; None looks at all
-    finish_windows = 0  # calibration windows that finish wants, where the text has so many; 0 is content with the walk's
     before_inner = False  # reshape wants channels inside the blocks as the model has them, not yet turned
     reshapes_alone = False  # what its survey found is of blocks that no other move reshapes
     kept = 0  # input channels of every rounded linear, its last ones, that stay at 8 bits
@@ -256,6 +255,10 @@ class Move:
 
     def close(self, ctx: BlockContext) -> None:
         """After the last site, before the guard."""
+
+    def finish_windows(self, calib: int) -> int:
+        """Calibration windows that finish wants where the walk has ``calib`` and the text so many; 0 is content with those."""
+        return 0
 
     def finish(self, ctx: FinishContext) -> None:
         """After the walk: may train the whole rounded model, or edit what surrounds the blocks."""

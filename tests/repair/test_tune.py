@@ -99,6 +99,7 @@ def test_distillation_trains_on_more_windows_than_the_walk(rotated: bool, tmp_pa
         notes[windows] = result.manifest["finish"]["distill"]
     drawn = SMALL["windows"]
     assert [notes[n]["windows"] for n in (0, 4, 80)] == [drawn, 4, 80]
+    assert [Distill(times=2.5).finish_windows(n) for n in (4, 128)] == [10, 320] and Distill().finish_windows(7) == 7
     # The targets of the further windows are the full-precision model's: the loss starts where it starts on the others.
     assert abs(notes[80]["loss"][0] / notes[0]["loss"][0] - 1) < 0.2
     assert len({n["kl_before"] for n in notes.values()}) == 1

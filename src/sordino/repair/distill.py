@@ -9,9 +9,10 @@ Shapes: B windows, L tokens, T = B*L, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,8 +35,9 @@ class Distill(Move):
         scales: learning rate of the scales' logarithms.
         gains: learning rate of norm gains, as a share of their size.
         inputs: learning rate of the logarithms of the scales (or clips) of rounded inputs, keys and values.
-        windows: calibration windows to train on, as many as the text has; 0 takes those of the walk. The walk's sums
-            need few, but scales trained end to end fit themselves to a small text.
+        windows: calibration windows to train on, as many as the text has; 0 takes those of the walk, ``times`` over. The
+            walk's sums need few, but scales trained end to end fit themselves to a small text.
+        times: see there.
     """
 
     name = "distill"
@@ -50,11 +52,16 @@ class Distill(Move):
         gains: Rate = 0.002,
         inputs: Rate = 0.002,
         windows: Natural = 0,
+        times: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0,
     ) -> None:
         self.epochs, self.batch, self.weights, self.scales, self.gains = epochs, batch, weights, scales, gains
         self.inputs = inputs
         self.needs_latent = weights > 0
-        self.finish_windows = windows
+        self.windows, self.times = windows, times
+
+    def finish_windows(self, calib: int) -> int:
+        """As its options say."""
+        return self.windows or round(self.times * calib)
 
     @property
     def bytes_per_weight(self) -> int:
@@ -76,7 +83,7 @@ class Distill(Move):
             loss.backward()
             return loss.item()
 
-        train = ctx.train[: self.finish_windows or ctx.calib]
+        train = ctx.train[: self.finish_windows(ctx.calib)]
         steps = self.epochs * -(-len(train) // self.batch)
         order = (train[i] for i in shuffled(len(train), self.batch, ctx.rng(self.name)))
         losses = descend([*inputs, *spaces, gains], order, steps, backward, lambda i, n: ctx.progress(self.name, i, n))

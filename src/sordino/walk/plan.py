@@ -188,7 +188,7 @@ def draft_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None) -
         batch=max(1, min(c.windows, max(_BATCH_TOKENS, anatomy.hidden) // c.seqlen)),
         budget=min(1 << 29, psutil.virtual_memory().total // 16),
         heldout=max(4, c.windows // 8) if calibrated and recipe.guard != "off" else 0,
-        extra=max([0, *(m.finish_windows - c.windows for m in moves)]),
+        extra=max([0, *(m.finish_windows(c.windows) - c.windows for m in moves)]),
         q_calib=calibrated,
         fp_calib="D" in needs or fp_moves,
         targets=fp_moves,
