@@ -10,15 +10,19 @@ from ladder import Ladder, climb
 SEEDS = [0, 1, 2]
 DOWN = "format.weights.override"
 GPTQ = 'format.weights.solver={name="gptq"}'
-LONGER = ["moves.0.epochs=2", "moves.1.epochs=6"]
+TUNED = '{{move="tune", epochs={}}}'
+SHORT = f'moves=[{TUNED.format(1)}, {{move="distill", epochs=1, scales=0.003, gains=0.003}}]'
+# The presets' first form: one bit more for v_proj alone, and groups as in the other linears.
+FIRST = {
+    bits: f'{DOWN}=[{{match="*.v_proj", bits={bits + 1}}}, {{match="*.down_proj", column_scale=true}}]' for bits in (2, 3)
+} | {4: f'{DOWN}=[{{match="*.down_proj", group=64, column_scale=true}}, {{match="*.v_proj", bits=5}}]'}
 # Tuning that can flip codes, then a distillation of scales and gains that sees most of the validation text.
 BOTH = 'moves=[{{move="tune", epochs=1}}, {{move="distill", epochs={}, windows=416, scales=0.003, gains=0.003}}]'
-# The same behind evened value channels (reshape/smooth.py), and with smaller steps at the end.
+# The same behind evened value channels (reshape/smooth.py).
 EVEN = BOTH.replace('[{{move="tune"', '[{{move="smooth", down=false}}, {{move="tune"')
-SLOW = EVEN.replace("0.003", "0.001")
 FINAL = 'moves=[{move="rotate"}, {move="mean-shift", always=true, final=true}]'
-# As the preset, behind a prefix of outlier tokens.
-PARKED = 'moves=[{move="prefix"}, {move="tune", epochs=1}, {move="distill", epochs=1, scales=0.003, gains=0.003}]'
+# Behind a prefix of outlier tokens.
+PARKED = SHORT.replace("[", '[{move="prefix"}, ', 1)
 # No tuning of blocks; the distillation sees 416 windows, most of the validation text, where the walk sees 128.
 MORE = 'moves=[{{move="distill", epochs={}, windows=416, scales=0.003, gains=0.003}}]'
 
@@ -51,25 +55,28 @@ def rungs(bits: int) -> Ladder:
 
 def own(bits: int) -> Ladder:
     """Sordino's own best: what each of its parts adds."""
-    best, free = f"w{bits}", "moves=[]"
+    best, free, name = f"w{bits}", "moves=[]", f"w{bits}, first form"
     solver = "format.weights.solver"
-    return {
+    first: Ladder = {
+        name: (best, [FIRST[bits], SHORT], [0]),
+        f"{name}, no training": (best, [FIRST[bits], free], [0]),
+        f"{name}, longer": (best, [FIRST[bits], SHORT.replace("epochs=1", "epochs=6").replace("epochs=6", "epochs=2", 1)], [0]),
+        f"{name}, tuned, more text": (best, [FIRST[bits], BOTH.format(1)], [0]),
+        f"{name}, tuned, more text, smooth": (best, [FIRST[bits], EVEN.format(1)], [0]),
+        f"{name}, tuned, more text, twice": (best, [FIRST[bits], BOTH.format(2)], SEEDS),
+        f"{name}, tuned, more text, twice, smooth": (best, [FIRST[bits], EVEN.format(2)], [0]),
+        f"{name}, tuned, more text, twice, smaller steps": (best, [FIRST[bits], BOTH.format(2).replace("0.003", "0.001")], [0]),
+        f"{name}, more text, twice": (best, [FIRST[bits], MORE.format(2)], [0]),
+    }
+    return first | {
         f"w{bits}, GPTAQ as published": (best, [free, f'{solver}={{name="gptaq"}}'], [0]),
         f"w{bits}, whole target": (best, [free, f"{solver}.weighted=false", f"{solver}.refit=false"], [0]),
         f"w{bits}, whole target, refit": (best, [free, f"{solver}.weighted=false"], [0]),
         f"w{bits}, no training": (best, [free], SEEDS),
-        f"w{bits}, tuned only": (best, ['moves=[{move="tune", epochs=1}]'], [0]),
+        f"w{bits}, tuned only": (best, [f"moves=[{TUNED.format(1)}]"], [0]),
+        f"w{bits}, short": (best, [SHORT], SEEDS),
         f"w{bits}": (best, [], SEEDS),
-        f"w{bits}, longer": (best, LONGER, SEEDS),
-        f"w{bits}, tuned, more text": (best, [BOTH.format(1)], SEEDS),
-        f"w{bits}, tuned, more text, twice": (best, [BOTH.format(2)], SEEDS),
-        f"w{bits}, tuned, more text, smooth": (best, [EVEN.format(1)], SEEDS),
-        f"w{bits}, tuned, more text, twice, smooth": (best, [EVEN.format(2)], SEEDS),
-        f"w{bits}, tuned, more text, smooth, smaller steps": (best, [SLOW.format(1)], SEEDS),
-        f"w{bits}, tuned, more text, twice, smaller steps": (best, [BOTH.format(2).replace("0.003", "0.001")], SEEDS),
         f"w{bits}, prefix": (best, [PARKED], [0]),
-        f"w{bits}, more text": (best, [MORE.format(1)], SEEDS),
-        f"w{bits}, more text, twice": (best, [MORE.format(2)], SEEDS),
     }
 
 

@@ -42,13 +42,9 @@ Public tools on the same model and text (GPTQModel 7.6, auto-round 0.16, symmetr
 
 # The README's rows: by width, from plain rounding to the best.
 SHOWN = ["full precision"]
-for _bits, _best in (
-    (4, "tuned, more text, smooth, smaller steps"),
-    (3, "tuned, more text, twice"),
-    (2, "tuned, more text, twice"),
-):
+for _bits in (4, 3, 2):
     SHOWN += [f"{solver}-w{_bits}" for solver in ("rtn", "gptq", "gptaq", "d2quant-paper", "d2quant")]
-    SHOWN += [f"w{_bits}", f"w{_bits}, {_best}"]
+    SHOWN += [f"w{_bits}, first form, tuned, more text, twice", f"w{_bits}"]
 SHOWN += [
     "quarot-w4a4kv4",
     "spinquant-w4a4kv4",

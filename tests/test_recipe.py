@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sordino.anatomy import Linear, group_size
 from sordino.errors import InputError
 from sordino.recipe import Gptaq, Gptq, Recipe, Rtn, WeightFormat, load_recipe, presets
 
@@ -270,3 +271,10 @@ def test_nothing_but_input_errors(overrides: list[str], with_moves: bool) -> Non
     else:
         assert recipe.digest
         assert recipe.to_toml()
+
+
+@pytest.mark.parametrize(
+    ("columns", "group"), [(576, 576), (1536, 512), (896, 448), (4096, 512), (14336, 512), (96, 96), (100, 100)]
+)
+def test_wide_groups_divide_and_end_at_576(columns: int, group: int) -> None:
+    assert group_size("wide", Linear("x", "o", columns, 8, False), "x") == group

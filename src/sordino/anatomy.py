@@ -165,11 +165,15 @@ def hidden_states(out: Any) -> Tensor:
     return result
 
 
+_WIDEST = 576  # whole rows of the model that `wide` was measured on
+
+
 def group_size(group: str | int, linear: Linear, name: str) -> int:
     """Number of input columns that share a scale.
 
     Args:
-        group: ``channel`` (one group a row), ``auto`` (the largest of 128, 64, 32 that divides, else channel), or a number.
+        group: ``channel`` (one group a row), ``auto`` (the largest of 128, 64, 32 that divides, else channel), ``wide`` (the
+            largest multiple of 32 up to 576 that divides, likewise), or a number.
         linear: the linear.
         name: its full name, for the message.
 
@@ -181,10 +185,12 @@ def group_size(group: str | int, linear: Linear, name: str) -> int:
         return n
     if group == "auto":
         return next((g for g in (128, 64, 32) if n % g == 0), n)
+    if group == "wide":
+        return max((g for g in range(32, _WIDEST + 1, 32) if n % g == 0), default=n)
     if isinstance(group, int):
         if n % group:
             fits = [g for g in (128, 64, 32, 16, 8) if n % g == 0]
             remedy = f"--set format.weights.group={fits[0]}" if fits else "--set format.weights.group=channel"
             raise InputError(f"{name}: group {group} does not divide in_features {n}; try {remedy} or group=auto")
         return group
-    raise InputError(f"group '{group}' is no weight group: use channel, auto or a number")
+    raise InputError(f"group '{group}' is no weight group: use channel, auto, wide or a number")

@@ -30,7 +30,7 @@ Rate = Annotated[float, Field(ge=0, le=1)]  # a learning rate; 0 leaves what it 
 Natural = Annotated[int, Field(ge=0, strict=True)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: `true` is no 1
 Clip = Annotated[float, Field(gt=0, le=1)] | Literal["search"]
-Group = Literal["channel", "token", "tensor", "head", "auto"] | PositiveInt
+Group = Literal["channel", "token", "tensor", "head", "auto", "wide"] | PositiveInt
 
 
 class _Table(BaseModel):
@@ -103,7 +103,8 @@ class WeightFormat(_Table):
     bits: Bits = 16
     """Of a code; 16 leaves the weights as they are."""
     group: Group = "auto"
-    """Columns that share a scale: a number, `channel` (a whole row), or `auto`, the largest of 128, 64, 32 that divides."""
+    """Columns that share a scale: a number, `channel` (a whole row), `auto`, the largest of 128, 64, 32 that divides, or
+    `wide`, the largest multiple of 32 up to 576 that does."""
     symmetric: bool = False
     """No zero point."""
     grid: Literal["affine", "additive"] = "affine"
