@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ladder import ROWS, Ladder, called, climb, code_version, figures, keep, made, texts_parser, there
+from ladder import ROWS, Ladder, called, climb, code_version, keep, made, row, texts_parser, there
 from sordino.measure import evaluate
 from sordino.numerics.kv import KvGrid
 from sordino.recipe import load_recipe
@@ -111,24 +111,9 @@ EARLY = {name: f"{name}, keys rounded before the rotary embedding (simulated)" f
 
 def early(args: argparse.Namespace) -> None:
     """Rows of :data:`EARLY`: the hosts' own checkpoints, evaluated with another place for the rounding of keys."""
-    for recipe, name in EARLY.items():
-        digest = load_recipe(recipe, [TELL]).digest
-        key = {
-            "digest": f"{digest}-early",
-            "version": code_version(),
-            "seed": 0,
-            "windows": args.windows,
-            "model": called(args.model),
-        }
-        if there(ROWS / "bisup.jsonl", key):
-            continue
-        with made(args.model, recipe, [TELL], args.calibrate, "--seed", "0") as (folder, cost, _), keys_early():
-            row = {"name": name, **key, "recipe": recipe, "overrides": [TELL], "quantize": cost}
-            row |= figures(folder, args.evaluate, args.windows, args.model, args.seqlen)
-            if args.also:
-                row["also"] = figures(folder, args.also, 16, args.model, args.seqlen)
-        keep(ROWS / "bisup.jsonl", row)
-        print(f"{name}: PPL {row['ppl']:.3f}", flush=True)
+    with keys_early():  # quantization is another process and knows nothing of it
+        for recipe, name in EARLY.items():
+            row(name, recipe, [TELL], 0, args, ROWS / "bisup.jsonl", simulated="keys rounded early")
 
 
 @contextmanager

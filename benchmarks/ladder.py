@@ -62,10 +62,19 @@ def texts_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def row(name: str, recipe: str | None, overrides: list[str], seed: int, args: argparse.Namespace, rows: Path) -> None:
-    """Measure one row and append it, unless it is there."""
+def row(
+    name: str,
+    recipe: str | None,
+    overrides: list[str],
+    seed: int,
+    args: argparse.Namespace,
+    rows: Path,
+    simulated: str | None = None,
+) -> None:
+    """Measure one row and append it, unless it is there; ``simulated`` says what the caller changed in the evaluation."""
     digest = load_recipe(recipe, overrides).digest if recipe else "full"
     key = {"digest": digest, "version": code_version(), "seed": seed, "windows": args.windows, "model": called(args.model)}
+    key["simulated"] = simulated
     if there(rows, key):
         return
     result: dict[str, Any] = {"name": name, **key, "recipe": recipe, "overrides": overrides, "cores": os.cpu_count()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import sordino
 from sordino.anatomy import hidden_states
 from sordino.contract import BlockContext
 from sordino.moves import MOVES
-from sordino.recipe import load_recipe
+from sordino.recipe import Recipe, load_recipe
 from sordino.repair.clip import ClippedLinear
 from sordino.repair.smoothing import SmoothSpace
 from sordino.repair.tune import Tune
@@ -34,17 +35,25 @@ EVERYTHING: dict[str, Any] = {
 seen: list[dict[str, Any]] = []
 
 
+def output_of(ctx: BlockContext) -> torch.Tensor:
+    """What the block makes of two windows, as it is now."""
+    return hidden_states(ctx.q(ctx.stream("q")[:2], **ctx.call))
+
+
+def recipe(host: str, prefix: bool, move: str, *changes: str, **options: Any) -> Recipe:
+    """A host, maybe behind a prefix, with everything trained by ``move``, which is a tuner."""
+    given = ", ".join(f"{k}={v}" for k, v in (EVERYTHING | options).items())
+    moves = ", ".join([HOSTS[host], *['{move="prefix"}'] * prefix, f'{{move="{move}", {given}}}'])
+    return load_recipe(host, [f"moves=[{moves}]", "guard=off", *changes])
+
+
 class Look(Tune):
     """Attaches all spaces, moves every parameter, folds: instead of training."""
 
     name = "look"
 
     def close(self, ctx: BlockContext) -> None:
-        x = ctx.stream("q")[:2]
-
-        def output() -> torch.Tensor:
-            return hidden_states(ctx.q(x, **ctx.call))
-
+        output = partial(output_of, ctx)
         before = output().detach()
         spaces = self._spaces(ctx)
         with torch.enable_grad():
@@ -79,9 +88,7 @@ def test_step_0_is_the_host_and_what_is_folded_is_what_was_trained(
     monkeypatch.setitem(MOVES, "prefix", Fixed)
     seen.clear()
     model = make_tiny(tmp_path / "model", family, layers=2)
-    options = ", ".join(f"{k}={v}" for k, v in EVERYTHING.items()) + f', start="{start}"'
-    moves = ", ".join([HOSTS[host], *['{move="prefix"}'] * prefix, f'{{move="look", {options}}}'])
-    made = load_recipe(host, [f"moves=[{moves}]", "guard=off"])
+    made = recipe(host, prefix, "look", start=f'"{start}"')
     sordino.quantize(str(model), made, tmp_path / "out", windows=8, seqlen=32)
     assert len(seen) == 2
     for note in seen:
@@ -108,11 +115,7 @@ class Equal(Tune):
     name = "equal"
 
     def close(self, ctx: BlockContext) -> None:
-        x = ctx.stream("q")[:2]
-
-        def output() -> torch.Tensor:
-            return hidden_states(ctx.q(x, **ctx.call))
-
+        output = partial(output_of, ctx)
         spaces = self._spaces(ctx)
         smooth = next(s for s in spaces if isinstance(s, SmoothSpace))
         before, rng = output().detach(), torch.Generator().manual_seed(3)
@@ -156,10 +159,8 @@ def test_equal_factors_keep_the_function_and_gradients_are_those_of_differences(
         monkeypatch.setattr(ClippedLinear, "weight", unrounded)
     seen.clear()
     model = make_tiny(tmp_path / "model", family, layers=2)
-    options = ", ".join(f"{k}={v}" for k, v in EVERYTHING.items())
-    moves = ", ".join([HOSTS[host], *['{move="prefix"}'] * prefix, f'{{move="equal", {options}}}'])
     plain = ["format.weights.bits=8", "format.activations.bits=16", "format.kv.bits=16"]
-    made = load_recipe(host, [f"moves=[{moves}]", "guard=off", *plain])
+    made = recipe(host, prefix, "equal", *plain)
     sordino.quantize(str(model), made, tmp_path / "out", windows=8, seqlen=32)
     sites = (0 if family == "olmo2" else 2) + (2 if host.startswith("atom") else 1)
     for note in seen:

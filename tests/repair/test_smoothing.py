@@ -60,7 +60,7 @@ def made(bits: int = 8, bias: bool = False, kept: int = 0, order: bool = False, 
     clips = ClipSpace(block, solved, 0.01, {}, 0.01)
     trained: list[ClippedLinear] = list(clips.trained.values())
     held = [block.norm.weight] + ([block.norm.bias] if bias else [])
-    smooth = Smoothing(16, trained, torch.arange(16) if places is None else places.long(), mode, held)
+    smooth = Smoothing("qkv", 16, trained, torch.arange(16) if places is None else places.long(), mode, held)
     return block, clips, smooth
 
 

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sordino.numerics.affine import round_scale
 from sordino.numerics.kept import Kept
 from sordino.numerics.straight import fake_round
 from sordino.repair.low_rank import LowRank, SideBranch
+from sordino.repair.spaces import near, stored_scale
 from sordino.rounding import Rounded
 from sordino.runtime.inputs import carry_inputs
 
 _MOST = 0.982  # share that a parameter starts with where the host clips nothing: sigmoid(4), OmniQuant's
 _LEAST = 0.05
-_EDGE = 0.499
 
 
 class Clip:
@@ -45,11 +44,6 @@ class Clip:
     def __call__(self, grown: Tensor | float = 1.0) -> Tensor:
         """The scales as they will be stored, with gradients as if they were not rounded; the full range may have ``grown``."""
         return stored_scale(self.whole * torch.sigmoid(self.parameter) * grown)
-
-
-def stored_scale(exact: Tensor) -> Tensor:
-    """Scales as they will be stored, with gradients as if they were not rounded."""
-    return exact + (round_scale(exact.detach()) - exact.detach())
 
 
 class ClippedLinear(nn.Module):
@@ -106,9 +100,9 @@ class ClippedLinear(nn.Module):
         return weight + self.update().to(dtype) if isinstance(self.update, SideBranch) else weight
 
     def _kept(self) -> tuple[Tensor, Tensor] | None:
-        """The kept columns with their part of the update, [R, k], and their scales, as stored; None if they are as before."""
+        """The kept columns with their part of the update, [R, k], and their scales, as stored; None where there are none."""
         kept = self.start.kept
-        if kept is None or not (isinstance(self.update, LowRank) or self.rows is not None):
+        if kept is None:
             return None
         value, scale = kept.values(), kept.scale
         if isinstance(self.update, LowRank):
@@ -130,8 +124,8 @@ class ClippedLinear(nn.Module):
         codes = ((value / scale[..., None]).round_() + self.zero).clamp_(0, self.top)
         shape = self.start.codes.shape
         side = self.update.pair() if isinstance(self.update, SideBranch) else self.start.side
-        own, new = self.start.kept, self._kept()
-        kept = own if own is None or new is None else Kept((new[0] / new[1]).round_().to(torch.int8), new[1])
+        new = self._kept()
+        kept = None if new is None else Kept((new[0] / new[1]).round_().to(torch.int8), new[1])
         codes = codes.view(shape).to(torch.uint8)
         return replace(self.start, codes=codes, scale=scale, latent=value.reshape(shape), side=side, kept=kept)
 
@@ -145,8 +139,7 @@ def rounded_from(rounded: Rounded) -> Tensor:
     codes = rounded.codes.view(rows, groups, -1).float() - zero
     steps = rounded.latent.view_as(codes) / scale
     nearest = torch.minimum(torch.maximum(steps.round(), -zero), top - zero)
-    near = torch.minimum(torch.maximum(steps, codes - _EDGE), codes + _EDGE) * scale
-    return torch.where(nearest == codes, rounded.latent.view_as(codes), near).view(rows, -1)
+    return torch.where(nearest == codes, rounded.latent.view_as(codes), near(steps, codes) * scale).view(rows, -1)
 
 
 def _full(value: Tensor, zero: Tensor, top: int) -> Tensor:

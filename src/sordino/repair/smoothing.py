@@ -44,11 +44,19 @@ class Smoothing:
     """
 
     def __init__(
-        self, size: int, linears: list[ClippedLinear], spread: Tensor, mode: Mode, held: Sequence[Tensor], maker: Any = None
+        self,
+        site: Site,
+        size: int,
+        linears: list[ClippedLinear],
+        spread: Tensor,
+        mode: Mode,
+        held: Sequence[Tensor],
+        maker: ClippedLinear | None = None,
     ):
         """Attach factors.
 
         Args:
+            site: whose input is divided.
             size: F.
             linears: of the site.
             spread: column -> factor.
@@ -56,6 +64,7 @@ class Smoothing:
             held: what is divided in place, [F] or [1, K, P, F/K].
             maker: the linear whose rows are divided, or None.
         """
+        self.site, self.linears, self.maker = site, linears, maker
         self.spread, self.prices, self.held = spread, _PRICES[mode], held
         self.u = nn.Parameter(torch.zeros(size))
         self.v = nn.Parameter(torch.zeros(size), requires_grad=mode != "hard")
@@ -144,10 +153,7 @@ class SmoothSpace:
     ):
         self.rate, self.stored, self.block = rate, stored, block
         self.sites: list[Smoothing] = []
-        self.linears: list[tuple[Site, list[ClippedLinear]]] = []  # of each
         self.hooks: list[RoundInput] = []  # a loud channel sets the scale of its token: u has to feel that
-        makers = self._makers(anatomy, trained)
-        self.makers = {name: trained[name] for name in makers.values()}
         self.attention: Any = block.get_submodule(ATTENTION)
         for site, norm in anatomy.norms.items():
             names = [x.name for x in anatomy.at(site)]
@@ -155,7 +161,7 @@ class SmoothSpace:
                 module: Any = block.get_submodule(norm)
                 bias = [] if getattr(module, "bias", None) is None else [module.bias]
                 self._add(site, names, len(module.weight), trained, mode, [module.weight, *bias])
-        for site, name in makers.items():
+        for site, name in self._makers(anatomy, trained).items():
             held = [self.attention.get_buffer(VALUE)] if site == "o" and hasattr(self.attention, VALUE) else []
             rows = len(trained[name].start.codes)
             self._add(site, [x.name for x in anatomy.at(site)], rows, trained, mode, held, trained[name])
@@ -180,8 +186,7 @@ class SmoothSpace:
             queries = linears[0].start.codes.shape[1] // size
             spread = spread.view(-1, 1, head).expand(-1, queries, -1).flatten()
         order = linears[0]._buffers.get(ORDER)
-        self.sites.append(Smoothing(size, linears, spread if order is None else spread[order.long()], *rest))
-        self.linears.append((site, linears))
+        self.sites.append(Smoothing(site, size, linears, spread if order is None else spread[order.long()], *rest))
         self.hooks += [hook for linear in linears if (hook := rounding(linear)) is not None]
 
     def _move(self, on: bool) -> None:
@@ -198,18 +203,17 @@ class SmoothSpace:
             loudest: largest magnitude of each channel of a site's input, as the weights' columns read it, [C].
             loss: of the block as it is now.
         """
-        for smoothing, (site, linears) in zip(self.sites, self.linears, strict=True):
-            weights = torch.stack([_column_sizes(linear) for linear in linears]).amax(0)
-            free, found = smoothing.free > 0, (math.inf, smoothing.begun)
-            for u in candidates(*(_loudest(x, smoothing)[free] for x in (loudest[site], weights))):
-                smoothing.u.zero_()
-                smoothing.u[free] = u.clamp_(-_WIDEST, _WIDEST)
-                smoothing.settle(self.stored)
-                at = loss()
-                found = (at, smoothing.u.clone()) if at < found[0] else found
-            smoothing.begun = found[1]
-            smoothing.u.copy_(found[1])
-            smoothing.settle(self.stored)
+        for s in self.sites:
+            weights = torch.stack([_column_sizes(linear) for linear in s.linears]).amax(0)
+            free, least = s.free > 0, math.inf
+            for u in candidates(*(_loudest(x, s)[free] for x in (loudest[s.site], weights))):
+                s.u.zero_()
+                s.u[free] = u.clamp_(-_WIDEST, _WIDEST)
+                s.settle(self.stored)
+                if (at := loss()) < least:
+                    least, s.begun = at, s.u.clone()
+            s.u.copy_(s.begun)
+            s.settle(self.stored)
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer."""
@@ -235,11 +239,10 @@ class SmoothSpace:
         for s in self.sites:
             for p in s.held:
                 p.requires_grad_(False)
-        for name, maker in self.makers.items():
-            module: Any = self.block.get_submodule(name)
-            if maker.bias is not None and maker.rows is not None:
-                bias = maker.bias.float() * maker.rows().detach()
-                module.bias = nn.Parameter(bias.to(self.stored).to(maker.bias.dtype), requires_grad=False)
+            if s.maker is not None and s.maker.bias is not None:
+                module: Any = self.block.get_submodule(_MAKERS[s.site])
+                bias = s.maker.bias.float() * s.rows().detach()
+                module.bias = nn.Parameter(bias.to(self.stored).to(s.maker.bias.dtype), requires_grad=False)
         self._move(False)
         return {}
 

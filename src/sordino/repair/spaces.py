@@ -22,10 +22,19 @@ from sordino.runtime.inputs import carry_inputs
 _EDGE = 0.499  # how far beyond the outermost code a latent position may lie, in steps
 
 
-def grown(first: Tensor, growth: Tensor) -> Tensor:
-    """Scales ``first * exp(growth)`` as they will be stored, fp32, with gradients as if they were not rounded."""
-    exact = first * growth.exp()
+def stored_scale(exact: Tensor) -> Tensor:
+    """Scales as they will be stored, with gradients as if they were not rounded."""
     return exact + (round_scale(exact.detach()) - exact.detach())
+
+
+def grown(first: Tensor, growth: Tensor) -> Tensor:
+    """Scales ``first * exp(growth)`` as they will be stored, fp32."""
+    return stored_scale(first * growth.exp())
+
+
+def near(steps: Tensor, codes: Tensor) -> Tensor:
+    """Positions on the grid, in steps, brought so near to their codes that these are the nearest."""
+    return torch.minimum(torch.maximum(steps, codes - _EDGE), codes + _EDGE)
 
 
 class TrainedLinear(nn.Module):
@@ -53,8 +62,7 @@ class TrainedLinear(nn.Module):
         else:
             if rounded.latent is not None:
                 # A clipped weight sits at the edge of the last code, from where it may still come back.
-                exact = rounded.latent.view(rows, groups, -1) / first[..., None]
-                codes = torch.minimum(torch.maximum(exact, codes - _EDGE), codes + _EDGE)
+                codes = near(rounded.latent.view(rows, groups, -1) / first[..., None], codes)
             self.latent = nn.Parameter(codes)
         self.register_buffer("zero", zero)
         self.register_buffer("first", first)
