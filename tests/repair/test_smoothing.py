@@ -161,27 +161,42 @@ def test_factors_stay_in_bounds_and_as_stored() -> None:
     assert torch.equal(block.norm.weight, block.norm.weight.to(torch.bfloat16).float())
 
 
-def test_scales_of_inputs_move_while_factors_are_trained(tmp_path: Path) -> None:
-    """The loudest channel of every token is pulled down, which a scale without gradients would not ask for."""
-    model, _ = sordino.load(make_tiny(tmp_path / "model", layers=1))
-    anatomy: Anatomy = anatomy_of(model)
-    block = model.model.layers[0].requires_grad_(False)
-    names = ["mlp.gate_proj", "mlp.up_proj"]
-    rounded = {n: RtnSolver().solve(block.get_submodule(n).weight.float(), None, AffineGrid(8, True), 16) for n in names}
+NAMES = ["mlp.gate_proj", "mlp.up_proj"]
+LOUD = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def loud(
+    folder: Path, mode: Mode, places: torch.Tensor | None = None
+) -> tuple[Any, ClipSpace, SmoothSpace, list[torch.Tensor]]:
+    """A block whose gate and up round their input to 3 bits, channel 5 of which is far too loud, and what is trained of it.
+
+    Also what the two should put out for the norm of :data:`LOUD`, but for that rounding.
+    """
+    model, _ = sordino.load(make_tiny(folder / "model", layers=1))
+    anatomy, block = anatomy_of(model), model.model.layers[0].requires_grad_(False)
+    rounded, exact = {}, []
     with torch.no_grad():
         block.post_attention_layernorm.weight[5] = 30.0
-    for name in names:
-        round_inputs(block.get_submodule(name), 3, False, 16, scale=1.0)
+    order = torch.arange(64) if places is None else places
+    for name in NAMES:
+        linear = block.get_submodule(name)
+        rounded[name] = RtnSolver().solve(linear.weight.float()[:, order], None, AffineGrid(8, True), 16)
+        exact.append(block.post_attention_layernorm(LOUD)[:, order] @ rounded[name].values().T)
+        if places is not None:
+            order_input(linear, places.int())
+        round_inputs(linear, 3, False, 16, scale=1.0)
     clips = ClipSpace(block, rounded, 0.0, {}, 0.0)
-    space = SmoothSpace(block, anatomy, clips.trained, 0.01, "hard", torch.float32)
-    hooks = [rounding(clips.trained[n]) for n in names]
+    return block, clips, SmoothSpace(block, anatomy, clips.trained, 0.01, mode, torch.float32), exact
+
+
+def test_scales_of_inputs_move_while_factors_are_trained(tmp_path: Path) -> None:
+    """The loudest channel of every token is pulled down, which a scale without gradients would not ask for."""
+    block, clips, space, (gate, up) = loud(tmp_path, "hard")
+    hooks = [rounding(clips.trained[n]) for n in NAMES]
     assert all(h is not None and h.moving for h in hooks)
-    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    h = block.post_attention_layernorm(x)
-    exact = torch.nn.functional.silu(h @ rounded[names[0]].values().T) * (h @ rounded[names[1]].values().T)
-    h = block.post_attention_layernorm(x)
-    found = torch.nn.functional.silu(clips.trained[names[0]](h)) * clips.trained[names[1]](h)
-    ((found - exact.detach()) ** 2).mean().backward()
+    h = block.post_attention_layernorm(LOUD)
+    found = torch.nn.functional.silu(clips.trained[NAMES[0]](h)) * clips.trained[NAMES[1]](h)
+    ((found - (torch.nn.functional.silu(gate) * up).detach()) ** 2).mean().backward()
     space.collect()
     grad = space.sites[0].u.grad
     assert grad is not None and int(grad.abs().argmax()) == 5 and float(grad[5]) < 0  # louder by less: u grows
@@ -206,34 +221,17 @@ def test_a_site_is_left_alone_if_one_of_its_linears_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", [False, True])
 def test_first_values_are_those_of_least_loss(order: bool, tmp_path: Path) -> None:
     """A channel that is louder by far than the rest of its group is pulled down, and the loss is the least of all tried."""
-    model, _ = sordino.load(make_tiny(tmp_path / "model", layers=1))
-    anatomy: Anatomy = anatomy_of(model)
-    block = model.model.layers[0].requires_grad_(False)
-    names = ["mlp.gate_proj", "mlp.up_proj"]
     places = torch.randperm(64, generator=torch.Generator().manual_seed(4)) if order else None
-    rounded = {}
-    with torch.no_grad():
-        block.post_attention_layernorm.weight[5] = 30.0
-    for name in names:
-        w = block.get_submodule(name).weight.float()
-        w = w if places is None else w[:, places]
-        rounded[name] = RtnSolver().solve(w, None, AffineGrid(8, True), 16)
-        if places is not None:
-            order_input(block.get_submodule(name), places.int())
-        round_inputs(block.get_submodule(name), 3, False, 16, scale=1.0)
-    clips = ClipSpace(block, rounded, 0.0, {}, 0.0)
-    space = SmoothSpace(block, anatomy, clips.trained, 0.01, "soft", torch.float32)
-    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    h = block.post_attention_layernorm(x)
-    exact = [(h if places is None else h[:, places]) @ rounded[n].values().T for n in names]
+    block, clips, space, exact = loud(tmp_path, "soft", places)
     tried: list[float] = []
 
     def loss() -> float:
-        h = block.post_attention_layernorm(x)
-        tried.append(float(sum((clips.trained[n](h) - y).square().sum() for n, y in zip(names, exact, strict=True))))
+        h = block.post_attention_layernorm(LOUD)
+        tried.append(float(sum((clips.trained[n](h) - y).square().sum() for n, y in zip(NAMES, exact, strict=True))))
         return tried[-1]
 
-    space.begin({"gate_up": h.abs().amax(0) if places is None else h.abs().amax(0)[places]}, loss)
+    loudest = block.post_attention_layernorm(LOUD).abs().amax(0)
+    space.begin({"gate_up": loudest if places is None else loudest[places]}, loss)
     (site,), before = space.sites, list(tried)
     assert len(before) == 8 and loss() == pytest.approx(min(before)) and min(before) < 0.5 * before[0]
     assert int(site.u.argmax()) == 5 and float(site.penalty()) == 0.0
