@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import sordino
-from ladder import ROWS, code_version
+from ladder import ROWS, code_version, keep
 from sordino.anatomy import anatomy_of
 from sordino.contract import BlockContext, Move
 from sordino.corpus import calibration_windows, load_text, tokenize
@@ -48,8 +48,7 @@ def main() -> None:
     parts = {"A": sensitivity, "B": heterogeneity, "C": heavy_tails, "D": mean_shift, "M": merge}
     for part in args.parts:
         result = {"part": part, "model": args.model, "version": code_version(), **parts[part](args)}
-        with open(ROWS / "d2quant_analyses.jsonl", "a") as f:
-            f.write(json.dumps(result) + "\n")
+        keep(ROWS / "d2quant_analyses.jsonl", result)
         print(part, json.dumps(result)[:400], flush=True)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import sordino
-from ladder import ROWS, code_version, texts_parser
+from ladder import ROWS, code_version, keep, texts_parser
 from sordino.corpus import eval_windows, load_text, tokenize
 from sordino.recipe import load_recipe
 from sordino.runtime import kernels
@@ -60,8 +60,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for pair, figures in compare(args.model, exact, made, args.evaluate, dtype).items():
                 row = {"pair": pair, "dtype": str(dtype).removeprefix("torch."), "recipe": args.recipe, **figures}
-                with open(ROWS / "equivalence.jsonl", "a") as f:
-                    f.write(json.dumps(row | {"model": args.model, "version": code_version()}) + "\n")
+                keep(ROWS / "equivalence.jsonl", row | {"model": args.model, "version": code_version()})
                 print(row, flush=True)
 
 

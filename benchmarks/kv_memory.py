@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import sordino
-from ladder import ROWS, code_version, figures, texts_parser
+from ladder import ROWS, code_version, figures, keep, texts_parser
 from sordino.recipe import load_recipe
 
 TOKENS = 2048
@@ -46,8 +46,7 @@ def main() -> None:
             row["text"] = figures(subject, args.evaluate, args.windows, against)
             if args.also:
                 row["also"] = figures(subject, args.also, 16, against)
-            with open(ROWS / "kv_memory.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+            keep(ROWS / "kv_memory.jsonl", row)
             print(json.dumps(row), flush=True)
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from ladder import ROOT, code_version, run
+from ladder import ROWS, code_version, keep, run
 from sordino.walk.source import copy_tokenizer, open_source
 
 LLAMA3_8B = {
@@ -46,8 +46,7 @@ def main() -> None:
             cost = run([*command, "--windows", "4"])
             size = sum(p.stat().st_size for p in (work / "out").glob("*.safetensors"))
             row = {"recipe": recipe, "version": code_version(), "cores": os.cpu_count(), **cost, "output_bytes": size}
-            with open(ROOT / "benchmarks" / "rows" / "large_shape.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+            keep(ROWS / "large_shape.jsonl", row)
             print(f"{recipe}: peak {cost['peak_bytes'] / 2**30:.2f} GiB, {cost['seconds']:.0f} s", flush=True)
             shutil.rmtree(work / "out")
     finally:

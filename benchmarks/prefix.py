@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import sordino
-from ladder import ROWS, code_version, texts_parser
+from ladder import ROWS, code_version, keep, texts_parser
 from sordino.corpus import eval_windows, load_text, tokenize
 from sordino.protect.prefix import token_ratios
 from sordino.recipe import MoveSpec, load_recipe
@@ -44,9 +44,7 @@ def main() -> None:
             for key, prefix in (("before", None), ("after", out)):
                 row[key][name] = sordino.evaluate(args.model, text=text, windows=windows, prefix_from=prefix).ppl
     row |= {"name": "prefix", "model": args.model, "seed": 0, "windows": args.windows, "version": code_version()}
-    ROWS.mkdir(parents=True, exist_ok=True)
-    with open(ROWS / "prefix.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
+    keep(ROWS / "prefix.jsonl", row)
     print(json.dumps(row, indent=1))
 
 

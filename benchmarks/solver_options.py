@@ -8,12 +8,11 @@ One row (bits, options) goes to benchmarks/rows/solver_options.jsonl; render.py 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
 import sordino
-from ladder import ROWS, code_version
+from ladder import ROWS, code_version, keep
 from sordino.recipe import load_recipe
 
 S = "format.weights.solver"
@@ -49,8 +48,7 @@ def main() -> None:
             errors = [b["error"] for b in result.manifest["blocks"] if "error" in b]
             cost = result.run["cpu_seconds"]
             row = {"bits": bits, "name": name, "errors": errors, "cpu_seconds": cost, "version": code_version()}
-            with open(ROWS / "solver_options.jsonl", "a") as f:
-                f.write(json.dumps(row | {"model": args.model, "windows": args.windows}) + "\n")
+            keep(ROWS / "solver_options.jsonl", row | {"model": args.model, "windows": args.windows})
             print(bits, name, [round(e, 4) for e in errors], flush=True)
 
 
