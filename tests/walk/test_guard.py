@@ -98,7 +98,9 @@ def test_a_fallback_takes_everything_back_that_moves_did(tmp_path: Path, monkeyp
     moves = (MoveSpec(move="mean-shift", always=True, final=True), MoveSpec(move="ruin"))
     recipe = load_recipe("gptq-w4").model_copy(update={"moves": moves})
     result = sordino.quantize(str(model), recipe, tmp_path / "out", **SMALL)
-    assert [b.get("fallback") for b in result.manifest["blocks"]] == ["rtn"] * 2
+    blocks = result.manifest["blocks"]
+    assert [b.get("fallback") for b in blocks] == ["rtn"] * 2 and not any("moves" in b for b in blocks)
+    assert blocks[-1]["refused_moves"]["mean-shift"]["final_kept"]
     sordino.quantize(str(model), "rtn-w4", tmp_path / "rtn")
     ours, rtn = sordino.load(tmp_path / "out")[0].state_dict(), sordino.load(tmp_path / "rtn")[0].state_dict()
     assert all(torch.equal(ours[k], rtn[k]) for k in rtn)

@@ -284,11 +284,11 @@ class Walk:
             ctx.following = self.streams["fp"].x
         ctx.keep_scales()
         self._hooks("close", ctx)
-        report |= {"moves": ctx.notes} if ctx.notes else {}
         following = self._next("q", index) if "q" in self.streams else None
         if self.plan.heldout and following is not None:
             with self.clock.on("guards"):
                 report |= self._guard(ctx, following)
+        report |= {"refused_moves" if "fallback" in report else "moves": ctx.notes} if ctx.notes else {}
         self._store(ctx)
         if following is not None:
             if not ctx.last:  # after the last block only the held-out windows are looked at
