@@ -7,11 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from sordino.cli import app
 from sordino.recipe import presets
-from tiny import make_tiny
+from tiny import make_tiny, run
 
 KEYS = {"ppl", "kl", "top1_agreement", "bits_per_weight", "bits_per_parameter", "bytes", "tasks", "seconds"}
 
@@ -23,12 +21,6 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     result = run("quantize", model, "-r", "gptq-w4", "-o", out, "--windows", "32", "--seqlen", "64", "--seed", "3")
     assert "14 of 14 block linears quantized" in " ".join(result.replace("│", " ").split())
     return model, out
-
-
-def run(*words: str) -> str:
-    result = CliRunner().invoke(app, list(words), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def test_eval_writes_the_fixed_json(quantized: tuple[str, str], tmp_path: Path) -> None:

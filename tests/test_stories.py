@@ -6,16 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from sordino.cli import app
-from tiny import STORIES, tell_stories
-
-
-def run(*words: str) -> str:
-    result = CliRunner().invoke(app, list(words), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
+from tiny import STORIES, run, tell_stories
 
 
 @pytest.fixture(scope="module")

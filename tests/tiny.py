@@ -13,8 +13,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import sordino
+from sordino.cli import app
 from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
 from sordino.protect.prefix import Prefix
 
@@ -148,6 +150,13 @@ class Sordino:
             self.process.kill()
             raise AssertionError(f"still running after {timeout} s")
         return Done(self.process.exitcode, *((self._log / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")))
+
+
+def run(*words: str) -> str:
+    """What the command line prints, in this process; it must succeed."""
+    result = CliRunner().invoke(app, list(words), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def _child(args: list[str], log: Path, env: dict[str, str], file_limit: int | None, prepare: Any) -> None:

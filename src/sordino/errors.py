@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class SordinoError(Exception):
     """A run failed; the message is one line. Exit code 1."""
@@ -17,6 +20,12 @@ class InputError(SordinoError):
     """What was given cannot be used; the message names it and the remedy in one line. Exit code 2."""
 
     exit_code = 2
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """What a mistyped name may have meant, as the end of a message; ``otherwise`` if nothing known is like it."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean '{near[0]}'?" if near else otherwise and f"; {otherwise}"
 
 
 def reason(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any, get_type_hints
@@ -10,7 +9,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, ValidationError, create_model
 
 from sordino.contract import Move
-from sordino.errors import InputError
+from sordino.errors import InputError, nearest
 from sordino.protect.channels import Channels
 from sordino.protect.prefix import Prefix
 from sordino.recipe import MoveSpec
@@ -64,9 +63,8 @@ def _options(spec: MoveSpec, factory: MoveFactory) -> dict[str, Any]:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, fields, 1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(fields) or 'none'}"
-            raise InputError(f"move '{spec.move}' has no option '{key}'; {hint}") from None
+            hint = nearest(key, fields, f"it has {', '.join(fields) or 'none'}")
+            raise InputError(f"move '{spec.move}' has no option '{key}'{hint}") from None
         what = first["msg"][0].lower() + first["msg"][1:]
         raise InputError(f"move '{spec.move}': {key}: {what} (got {first['input']!r})") from None
     return {n: getattr(checked, n) for n in fields}

@@ -8,7 +8,6 @@ Unknown keys are refused with the nearest known one.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import hashlib
 import json
@@ -21,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from sordino.errors import InputError
+from sordino.errors import InputError, nearest
 
 PRESET_DIR = Path(__file__).parent / "recipes"
 
@@ -280,9 +279,8 @@ def _read(spec: str) -> dict[str, Any]:
     if spec not in presets():
         path = Path(spec)
         if not os.path.isfile(path):  # unlike Path.is_file, never raises
-            near = difflib.get_close_matches(spec, presets(), 1)
-            hint = f"did you mean '{near[0]}'?" if near else f"presets: {', '.join(presets())}"
-            raise InputError(f"no recipe '{spec}': neither a preset nor a TOML file; {hint}")
+            hint = nearest(spec, presets(), f"presets: {', '.join(presets())}")
+            raise InputError(f"no recipe '{spec}': neither a preset nor a TOML file{hint}")
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:  # a ValueError: not TOML, or not UTF-8
@@ -326,8 +324,7 @@ def _explain(error: ValidationError) -> str:
     path = ".".join(str(p) for p in first["loc"] if p not in ("rtn", "gptq", "gptaq") and not set(str(p)) & set("[-"))
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        near = difflib.get_close_matches(key, sorted(_known_keys()), 1)
-        return f"unknown key '{path}'" + (f"; did you mean '{near[0]}'?" if near else "")
+        return f"unknown key '{path}'{nearest(key, sorted(_known_keys()))}"
     return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]} (got {first['input']!r})"
 
 

@@ -8,12 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from draws import normal
 from sordino.numerics.additive import AdditiveGrid, DualScaleGrid, additive_values, column_step, fix_gauge
 from sordino.numerics.affine import AffineGrid, GridParams, round_scale
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def uneven(rows: int, cols: int, seed: int = 0) -> Tensor:

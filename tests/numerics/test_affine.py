@@ -6,16 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from draws import normal
 from sordino.numerics.affine import SCALE_CEILING, SCALE_FLOOR, AffineGrid, GridParams, round_scale
 
 BITS = [2, 3, 4, 5, 6, 8]
 both = pytest.mark.parametrize("symmetric", [False, True])
 every_width = pytest.mark.parametrize("bits", BITS)
 weights = st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=1, max_size=24)
-
-
-def normal(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
-    return size * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def weighted_error(grid: AffineGrid, w: Tensor, params: GridParams, diag_h: Tensor) -> Tensor:
@@ -50,7 +47,7 @@ def test_nearest_is_nearest(values: list[float], bits: int, symmetric: bool, sea
 @given(st.integers(0, 999), st.integers(-140, 125), st.sampled_from(BITS), st.booleans(), st.sampled_from([0, 4]))
 def test_grids_are_storable_at_any_magnitude(seed: int, exponent: int, bits: int, symmetric: bool, search: int) -> None:
     grid = AffineGrid(bits, symmetric, search)
-    w = normal(4, 9, seed=seed, size=2.0**exponent)
+    w = 2.0**exponent * normal(4, 9, seed=seed)
     params = grid.fit(w)
     assert_storable(params.scale)
     assert torch.equal(params.zero, params.zero.round())

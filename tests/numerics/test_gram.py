@@ -4,11 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from draws import normal
 from sordino.numerics.gram import add_cross, add_gram, exact_bf16_products, inverse_factor, mirror
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("n", [1, 7, 191, 192, 193, 385])

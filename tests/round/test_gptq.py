@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from draws import normal
 from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
 from sordino.numerics.affine import AffineGrid, GridParams
 from sordino.numerics.gram import inverse_factor
@@ -17,10 +18,6 @@ from sordino.rounding import Rounded, Stats
 
 both = pytest.mark.parametrize("symmetric", [False, True])
 orders = pytest.mark.parametrize("order", ["gar", "none"])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def correlated(tokens: int, cols: int, seed: int) -> Tensor:

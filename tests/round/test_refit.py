@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from draws import normal
 from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
 from sordino.numerics.affine import AffineGrid
 from sordino.round import refit as module
@@ -16,10 +17,6 @@ from sordino.round.rtn import RtnSolver
 from sordino.rounding import Rounded, Stats
 
 GRIDS = [AffineGrid(2), AffineGrid(3, True), AdditiveGrid(2), AdditiveGrid(3), DualScaleGrid(AffineGrid(2))]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def case(grid: Any) -> tuple[Tensor, Tensor, Rounded]:

@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
 
+from draws import normal
 from sordino.numerics.affine import AffineGrid, GridParams, round_scale
 from sordino.round.rtn import RtnSolver
 from sordino.rounding import Stats
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

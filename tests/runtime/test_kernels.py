@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sordino
+from draws import normal
 from levels import LEVELS, SEEDS, TYPES, every_level, examples, needs_kernels
 from sordino.errors import InputError
 from sordino.runtime import kernels
@@ -53,17 +54,15 @@ def make(
     return module
 
 
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def check_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None = None) -> None:
     """Elementwise: what fp32 sums may lose, relative to the sum of magnitudes, and one rounding to the output's type.
 
-    bf16 inputs may be written with 14 bits of the largest of their group (avx512.cpp).
+    bf16 inputs may be written with 14 bits of the largest of their group (avx512.cpp). ``shift`` is what a zero point moves the
+    weight by, [O, I]: weight and zero point are summed apart, so a weight of nothing may be the difference of two sums.
     """
     exact = x.double() @ weight.double().T
-    size = x.double().abs() @ weight.double().abs().T
+    parts = weight.double().abs() if shift is None else (weight - shift).double().abs() + shift.double().abs()
+    size = x.double().abs() @ parts.T
     coarse = 2.0**-14 * x.double().abs().amax(1, keepdim=True) * weight.double().abs().sum(1)
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
@@ -102,7 +101,8 @@ def test_product(
     with kernels.using(level):
         out = native.product(module._native_weight(), x)
     assert out is not None and out.dtype == dtype
-    check_product(out, x, weight, module.bias)
+    shift = module.weight_scale.float() * ((1 << (bits - 1)) - module.zeros().float())
+    check_product(out, x, weight, module.bias, shift.repeat_interleave(layout[1], 1))
 
 
 @every_level

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from draws import normal
 from sordino.numerics.affine import AffineGrid
 from sordino.numerics.packing import packed_words
 from sordino.round.rtn import RtnSolver
@@ -18,10 +19,6 @@ both = pytest.mark.parametrize("symmetric", [False, True])
 every_width = pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 shapes = pytest.mark.parametrize(("cols", "group"), [(172, 172), (172, 43), (64, 16), (40, 8), (7, 7)])
 ROWS = 45
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rounded_linear(cols: int, bits: int, group: int, symmetric: bool, bias: bool = False) -> tuple[QuantLinear, Rounded]:

@@ -10,7 +10,6 @@ in blocks of 32 keys, and bf16 scores show it), and so would reading a context o
 
 from __future__ import annotations
 
-import difflib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from sordino.contract import Progress
-from sordino.errors import InputError, reason
+from sordino.errors import InputError, nearest, reason
 from sordino.measure.local_tasks import LOCAL_TASKS, LocalTask, Row, find_local, read_rows
 from sordino.runtime.prefix import prefix_length
 
@@ -206,8 +205,7 @@ def _open_hub(names: Sequence[str]) -> list[dict[str, Any]]:
         manager = TaskManager()  # reads 13,000 definitions, which takes seconds
     for name in names:
         if name not in manager.task_index:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.5)
-            raise InputError(f"lm-evaluation-harness has no task '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            raise InputError(f"lm-evaluation-harness has no task '{name}'{nearest(name, manager.all_tasks)}")
     loaded = []
     for name in names:
         try:

@@ -6,7 +6,6 @@ unchanged. A row that does not fit is named by file and line.
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import json
 import zlib
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sordino.errors import InputError, reason
+from sordino.errors import InputError, nearest, reason
 
 Row = dict[str, Any]
 
@@ -76,9 +75,8 @@ def find_local(name: str) -> LocalTask:
         InputError: with the nearest name, if there is none.
     """
     if name not in LOCAL_TASKS:
-        near = difflib.get_close_matches(name, LOCAL_TASKS, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(LOCAL_TASKS)}"
-        raise InputError(f"no task '{name}' that can be read from --task-data; {hint}")
+        hint = nearest(name, LOCAL_TASKS, f"there are {', '.join(LOCAL_TASKS)}")
+        raise InputError(f"no task '{name}' that can be read from --task-data{hint}")
     return LOCAL_TASKS[name]
 
 

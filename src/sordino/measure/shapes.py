@@ -5,7 +5,6 @@ What a recipe stores is decided by the same plan that `quantize` follows; then e
 
 from __future__ import annotations
 
-import difflib
 import json
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from sordino.anatomy import skeleton
-from sordino.errors import InputError
+from sordino.errors import InputError, nearest
 from sordino.recipe import load_recipe
 from sordino.runtime.plugin import SordinoConfig, quantize_skeleton
 from sordino.walk.assemble import storage_config
@@ -62,9 +61,8 @@ def shape(name: str) -> dict[str, Any]:
         InputError: if it is unknown, naming those that are.
     """
     if name not in SHAPES:
-        near = difflib.get_close_matches(name, SHAPES, 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(SHAPES)}"
-        raise InputError(f"unknown shape '{name}'; {hint}")
+        hint = nearest(name, SHAPES, f"known: {', '.join(SHAPES)}")
+        raise InputError(f"unknown shape '{name}'{hint}")
     return SHAPES[name]
 
 
