@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import sordino
+from sordino.errors import InputError
 from sordino.moves import MOVES
 from sordino.recipe import MoveSpec, load_recipe
 from sordino.repair.distill import Distill, HeadDivergence
 from sordino.walk.store import Work
-from tiny import make_tiny
+from tiny import assert_seen_in_the_walk, make_tiny
 
 SMALL = {"windows": 64, "seqlen": 32}
 
@@ -61,6 +63,25 @@ def test_without_guards_everything_trained_is_kept(tmp_path: Path) -> None:
     plain = load_recipe(recipe(TUNE, DISTILL), ["guard=off"])
     manifest = sordino.quantize(str(model), plain, tmp_path / "out", **SMALL).manifest
     assert all(b["moves"]["tune"]["kept"] for b in manifest["blocks"]) and manifest["finish"]["distill"]["kept"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_norms_given_a_bias_have_it_trained_stored_and_counted(family: str, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", family, layers=2)
+    made = load_recipe(recipe(TUNE | {"biases": True, "gains": 0.03}), ["guard=tell"])
+    manifest = sordino.quantize(str(model), made, tmp_path / "out", windows=16, seqlen=48).manifest
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    added = {name: tensors[name] for name in tensors if name.endswith("norm.bias")}
+    kept = [b["moves"]["tune"]["kept"] for b in manifest["blocks"]]
+    assert len(added) == 4 and any(kept)
+    assert all(bool(bias.any()) == kept[int(name.split(".")[2])] for name, bias in added.items())
+    assert_seen_in_the_walk(model, tmp_path / "out", manifest)
+
+
+def test_biases_need_norms_to_stand_in(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", "olmo2", layers=2)
+    with pytest.raises(InputError, match="olmo2 has no norms in front"):
+        sordino.quantize(str(model), recipe(TUNE | {"biases": True}), tmp_path / "out", **SMALL)
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:

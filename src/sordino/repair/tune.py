@@ -110,6 +110,8 @@ class Tune(Move):
             raise InputError("move 'tune': smooth works through the norms' gains; set gains=0")
         if self.clips > 0 and self.inputs > 0:
             raise InputError("move 'tune': clips takes the place of inputs; set inputs=0")
+        if self.with_biases and not anatomy.norms:
+            raise InputError(f"move 'tune': {anatomy.model_type} has no norms in front of its linears to give biases to")
 
     def biases(self, anatomy: Anatomy) -> tuple[str, ...]:
         """The norms of a block, if they get one."""
