@@ -75,6 +75,7 @@ def own(bits: int) -> Ladder:
         f"w{bits}, no training": (best, [free], SEEDS),
         f"w{bits}, tuned only": (best, [f"moves=[{TUNED.format(1)}]"], [0]),
         f"w{bits}, short": (best, [SHORT], SEEDS),
+        f"w{bits}, tuned longer": (best, [f"moves.{int(bits == 4)}.epochs=3"], SEEDS),
         f"w{bits}": (best, [], SEEDS),
         f"w{bits}, prefix": (best, [PARKED], [0]),
     }

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sordino.recipe import load_recipe
+from sordino.runtime.attention import attend
+from sordino.runtime.prefix import give_prefix
 from sordino.walk import attention
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.plan import make_plan
@@ -49,6 +51,22 @@ def test_both_ways_let_every_query_see_the_prefix(before: int) -> None:
     for out in (attention.fused(q, k, v, 0.3), attention.CausalAttention.apply(q, k, v, 0.3)):  # type: ignore[no-untyped-call]
         assert out.shape == exact.shape
         assert (out - exact).norm() <= 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("before", [1, 20, 21, 70])
+def test_checkpoints_see_a_prefix_shorter_or_longer_than_the_text(before: int, dtype: torch.dtype) -> None:
+    generator, layer = torch.Generator().manual_seed(before), Layer()
+    layer.num_key_value_groups = 3
+    q, k, v = (
+        torch.randn(2, h, n, 16, generator=generator).to(dtype) for h, n in ((6, 20), (2, before + 20), (2, before + 20))
+    )
+    k[1, :, :before], v[1, :, :before] = k[0, :, :before], v[0, :, :before]  # one prefix for all texts
+    give_prefix(layer, k[:1, :, :before], v[:1, :, :before])
+    out, _ = attend(layer, q, k[:, :, before:], v[:, :, before:], None, scaling=0.3)
+    exact = reference(q, k, v, 0.3)
+    assert out.shape == exact.shape and out.dtype == dtype
+    assert (out - exact).norm() <= (4e-3 if dtype == torch.bfloat16 else 1e-6) * exact.norm()
 
 
 @pytest.mark.parametrize("length", [7, 200])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -80,9 +81,21 @@ def attend(
     length, keys = query.shape[2], key.shape[2]
     if mask is None and keys > before and length > 1:
         # transformers leaves out the mask where plain causal order says it all; torch would align that to the first key.
+        earlier = keys - length
+        if earlier <= length:
+            out, weights = sdpa_attention_forward(module, behind(query, earlier), key, value, None, **options)
+            return out[:, earlier:], weights
         make = _causal if length * keys <= _SMALL else _causal.__wrapped__
         mask = make(length, keys, query.dtype, query.device)
     return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+def behind(query: Tensor, earlier: int) -> Tensor:
+    """Queries [B, H, L, d] behind rows for the keys before them, [B, H, earlier + L, d]: causal order without a mask.
+
+    What those rows see is to be dropped. Torch leaves out what causal order hides; a mask makes it look at everything.
+    """
+    return F.pad(query, (0, 0, earlier, 0)) if earlier else query
 
 
 _SMALL = 1 << 22  # entries of a mask that is worth keeping for the next layer

@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sordino.numerics.gram import exact_bf16_products
-from sordino.runtime.attention import attend, knows_treatment, treat
+from sordino.runtime.attention import attend, behind, knows_treatment, treat
 
 NAME = "sordino_windows"
 _TILE = 128  # queries at once: the scores of one batch element stay in the second-level cache
@@ -52,10 +52,8 @@ def has_tiles() -> bool:
 def fused(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """What :class:`CausalAttention` computes, by torch's kernel: [B, H, L, d], twice [B, K, P + L, d] -> [B, L, H, d]."""
     before = key.shape[2] - query.shape[2]
-    # Its causal mask begins at the first key: rows for the prefix are put before the queries, and dropped.
-    rows = F.pad(query, (0, 0, before, 0)) if before else query
     gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(rows, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(behind(query, before), key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
     return out[:, :, before:].transpose(1, 2)
 
 
