@@ -121,7 +121,7 @@ class FinishContext(Protocol):
 
     anatomy: Anatomy
     artifacts: dict[str, Any]
-    blocks: list[nn.Module]  # decoder layers holding the rounded values
+    blocks: list[nn.Module]  # decoder layers holding the rounded values; where memory is short, meta tensors in their place
     solved: list[dict[str, Rounded]]  # per block, the rounded linears by name inside it
     norm: nn.Module  # the final norm
     exact_norm: nn.Module  # the full-precision model's, which stays as it is
@@ -188,9 +188,11 @@ class Move:
     needs_fp_stream = False  # ask for the full-precision stream on the calibration windows
     needs_latent = False  # ask the solvers to keep what they rounded
 
-    @property
-    def bytes_per_weight(self) -> int:
-        """Memory that finish takes for every block weight of the whole model, in bytes; 0 if it does not load it."""
+    def bytes_per_weight(self, lean: bool) -> int:
+        """Memory that finish takes for every block weight of the whole model, in bytes; 0 if it does not load it.
+
+        ``lean``: blocks have no values of their rounded weights, and what the backward pass needs is computed twice.
+        """
         return 0
 
     survey_windows: int | None = None  # calibration windows that the survey is content with; None looks at all

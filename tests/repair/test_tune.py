@@ -13,6 +13,7 @@ from sordino.errors import InputError
 from sordino.moves import MOVES
 from sordino.recipe import MoveSpec, load_recipe
 from sordino.repair.distill import Distill, HeadDivergence
+from sordino.walk import plan as plan_module
 from sordino.walk.store import Work
 from tiny import assert_seen_in_the_walk, make_tiny
 
@@ -146,6 +147,38 @@ def test_a_kill_during_the_finish_goes_on_to_the_same_bytes(tmp_path: Path, monk
     sordino.quantize(str(model), recipe(TUNE, DISTILL), tmp_path / "b", **SMALL)
     for name in ("model.safetensors", "sordino.json", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("weights", [0.0, 0.01])
+@pytest.mark.parametrize("base", ["gptaq-w2", "d2quant-w2", "prefixquant-w4a8kv4-dynamic"])
+def test_where_memory_is_short_blocks_are_computed_twice_to_the_same_bytes(
+    base: str, weights: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    forwards: list[bool] = []
+
+    class Watched(Distill):
+        def finish(self, ctx: Any) -> None:
+            up = ctx.blocks[0].get_submodule("mlp.up_proj")
+            forwards.append(up.weight.is_meta)
+            ctx.blocks[0].register_forward_pre_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+            super().finish(ctx)
+
+    monkeypatch.setitem(MOVES, "distill", Watched)
+    made = load_recipe(base)
+    made = made.model_copy(update={"moves": (*made.moves, MoveSpec(**DISTILL | {"weights": weights, "epochs": 1}))})
+    manifests, counts = {}, {}
+    for lean in (False, True):
+        # Too much without, nothing with: what the machine of this test has must not matter.
+        with monkeypatch.context() as m:
+            m.setattr(plan_module, "_memory", lambda plan, _: 0 if plan.lean or not lean else 1 << 62)  # noqa: B023
+            manifests[lean] = sordino.quantize(str(model), made, tmp_path / str(lean), **SMALL).manifest
+        counts[lean] = sum(forwards[1:])
+        assert forwards.pop(0) == lean
+        forwards.clear()
+    assert manifests[False] == manifests[True] and counts[True] == 2 * counts[False] > 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "False" / name).read_bytes() == (tmp_path / "True" / name).read_bytes()
 
 
 def test_head_divergence_is_the_definition_with_its_gradient() -> None:

@@ -63,20 +63,20 @@ class Distill(Move):
         """As its options say."""
         return self.windows or round(self.times * calib)
 
-    @property
-    def bytes_per_weight(self) -> int:
-        """Values, codes, values on the graph and their gradient; latent weights with gradient and two moments."""
-        return 7 + 16 * (self.weights > 0)
+    def bytes_per_weight(self, lean: bool) -> int:
+        """Codes; values, those on the graph and some gradients; latent weights with gradient and two moments."""
+        return (1 if lean else 6) + 16 * (self.weights > 0)
 
     def finish(self, ctx: FinishContext) -> None:
-        """Train, commit, compare."""
-        before, solved = held_out(ctx), list(ctx.solved)
+        """Train, compare, commit."""
+        solved = [dict(own) for own in ctx.solved]
         inputs = [InputSpace(b, ctx.anatomy, self.inputs) for b in ctx.blocks]
         spaces = [WeightSpace(b, own, self.weights, self.scales) for b, own in zip(ctx.blocks, solved, strict=True)]
         trained = [b for b, own in zip(ctx.blocks, solved, strict=True) if own]
         norms = [b.get_submodule(n) for b in trained for n in ctx.anatomy.norms.values()]
         gains = GainSpace([ctx.norm, *norms], self.gains, ctx.stored)
         first_gains = [w.detach().clone() for w in gains.weights]
+        before = held_out(ctx)  # of the spaces: they begin with what is stored, and the blocks may have nothing else
 
         def backward(windows: Tensor) -> float:
             loss = divergence(ctx, windows)
@@ -87,29 +87,22 @@ class Distill(Move):
         steps = self.epochs * -(-len(train) // self.batch)
         order = (train[i] for i in shuffled(len(train), self.batch, ctx.rng(self.name)))
         losses = descend([*inputs, *spaces, gains], order, steps, backward, lambda i, n: ctx.progress(self.name, i, n))
-        self._fold(ctx, spaces)
-        gains.fold()
-        for scales in inputs:
-            scales.fold()
         after = held_out(ctx)
         unguarded = math.isnan(before)
         kept = unguarded or after < before
+        for i, (space, own) in enumerate(zip(spaces, solved, strict=True)):
+            for linear, rounded in space.fold().items():
+                ctx.commit(i, linear, rounded if kept else own[linear])
+        gains.fold()
+        for scales in inputs:
+            scales.fold()
         if not kept:
-            for i, own in enumerate(solved):
-                for linear, rounded in own.items():
-                    ctx.commit(i, linear, rounded)
             for scales in inputs:
                 scales.undo()
             for w, old in zip(gains.weights, first_gains, strict=True):
                 w.copy_(old)
         divergences = {} if unguarded else {"kl_before": before, "kl_after": after}
         ctx.notes[self.name] = {**divergences, "kept": kept, "windows": len(train), "loss": first_and_last(losses)}
-
-    def _fold(self, ctx: FinishContext, spaces: list[Any]) -> None:
-        for i, space in enumerate(spaces):
-            ctx.solved[i] = dict(ctx.solved[i])  # the old ones stay at hand
-            for linear, rounded in space.fold().items():
-                ctx.commit(i, linear, rounded)
 
 
 def divergence(ctx: FinishContext, windows: Tensor) -> Tensor:

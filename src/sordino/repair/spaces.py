@@ -41,7 +41,8 @@ class TrainedLinear(nn.Module):
     """A rounded linear whose roundings and scales can be trained.
 
     Attributes:
-        latent: fp32 [R, G, g], position on the grid in steps, relative to the zero point (a parameter if weights train).
+        latent: fp32 [R, G, g], position on the grid in steps, relative to the zero point, if weights train (a parameter); else
+            the codes themselves, uint8, which are the rounded weight's own.
         growth: fp32 [R, G], logarithm of the scale over its first value (a parameter if scales train).
         bias: the linear's own, frozen, or None.
     """
@@ -56,10 +57,10 @@ class TrainedLinear(nn.Module):
         self.start, self.bias = replace(rounded, latent=None), bias
         rows, groups = rounded.scale.shape
         zero, first = rounded.zero[..., None], rounded.scale
-        codes = rounded.codes.view(rows, groups, -1).float() - zero
         if not weights:
-            self.register_buffer("latent", codes.to(torch.int8))
+            self.register_buffer("latent", rounded.codes.view(rows, groups, -1))
         else:
+            codes = rounded.codes.view(rows, groups, -1).float() - zero
             if rounded.latent is not None:
                 # A clipped weight sits at the edge of the last code, from where it may still come back.
                 codes = near(rounded.latent.view(rows, groups, -1) / first[..., None], codes)
@@ -96,11 +97,12 @@ class TrainedLinear(nn.Module):
     @torch.no_grad()
     def rounded(self) -> Rounded:
         """What it has become."""
-        codes = self.latent.float().round() + self.zero
-        codes = codes.clamp_(0, (1 << self.start.bits) - 1).view_as(self.start.codes).to(torch.uint8)
         scale = self.scale()
-        latent = (self.latent * scale[..., None]).view_as(self.start.codes) if self.latent.is_floating_point() else None
-        return replace(self.start, codes=codes, scale=scale, latent=latent)
+        if not isinstance(self.latent, nn.Parameter):
+            return replace(self.start, scale=scale)
+        codes = (self.latent.round() + self.zero).clamp_(0, (1 << self.start.bits) - 1)
+        latent = (self.latent * scale[..., None]).view_as(self.start.codes)
+        return replace(self.start, codes=codes.view_as(self.start.codes).to(torch.uint8), scale=scale, latent=latent)
 
 
 class _OnGrid(torch.autograd.Function):
@@ -108,27 +110,29 @@ class _OnGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, top: int, dtype: torch.dtype) -> Tensor:
-        """[R, G, g] positions -> [R, C] values."""
-        if latent.dtype == torch.int8:
-            steps = latent
-        else:
-            steps = torch.round(latent)
-            torch.minimum(torch.maximum(steps, -zero, out=steps), top - zero, out=steps)
-            steps = steps.to(torch.int8)
-        ctx.save_for_backward(steps, scale)
-        return (steps.to(dtype) * scale[..., None].to(dtype)).view(scale.shape[0], -1)
+        """[R, G, g] positions, or codes -> [R, C] values."""
+        codes = latent
+        if latent.is_floating_point():
+            codes = (torch.round(latent) + zero).clamp_(0, top).to(torch.uint8)
+        ctx.save_for_backward(codes, zero, scale)
+        return _steps(codes, zero, dtype).mul_(scale[..., None].to(dtype)).view(scale.shape[0], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of positions and scales."""
-        steps, scale = ctx.saved_tensors
-        grad = grads[0].view_as(steps)
+        codes, zero, scale = ctx.saved_tensors
+        grad = grads[0].view_as(codes)
         d_latent = d_scale = None
         if ctx.needs_input_grad[0]:
             d_latent = grad.float() * scale[..., None]
         if ctx.needs_input_grad[1]:
-            d_scale = (grad * steps.to(grad.dtype)).sum(-1, dtype=torch.float32)
+            d_scale = _steps(codes, zero, grad.dtype).mul_(grad).sum(-1, dtype=torch.float32)
         return d_latent, d_scale, None, None, None
+
+
+def _steps(codes: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes [R, G, g] less their zero points [R, G, 1], exact: neither has more than 8 bits."""
+    return codes.to(dtype).sub_(zero.to(dtype))
 
 
 class WeightSpace:

@@ -43,7 +43,7 @@ def examine(
         ("bits per quantized weight", f"{plan.bits_per_weight(len(prompt.ids) if prompt else 0):.3f}"),
         ("calibration", text),
         ("forwards", f"{dtype}, {plan.batch} windows at a time, {torch.get_num_threads()} threads"),
-        ("memory", f"about {gib(plan.memory)}"),
+        ("memory", f"about {gib(plan.memory)}" + ("; training the whole model saves memory and takes longer" * plan.lean)),
         ("disk while running", f"about {gib(plan.disk)}"),
         ("kernels here", status()),
     ]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sordino.anatomy import Anatomy, hidden_states
 from sordino.contract import Progress
@@ -49,6 +50,7 @@ class Finish:
     heldout: Tensor
     targets: Tensor
     tell: Progress
+    lean: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -63,7 +65,10 @@ class Finish:
         """What the rounded model hands to its final norm, for window numbers [B] -> [B, L, D]."""
         x = self.around.embed(self.windows[windows], exact=False)
         for block, call in zip(self.blocks, self.calls, strict=True):
-            x = hidden_states(block(x, **call))
+            if self.lean and torch.is_grad_enabled():
+                x = checkpoint(_through, block, x, call, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = _through(block, x, call)
         return x
 
     def heads(self) -> tuple[Tensor, Tensor]:
@@ -74,13 +79,21 @@ class Finish:
         """Put a rounded weight into a block."""
         module: Any = self.blocks[block].get_submodule(linear)
         self.solved[block][linear] = rounded
-        module.weight = nn.Parameter(rounded.values().to(module.weight.dtype), requires_grad=False)
+        if not module.weight.is_meta:
+            module.weight = nn.Parameter(rounded.values().to(module.weight.dtype), requires_grad=False)
+
+
+def _through(block: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
+    return hidden_states(block(x, **call))
 
 
 def rounded_block(
-    factory: BlockFactory, plan: Plan, index: int, stored: dict[str, Tensor]
+    factory: BlockFactory, plan: Plan, index: int, stored: dict[str, Tensor], lean: bool = False
 ) -> tuple[nn.Module, dict[str, Rounded]]:
-    """A block as its stored bytes say: plain linears that hold the rounded values, and the rounded form of each."""
+    """A block as its stored bytes say: plain linears that hold the rounded values, and the rounded form of each.
+
+    ``lean`` leaves out the values that parameter spaces (repair/spaces.py) make of the codes.
+    """
     plain = {k: v for k, v in stored.items() if v.is_floating_point() and not any(part in k for part in _OWN)}
     orders = {k: v for k, v in stored.items() if k.endswith(f".{ORDER}")}
     tensors = orders | {k: v if k.endswith(f".{SCALE}") else v.to(plan.dtype) for k, v in plain.items()}
@@ -100,7 +113,11 @@ def rounded_block(
             module.codes(), scale, zero, p.format.bits, p.group, module.symmetric, grid=p.format.grid,
             kept=module.kept_columns(), side=module.pair(), column=module.column(),
         )  # fmt: skip
-        tensors[f"{p.linear.name}.weight"] = module.dequantize(plan.dtype)
+        left_out = lean and p.format.grid == "affine"
+        shape = p.linear.out_features, p.linear.in_features
+        tensors[f"{p.linear.name}.weight"] = (
+            torch.empty(shape, dtype=plan.dtype, device="meta") if left_out else module.dequantize(plan.dtype)
+        )
     block = factory.assemble(index, tensors)
     for p in plan.linears[index]:
         if inputs.rounded and p.group is not None:
@@ -116,11 +133,10 @@ def rounded_block(
 def open_finish(
     factory: BlockFactory, plan: Plan, work: Work, ends: Ends, windows: Tensor, targets: Tensor, **rest: Any
 ) -> Finish:
-    """Load the whole rounded model from the work folder (blocks that were left alone from the source)."""
+    """Load the whole rounded model from the work folder."""
     blocks, solved = [], []
     for i in range(plan.anatomy.n_blocks):
-        alone = work.left_alone(i, plan.blocks)
-        block, own = (factory.load(i), {}) if alone else rounded_block(factory, plan, i, work.load_block(i))
+        block, own = _load(factory, plan, work, i, plan.lean)
         for name, latent in work.load_latents(i).items():
             own[name].latent = latent.float()
         blocks.append(block)
@@ -131,8 +147,27 @@ def open_finish(
     return Finish(
         anatomy=plan.anatomy, blocks=blocks, solved=solved, around=ends, norm=norm,
         exact_norm=factory.norm(plan.basis), stored=plan.stored, windows=windows, calib=calib,
-        train=torch.cat([first, extra]), heldout=heldout, targets=targets, **rest,
+        train=torch.cat([first, extra]), heldout=heldout, targets=targets, lean=plan.lean, **rest,
     )  # fmt: skip
+
+
+def _load(factory: BlockFactory, plan: Plan, work: Work, index: int, lean: bool) -> tuple[nn.Module, dict[str, Rounded]]:
+    """A block from the work folder (one that was left alone from the source)."""
+    if work.left_alone(index, plan.blocks):
+        return factory.load(index), {}
+    return rounded_block(factory, plan, index, work.load_block(index), lean)
+
+
+@torch.no_grad()
+def states(
+    factory: BlockFactory, plan: Plan, work: Work, ends: Ends, windows: Tensor, calls: list[dict[str, Any]]
+) -> tuple[Tensor, nn.Module]:
+    """What the stored model makes of windows [N, L]: [N, L, D] before its final norm, and that norm; block by block."""
+    batches = [ends.embed(w, exact=False) for w in windows.split(plan.batch)]
+    for i, call in enumerate(calls):
+        block = _load(factory, plan, work, i, lean=False)[0]
+        batches = [_through(block, x, call) for x in batches]
+    return torch.cat(batches), factory.norm(plan.basis, ends.of(plan.anatomy.final_norm))
 
 
 def store_finish(finish: Finish, plan: Plan, work: Work, stored_dtype: torch.dtype) -> None:

@@ -54,6 +54,7 @@ class Plan:
         basis: of the residual stream inside the blocks, None for the model's own.
         inner: spaces inside the blocks that moves turn.
         targets: whether moves train towards the full-precision stream, up to its end.
+        lean: whether the finish stage saves memory: no values of rounded weights, and blocks computed twice a step.
         memory: estimated peak bytes.
         disk: bytes written under OUT.
     """
@@ -72,6 +73,7 @@ class Plan:
     q_calib: bool
     fp_calib: bool
     targets: bool
+    lean: bool
     basis: Basis | Dense | None
     inner: tuple[str, ...]
     memory: int
@@ -192,6 +194,7 @@ def draft_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None) -
         q_calib=calibrated,
         fp_calib="D" in needs or fp_moves,
         targets=fp_moves,
+        lean=False,
         basis=_basis(moves, anatomy.hidden),
         inner=_inner(moves),
         memory=0,
@@ -299,8 +302,11 @@ def _inner(moves: tuple[Move, ...]) -> tuple[str, ...]:
 def _check_resources(plan: Plan, source: Source, out: Path | None) -> Plan:
     memory, disk = _memory(plan, source), _disk(plan, source)
     available = psutil.virtual_memory().available
+    whole = [m.name for m in plan.moves if m.bytes_per_weight(lean=False)]
+    if memory > available and whole:
+        plan = replace(plan, lean=True)
+        memory = _memory(plan, source)
     if memory > available:
-        whole = [m.name for m in plan.moves if m.bytes_per_weight]
         hint = f", or leave out the move '{whole[0]}', which holds the whole model" if whole else ""
         raise InputError(
             f"about {gib(memory)} of memory are needed and {gib(available)} are free; "
@@ -332,13 +338,23 @@ def _memory(plan: Plan, source: Source) -> int:
     ends = sum(_bytes(source, n) for n in source.names if not n.startswith(plan.anatomy.blocks + "."))
     walking = block * item * (3 if plan.heldout else 2) + max(hessian, min(tallest, 1 << 25) * 16) + kept + forward
     # The tables around the blocks are in memory before and after the walk, twice where they are rounded.
-    per_weight = max((m.bytes_per_weight for m in plan.moves), default=0)
-    graph = plan.batch * c.seqlen * (12 * plan.anatomy.hidden + 6 * widest) * item  # activations that the backward pass needs
-    finishing = plan.anatomy.n_blocks * (block * per_weight + graph) + 2 * ends if per_weight else 0
+    finishing = _finishing(plan, block, c.seqlen * (12 * plan.anatomy.hidden + 6 * widest)) + 2 * ends
     learning = max(
         (_learning(plan, source, block, widest, ends, m.learn_tokens) for m in having(plan.moves, "learn")), default=0
     )
     return int(600e6) + max(streams + max(walking, finishing), learning)
+
+
+def _finishing(plan: Plan, block: int, graph: int) -> int:
+    """Of moves that train the whole model: its weights, and ``graph`` numbers a block and window for the backward pass."""
+    item, n = plan.dtype.itemsize, plan.anatomy.n_blocks
+    per_weight = max((m.bytes_per_weight(plan.lean) for m in plan.moves), default=0)
+    if not per_weight:
+        return 0
+    if not plan.lean:
+        return n * (block * per_weight + plan.batch * graph * item)
+    between = plan.batch * plan.recipe.calibration.seqlen * plan.anatomy.hidden
+    return n * (block * per_weight + between * item) + (2 * block + plan.batch * graph) * item
 
 
 def _learning(plan: Plan, source: Source, block: int, widest: int, ends: int, tokens: int) -> int:

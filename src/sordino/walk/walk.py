@@ -27,7 +27,7 @@ from sordino.walk.blocks import BlockFactory
 from sordino.walk.clock import Clock
 from sordino.walk.context import Context, Stream, relative_error
 from sordino.walk.ends import Ends
-from sordino.walk.finish import open_finish, rounded_block, store_finish
+from sordino.walk.finish import open_finish, rounded_block, states, store_finish
 from sordino.walk.inputs import round_site
 from sordino.walk.kv import round_block_kv
 from sordino.walk.learn import learn
@@ -121,13 +121,10 @@ class Walk:
             del finish
         ends.tensors |= self.work.load_ends()
         if self.plan.heldout:
-            exact = self.streams["fp"].x
-            finish = open_finish(self.factory, self.plan, self.work, ends, self.windows, exact, **rest)
-            numbers = finish.heldout[: self.plan.rtn_windows]
-            with torch.no_grad():
-                hidden = torch.cat([finish.hidden(n) for n in numbers.split(self.plan.batch)])
-            norms = finish.exact_norm, finish.norm
-            ends.final_guard(exact[numbers], hidden, self.streams["rtn"].x, self._heldout_ids(), *norms)
+            ids, start = self._heldout_ids(), self.plan.recipe.calibration.windows
+            exact = self.streams["fp"].x[start : start + len(ids)]
+            hidden, norm = states(self.factory, self.plan, self.work, ends, ids, self.calls)
+            ends.final_guard(exact, hidden, self.streams["rtn"].x, ids, self.factory.norm(self.plan.basis), norm)
 
     def _heldout_ids(self) -> Tensor:
         """Token ids of the held-out windows that the RTN model is followed on."""
