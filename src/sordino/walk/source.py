@@ -177,7 +177,7 @@ def open_safetensors(path: Path) -> Any:
     """Open a safetensors file for lazy reading.
 
     Raises:
-        InputError: if it is missing, truncated or no safetensors.
+        InputError: if it is missing, truncated, no safetensors, or larger than this machine can map.
     """
     try:
         return safe_open(path, framework="pt")
@@ -185,6 +185,8 @@ def open_safetensors(path: Path) -> Any:
         raise InputError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is no complete safetensors file: {reason(error)}") from None
+    except RuntimeError as error:  # torch's, of mapping it into memory
+        raise InputError(f"{path} cannot be opened: {reason(error)}; save the model in smaller shards") from None
 
 
 def _read_config(path: Path) -> PretrainedConfig:
