@@ -17,5 +17,5 @@ def test_a_file_too_large_to_be_mapped_is_the_users_to_mend(tmp_path: Path, monk
         raise RuntimeError("unable to mmap 137953388736 bytes from file <model.safetensors>: Cannot allocate memory (12)")
 
     monkeypatch.setattr(source, "safe_open", no_memory)
-    with pytest.raises(InputError, match="cannot be opened: unable to mmap .* smaller shards"):
+    with pytest.raises(InputError, match=r"cannot be opened: unable to mmap .* smaller shards"):
         source.open_source(str(model))
