@@ -76,6 +76,7 @@ def own(bits: int) -> Ladder:
         f"w{bits}, tuned only": (best, [f"moves=[{TUNED.format(1)}]"], [0]),
         f"w{bits}, short": (best, [SHORT], SEEDS),
         f"w{bits}, tuned longer": (best, [f"moves.{int(bits == 4)}.epochs=3"], SEEDS),
+        f"w{bits}, tuned longer, once": (best, [f"moves.{int(bits == 4)}.epochs=4", f"moves.{1 + (bits == 4)}.epochs=1"], SEEDS),
         f"w{bits}": (best, [], SEEDS),
         f"w{bits}, prefix": (best, [PARKED], [0]),
     }
