@@ -56,7 +56,7 @@ def rungs(bits: int) -> Ladder:
 def own(bits: int) -> Ladder:
     """Sordino's own best: what each of its parts adds."""
     best, free, name = f"w{bits}", "moves=[]", f"w{bits}, first form"
-    solver = "format.weights.solver"
+    solver, tune = "format.weights.solver", int(bits == 4)  # where `tune` stands among the moves
     first: Ladder = {
         name: (best, [FIRST[bits], SHORT], [0]),
         f"{name}, no training": (best, [FIRST[bits], free], [0]),
@@ -75,8 +75,8 @@ def own(bits: int) -> Ladder:
         f"w{bits}, no training": (best, [free], SEEDS),
         f"w{bits}, tuned only": (best, [f"moves=[{TUNED.format(1)}]"], [0]),
         f"w{bits}, short": (best, [SHORT], SEEDS),
-        f"w{bits}, tuned longer": (best, [f"moves.{int(bits == 4)}.epochs=3"], SEEDS),
-        f"w{bits}, tuned longer, once": (best, [f"moves.{int(bits == 4)}.epochs=4", f"moves.{1 + (bits == 4)}.epochs=1"], SEEDS),
+        f"w{bits}, tuned longer": (best, [f"moves.{tune}.epochs=3"], SEEDS),
+        f"w{bits}, tuned longer, once": (best, [f"moves.{tune}.epochs=4", f"moves.{tune + 1}.epochs=1"], SEEDS),
         f"w{bits}": (best, [], SEEDS),
         f"w{bits}, prefix": (best, [PARKED], [0]),
     }
