@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sordino
+from draws import normal
 from sordino.anatomy import Anatomy, anatomy_of
 from sordino.contract import BlockContext, Move
 from sordino.errors import InputError
@@ -162,7 +163,7 @@ def test_factors_stay_in_bounds_and_as_stored() -> None:
 
 
 NAMES = ["mlp.gate_proj", "mlp.up_proj"]
-LOUD = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+LOUD = normal(64, 64)
 
 
 def loud(

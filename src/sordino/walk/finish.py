@@ -113,11 +113,11 @@ def rounded_block(
             module.codes(), scale, zero, p.format.bits, p.group, module.symmetric, grid=p.format.grid,
             kept=module.kept_columns(), side=module.pair(), column=module.column(),
         )  # fmt: skip
-        left_out = lean and p.format.grid == "affine"
-        shape = p.linear.out_features, p.linear.in_features
-        tensors[f"{p.linear.name}.weight"] = (
-            torch.empty(shape, dtype=plan.dtype, device="meta") if left_out else module.dequantize(plan.dtype)
-        )
+        if lean and p.format.grid == "affine":
+            weight = torch.empty(module.out_features, module.in_features, dtype=plan.dtype, device="meta")
+        else:
+            weight = module.dequantize(plan.dtype)
+        tensors[f"{p.linear.name}.weight"] = weight
     block = factory.assemble(index, tensors)
     for p in plan.linears[index]:
         if inputs.rounded and p.group is not None:
@@ -159,15 +159,13 @@ def _load(factory: BlockFactory, plan: Plan, work: Work, index: int, lean: bool)
 
 
 @torch.no_grad()
-def states(
-    factory: BlockFactory, plan: Plan, work: Work, ends: Ends, windows: Tensor, calls: list[dict[str, Any]]
-) -> tuple[Tensor, nn.Module]:
-    """What the stored model makes of windows [N, L]: [N, L, D] before its final norm, and that norm; block by block."""
+def states(factory: BlockFactory, plan: Plan, work: Work, ends: Ends, windows: Tensor, calls: list[dict[str, Any]]) -> Tensor:
+    """What the stored model makes of windows [N, L], block by block: [N, L, D] before its final norm."""
     batches = [ends.embed(w, exact=False) for w in windows.split(plan.batch)]
     for i, call in enumerate(calls):
         block = _load(factory, plan, work, i, lean=False)[0]
         batches = [_through(block, x, call) for x in batches]
-    return torch.cat(batches), factory.norm(plan.basis, ends.of(plan.anatomy.final_norm))
+    return torch.cat(batches)
 
 
 def store_finish(finish: Finish, plan: Plan, work: Work, stored_dtype: torch.dtype) -> None:

@@ -338,23 +338,23 @@ def _memory(plan: Plan, source: Source) -> int:
     ends = sum(_bytes(source, n) for n in source.names if not n.startswith(plan.anatomy.blocks + "."))
     walking = block * item * (3 if plan.heldout else 2) + max(hessian, min(tallest, 1 << 25) * 16) + kept + forward
     # The tables around the blocks are in memory before and after the walk, twice where they are rounded.
-    finishing = _finishing(plan, block, c.seqlen * (12 * plan.anatomy.hidden + 6 * widest)) + 2 * ends
+    finishing = _finishing(plan, block, c.seqlen * (12 * plan.anatomy.hidden + 6 * widest), ends)
     learning = max(
         (_learning(plan, source, block, widest, ends, m.learn_tokens) for m in having(plan.moves, "learn")), default=0
     )
     return int(600e6) + max(streams + max(walking, finishing), learning)
 
 
-def _finishing(plan: Plan, block: int, graph: int) -> int:
+def _finishing(plan: Plan, block: int, graph: int, ends: int) -> int:
     """Of moves that train the whole model: its weights, and ``graph`` numbers a block and window for the backward pass."""
     item, n = plan.dtype.itemsize, plan.anatomy.n_blocks
     per_weight = max((m.bytes_per_weight(plan.lean) for m in plan.moves), default=0)
     if not per_weight:
         return 0
     if not plan.lean:
-        return n * (block * per_weight + plan.batch * graph * item)
+        return n * (block * per_weight + plan.batch * graph * item) + 2 * ends
     between = plan.batch * plan.recipe.calibration.seqlen * plan.anatomy.hidden
-    return n * (block * per_weight + between * item) + (2 * block + plan.batch * graph) * item
+    return n * (block * per_weight + between * item) + (2 * block + plan.batch * graph) * item + 2 * ends
 
 
 def _learning(plan: Plan, source: Source, block: int, widest: int, ends: int, tokens: int) -> int:

@@ -98,33 +98,33 @@ class Walk:
         whole = last == self.plan.anatomy.n_blocks
         if self.plan.finishing and whole:
             self._finish(ends)
-        elif self.plan.heldout and whole:
-            hidden = self.streams["q"].x[-self.plan.heldout :]
+        if self.plan.heldout and whole:
+            ids = self._heldout_ids()
+            if self.plan.finishing:
+                hidden = states(self.factory, self.plan, self.work, ends, ids, self.calls)
+            else:
+                hidden = self.streams["q"].x[-self.plan.heldout :]
             q_norm = self.factory.norm(self.plan.basis, ends.of(self.plan.anatomy.final_norm))
             ends.final_guard(
-                self.streams["fp"].x[-self.plan.heldout :], hidden, self.streams["rtn"].x, self._heldout_ids(),
+                self.streams["fp"].x[-self.plan.heldout :], hidden, self.streams["rtn"].x, ids,
                 self.factory.norm(self.plan.basis), q_norm,
             )  # fmt: skip
         return ends
 
     def _finish(self, ends: Ends) -> None:
-        """Let moves work on the whole rounded model (unless an interrupted run has them done), then the final guard."""
+        """Let moves work on the whole rounded model, unless an interrupted run has them done."""
         assert self.windows is not None
-        rest = {"calls": self.calls, "artifacts": self.artifacts, "seed": self.seed, "tell": self.progress}
         if self.work.finished is None:
             targets = torch.cat([self.streams["fp"].x, *self._extra_targets(ends)])
-            finish = open_finish(self.factory, self.plan, self.work, ends, self.windows, targets, **rest)
+            finish = open_finish(
+                self.factory, self.plan, self.work, ends, self.windows, targets,
+                calls=self.calls, artifacts=self.artifacts, seed=self.seed, tell=self.progress,
+            )  # fmt: skip
             for move in self.plan.finishing:
                 with self.clock.on(move.name):
                     move.finish(finish)
             store_finish(finish, self.plan, self.work, self.source.dtype)
-            del finish
         ends.tensors |= self.work.load_ends()
-        if self.plan.heldout:
-            ids, start = self._heldout_ids(), self.plan.recipe.calibration.windows
-            exact = self.streams["fp"].x[start : start + len(ids)]
-            hidden, norm = states(self.factory, self.plan, self.work, ends, ids, self.calls)
-            ends.final_guard(exact, hidden, self.streams["rtn"].x, ids, self.factory.norm(self.plan.basis), norm)
 
     def _heldout_ids(self) -> Tensor:
         """Token ids of the held-out windows that the RTN model is followed on."""
