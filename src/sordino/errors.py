@@ -22,9 +22,9 @@ class InputError(SordinoError):
     exit_code = 2
 
 
-def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """What a mistyped name may have meant, as the end of a message; ``otherwise`` if nothing known is like it."""
-    near = difflib.get_close_matches(name, list(known), 1)
+def nearest(name: str, known: Iterable[str], otherwise: str = "", like: float = 0.6) -> str:
+    """What a mistyped name may have meant, as the end of a message; ``otherwise`` if nothing known is so much ``like`` it."""
+    near = difflib.get_close_matches(name, list(known), 1, like)
     return f"; did you mean '{near[0]}'?" if near else otherwise and f"; {otherwise}"
 
 

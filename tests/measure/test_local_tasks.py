@@ -122,6 +122,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean 'winogrande'"):
         find_local("winogrand")
+    with pytest.raises(InputError, match="did you mean 'winogrande'"):
+        find_local("wino")
     with pytest.raises(InputError, match="there are piqa"):
         find_local("zzz")
     assert find_local("lambada").name == "lambada_openai"

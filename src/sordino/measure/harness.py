@@ -205,7 +205,7 @@ def _open_hub(names: Sequence[str]) -> list[dict[str, Any]]:
         manager = TaskManager()  # reads 13,000 definitions, which takes seconds
     for name in names:
         if name not in manager.task_index:
-            raise InputError(f"lm-evaluation-harness has no task '{name}'{nearest(name, manager.all_tasks)}")
+            raise InputError(f"lm-evaluation-harness has no task '{name}'{nearest(name, manager.all_tasks, like=0.5)}")
     loaded = []
     for name in names:
         try:

@@ -75,7 +75,7 @@ def find_local(name: str) -> LocalTask:
         InputError: with the nearest name, if there is none.
     """
     if name not in LOCAL_TASKS:
-        hint = nearest(name, LOCAL_TASKS, f"there are {', '.join(LOCAL_TASKS)}")
+        hint = nearest(name, LOCAL_TASKS, f"there are {', '.join(LOCAL_TASKS)}", like=0.5)
         raise InputError(f"no task '{name}' that can be read from --task-data{hint}")
     return LOCAL_TASKS[name]
 
