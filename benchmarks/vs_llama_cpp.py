@@ -1,7 +1,7 @@
 """Prefill and decode beside llama.cpp: the same shapes, threads and lengths, models taking turns in one run.
 
-    python -m venv /tmp/llama && /tmp/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python
-    python benchmarks/vs_llama_cpp.py --python /tmp/llama/bin/python [--threads 2] [--shapes smollm2-135m llama-3.2-1b]
+    python -m venv build/llama && build/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python
+    python benchmarks/vs_llama_cpp.py --python build/llama/bin/python [--threads 2] [--shapes smollm2-135m llama-3.2-1b]
 
 It is built from source, some twenty minutes on two cores, for the machine at hand. Where llama.cpp's own path for matrix tiles
 dies of an illegal instruction (0.3.36 on a virtual Sapphire Rapids did, in ggml_backend_amx_mul_mat), build it without them:

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
-from sordino.cli import app
-from tiny import STORIES, make_tiny
+from tiny import STORIES, make_tiny, run
 
 MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
@@ -36,7 +34,7 @@ def write_pages(folder: Path, model: Path, recipe: Path, text: str, *extra: str)
     both = ["compare", str(model), str(out), "--against", str(model)]
     compare = [*both, "--html", str(pages["compare"]), "--text", text, *WINDOWS, *extra]
     for command in (make, look, compare):
-        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+        run(*command)
     return pages
 
 
