@@ -34,6 +34,21 @@ def test_rotations(level: str, size: int, count: int, dtype: torch.dtype, seed: 
 
 
 @every_level
+@pytest.mark.parametrize("size", [1, 12, 64, 172, 576])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_rotations(level: str, size: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(size)
+    x, grad = (torch.randn(3, 5, size, generator=g).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    with kernels.using(level):
+        y = rows.rotate(rotation(size), x)
+        y.backward(grad)
+    exact = grad.double() @ rotation(size).matrix().T
+    assert type(y.grad_fn).__name__ == "_TurnBackward" and x.grad is not None and x.grad.dtype == dtype
+    assert float((x.grad - exact).norm()) <= 4 * torch.finfo(dtype).eps * float(exact.norm()) + 1e-6
+
+
+@every_level
 @examples
 @given(
     bits=st.sampled_from([2, 3, 4, 8]), kind=st.sampled_from(["static", "symmetric", "asymmetric"]), size=st.integers(1, 130),

@@ -9,6 +9,8 @@ No matrix is stored. Paley's two constructions need the quadratic character of a
 order, so the fields are built here too.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, reduce
@@ -255,6 +257,10 @@ class Rotation:
         """Return x @ matrix.T, which undoes `apply`; shapes, dtypes and errors are those of `apply`."""
         return self._transform(x, self.left.T)
 
+    def transposed(self) -> Rotation:
+        """The rotation that undoes this one; made once."""
+        return _transposed(self)
+
     def _transform(self, x: Tensor, left: Tensor) -> Tensor:
         if not x.is_floating_point():
             raise TypeError(f"a rotation needs a floating tensor, got {x.dtype}")
@@ -267,6 +273,11 @@ class Rotation:
         # With k last, the product is one large matmul instead of a batch of small ones.
         grid = grid * dense if left.shape[0] == 1 else (grid.transpose(-1, -2) @ dense).transpose(-1, -2)
         return grid.reshape(x.shape).to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _transposed(turn: Rotation) -> Rotation:
+    return Rotation(turn.size, turn.left.T, turn.power, f"{turn.name}, transposed")
 
 
 def _seeded_orthogonal(n: int, seed: int) -> Tensor:

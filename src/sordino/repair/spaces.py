@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sordino.numerics.affine import round_scale
 from sordino.rounding import Rounded
 from sordino.runtime.inputs import carry_inputs
+from sordino.runtime.kernels import training
 
 _EDGE = 0.499  # how far beyond the outermost code a latent position may lie, in steps
 
@@ -56,7 +57,7 @@ class TrainedLinear(nn.Module):
         super().__init__()
         self.start, self.bias = replace(rounded, latent=None), bias
         rows, groups = rounded.scale.shape
-        zero, first = rounded.zero[..., None], rounded.scale
+        zero, first = rounded.zero[..., None].contiguous(), rounded.scale.contiguous()
         if not weights:
             self.register_buffer("latent", rounded.codes.view(rows, groups, -1))
         else:
@@ -79,8 +80,7 @@ class TrainedLinear(nn.Module):
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight as it will be stored, [R, C]."""
-        top = (1 << self.start.bits) - 1
-        out: Tensor = _OnGrid.apply(self.latent, self.scale(), self.zero, top, dtype)  # type: ignore[no-untyped-call]
+        out: Tensor = _OnGrid.apply(self.latent, self.scale(), self.zero, self.start.bits, dtype)  # type: ignore[no-untyped-call]
         return self.start.around(self.start.columned(out))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class TrainedLinear(nn.Module):
     @torch.no_grad()
     def limit(self) -> None:
         """Keep latent positions where their code is the nearest: call it after every step."""
-        if isinstance(self.latent, nn.Parameter):
+        if isinstance(self.latent, nn.Parameter) and not training.keep_near(self.latent, self.zero, self.start.bits, _EDGE):
             top = (1 << self.start.bits) - 1
             torch.minimum(torch.maximum(self.latent, -self.zero - _EDGE), top - self.zero + _EDGE, out=self.latent.data)
 
@@ -109,25 +109,31 @@ class _OnGrid(torch.autograd.Function):
     """``(clamp(round(latent) + zero) - zero) * scale``; straight through the rounding, exact for the scale."""
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, top: int, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
         """[R, G, g] positions, or codes -> [R, C] values."""
-        codes = latent
-        if latent.is_floating_point():
-            codes = (torch.round(latent) + zero).clamp_(0, top).to(torch.uint8)
+        found = training.on_grid(latent, scale, zero, bits, dtype)
+        codes, values = _on_grid(latent, scale, zero, bits, dtype) if found is None else found
         ctx.save_for_backward(codes, zero, scale)
-        return _steps(codes, zero, dtype).mul_(scale[..., None].to(dtype)).view(scale.shape[0], -1)
+        return values.view(scale.shape[0], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of positions and scales."""
         codes, zero, scale = ctx.saved_tensors
-        grad = grads[0].view_as(codes)
-        d_latent = d_scale = None
-        if ctx.needs_input_grad[0]:
-            d_latent = grad.float() * scale[..., None]
-        if ctx.needs_input_grad[1]:
-            d_scale = _steps(codes, zero, grad.dtype).mul_(grad).sum(-1, dtype=torch.float32)
-        return d_latent, d_scale, None, None, None
+        grad, wanted = grads[0].contiguous().view_as(codes), ctx.needs_input_grad
+        found = training.on_grid_back(grad, codes, scale, zero, wanted[0], wanted[1])
+        if found is None:
+            d_latent = grad.float() * scale[..., None] if wanted[0] else None
+            found = d_latent, _steps(codes, zero, torch.float32).mul_(grad).sum(-1) if wanted[1] else None
+        return *found, None, None, None
+
+
+def _on_grid(latent: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and values [R, G, g], by torch."""
+    codes = latent
+    if latent.is_floating_point():
+        codes = (torch.round(latent) + zero).clamp_(0, (1 << bits) - 1).to(torch.uint8)
+    return codes, _steps(codes, zero, dtype).mul_(scale[..., None].to(dtype))
 
 
 def _steps(codes: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:

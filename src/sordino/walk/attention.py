@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sordino.numerics.gram import exact_bf16_products
 from sordino.runtime.attention import attend, behind, knows_treatment, treat
+from sordino.runtime.kernels import training
 
 NAME = "sordino_windows"
 _TILE = 128  # queries at once: the scores of one batch element stay in the second-level cache
@@ -78,23 +79,22 @@ class CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """[B, H, L, d] and twice [B, K, P + L, d] -> [B, L, H, d]."""
         batch, heads, length, _ = query.shape
-        before = key.shape[2] - length
-        repeats = heads // key.shape[1]
+        before, shared = key.shape[2] - length, (key.shape[1], heads // key.shape[1])
         out = torch.empty(batch, length, heads, value.shape[-1], dtype=value.dtype)
         later = torch.full((_TILE, _TILE), float("-inf")).triu(1)
         keep = any(ctx.needs_input_grad[:3])
         tiles = []
         with exact_bf16_products():
             for b in range(batch):
-                q = query[b].float()
-                k = key[b].repeat_interleave(repeats, 0).float().transpose(1, 2)
-                v = value[b].repeat_interleave(repeats, 0)
-                for i in range(0, length, _TILE):
-                    j = min(i + _TILE, length)
-                    scores = torch.bmm(q[:, i:j], k[:, :, : before + j]).mul_(scaling)
-                    scores[:, :, before + i :] += later[: j - i, : j - i]
-                    weights = torch.softmax(scores, -1).to(v.dtype)
-                    out[b, i:j] = torch.bmm(weights, v[:, : before + j]).transpose(0, 1)
+                q, k, v = query[b].float().unflatten(0, shared), key[b].float().transpose(1, 2), value[b]
+                for i, j in _tiles(length):
+                    scores = torch.bmm(q[:, :, i:j].flatten(1, 2), k[:, :, : before + j]).unflatten(1, (-1, j - i))
+                    weights = training.weigh(scores, before + i + 1, scaling)
+                    if weights is None:
+                        scores.mul_(scaling)[..., before + i :] += later[: j - i, : j - i]
+                        weights = torch.softmax(scores, -1).to(v.dtype)
+                    seen = torch.bmm(weights.flatten(1, 2), v[:, : before + j])
+                    out[b, i:j] = seen.view(heads, j - i, -1).transpose(0, 1)
                     if keep:
                         tiles.append(weights)
         if keep:
@@ -107,29 +107,31 @@ class CausalAttention(torch.autograd.Function):
         """Gradients of query, key and value from that of the output [B, L, H, d]."""
         query, key, value, out, *tiles = ctx.saved_tensors
         grad = grads[0]
-        batch, heads, length, _ = query.shape
-        before = key.shape[2] - length
-        repeats = heads // key.shape[1]
+        batch, heads, length, size = query.shape
+        before, shared = key.shape[2] - length, (key.shape[1], heads // key.shape[1])
         dq = torch.empty_like(query)
-        dk, dv = torch.empty_like(key), torch.empty_like(value)
-        inner = (grad.float() * out.float()).sum(-1, keepdim=True).transpose(1, 2)  # [B, H, L, 1]
+        dk, dv = torch.zeros(key.shape), torch.zeros(value.shape)
+        inner = (grad.float() * out.float()).sum(-1).transpose(1, 2).unflatten(1, shared)  # [B, K, H / K, L]
         tile = iter(tiles)
         for b in range(batch):
-            k, v = (t[b].repeat_interleave(repeats, 0) for t in (key, value))
-            g = grad[b].transpose(0, 1).contiguous()
-            dk_all, dv_all = torch.zeros(k.shape), torch.zeros(v.shape)
-            for i in range(0, length, _TILE):
-                j, weights = min(i + _TILE, length), next(tile)
-                seen = before + j
-                dp = torch.bmm(g[:, i:j], v[:, :seen].transpose(1, 2)).float()
-                ds = dp.sub_(inner[b, :, i:j]).mul_(weights).mul_(ctx.scaling).to(k.dtype)
-                dq[b, :, i:j] = torch.bmm(ds, k[:, :seen])
-                dk_all[:, :seen] += torch.bmm(ds.transpose(1, 2), query[b, :, i:j])
-                dv_all[:, :seen] += torch.bmm(weights.transpose(1, 2), g[:, i:j])
-            # Query heads that share a key head come one after another.
-            dk[b] = dk_all.view(-1, repeats, *dk_all.shape[1:]).sum(1)
-            dv[b] = dv_all.view(-1, repeats, *dv_all.shape[1:]).sum(1)
-        return dq, dk, dv, None
+            q, g = query[b].unflatten(0, shared), grad[b].transpose(0, 1).unflatten(0, shared)
+            for i, j in _tiles(length):
+                seen, weights = before + j, next(tile)
+                some_q, some_g, w = q[:, :, i:j].flatten(1, 2), g[:, :, i:j].flatten(1, 2), weights.flatten(1, 2)
+                dp, all_share = torch.bmm(some_g, value[b, :, :seen].transpose(1, 2)), inner[b, :, :, i:j].contiguous()
+                ds = training.weigh_back(dp.view_as(weights), weights, all_share, before + i + 1, ctx.scaling)
+                if ds is None:
+                    ds = dp.view_as(weights).float().sub_(all_share[..., None]).mul_(weights).mul_(ctx.scaling).to(key.dtype)
+                ds = ds.flatten(1, 2)
+                dq[b, :, i:j] = torch.bmm(ds, key[b, :, :seen]).view(heads, j - i, size)
+                dk[b, :, :seen] += torch.bmm(ds.transpose(1, 2), some_q)
+                dv[b, :, :seen] += torch.bmm(w.transpose(1, 2), some_g)
+        return dq, dk.to(key.dtype), dv.to(value.dtype), None
+
+
+def _tiles(length: int) -> Iterator[tuple[int, int]]:
+    """Where tiles of queries begin and end."""
+    return ((i, min(i + _TILE, length)) for i in range(0, length, _TILE))
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, window_attention)

@@ -16,6 +16,7 @@ from sordino.runtime.inner import dress
 from sordino.runtime.modules import ORDER, SCALE, give_bias, out_of_basis
 from sordino.runtime.prefix import KEY, VALUE
 from sordino.walk import attention
+from sordino.walk.fused import fuse
 from sordino.walk.source import Source
 
 
@@ -55,6 +56,7 @@ class BlockFactory:
             layer.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             raise InputError(f"block {index}: {str(error).splitlines()[-1].strip()}") from None
+        fuse(layer)
         return layer.eval().requires_grad_(False)
 
     def calls(self, seqlen: int, first: int = 0) -> list[dict[str, Any]]:

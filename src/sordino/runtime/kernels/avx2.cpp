@@ -181,9 +181,10 @@ void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t*
 }  // namespace sordino
 
 #include "pieces.h"
+#include "training.h"
 
 namespace sordino {
 
-const Kernels kAvx2 = {"avx2", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces, nullptr};
+const Kernels kAvx2 = {"avx2", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces, &kTraining, nullptr};
 
 }  // namespace sordino

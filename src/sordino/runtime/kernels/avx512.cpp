@@ -376,11 +376,13 @@ void sixteen(float* work, int64_t n) {
 
 #define SORDINO_SIXTEEN
 #include "pieces.h"
+#include "training.h"
 #include "attend512.h"
 #include "pieces512.h"
+#include "training512.h"
 
 namespace sordino {
 
-const Kernels kAvx512 = {"avx512", 8, fits, arrange, product, integer, values, centred, encode_token, &kPieces512, nullptr};
+const Kernels kAvx512 = {"avx512", 8, fits, arrange, product, integer, values, centred, encode_token, &kPieces512, &kTraining512, nullptr};
 
 }  // namespace sordino

@@ -64,6 +64,19 @@ struct Pieces {
                  float* out);
 };
 
+// Small steps of training one, forward and backward (training.h): of a group of weights, a token, entries, or a row of scores.
+struct Training {
+  void (*grid)(const float* latent, uint8_t* codes, float scale, float zero, int bits, Type, int64_t n, void* out);
+  void (*grid_back)(const void* grad, Type, const uint8_t* codes, float scale, float zero, int64_t n, float* to_latent, float* to_scale);
+  void (*keep_near)(float* latent, float zero, int bits, float edge, int64_t n);
+  void (*norm_back)(const void* x, const void* grad, const Norm&, Type, int64_t n, void* out, float* to_gain);
+  void (*glu_back)(const void* gate, const void* up, const void* grad, Type, int64_t n, void* to_gate, void* to_up);
+  void (*round)(const void* x, float scale, float low, float high, Type, int64_t n, void* out);
+  float (*round_back)(const void* x, const void* grad, float scale, float low, float high, Type, int64_t n, void* to_x);
+  void (*weigh)(float* scores, float scaling, int64_t seen, int64_t n, uint16_t* out);
+  void (*weigh_back)(const uint16_t* grad, const uint16_t* weights, float inner, float scaling, int64_t seen, int64_t n, uint16_t* out);
+};
+
 struct Kernels {
   const char* name;
   int64_t bytes_per_input;  // of an arranged activation; times padded groups it is Arranged::stride
@@ -81,6 +94,7 @@ struct Kernels {
   // Codes of one token: int8 [n]; *scale is read, or, if `share` > 0, made: share * largest entry. Returns the codes' sum.
   int32_t (*encode)(const void* x, Type, int64_t n, int bits, float share, float* scale, int8_t* codes);
   const Pieces* pieces;
+  const Training* training;
   // Products of input codes x int8 [rows, inputs] and weight codes less 2^(b-1), scaled, into out [rows, outputs]: many rows,
   // one scale a row of the weight, symmetric. Null: there is none.
   void (*many)(const Linear&, const int8_t* x, const float* scale, bool one_scale, Type, int64_t rows, void* out, int threads);

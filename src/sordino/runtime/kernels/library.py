@@ -41,6 +41,15 @@ _SIGNATURES = {
     "sordino_turn": (_P, _P, _P, _I32, _I64, _I32),
     "sordino_store": (_P, _P, _P, _I32, _I64, _I64, _I64, _I64, _P, _I64, _I64, _I32),
     "sordino_load": (_P, _P, _I64, _I64, _I64, _I64, _I64, _I32, _P, _I32),
+    "sordino_grid": (_P, _P, _P, _P, _I32, _I64, _I64, _I32, _P, _I32),
+    "sordino_grid_back": (_P, _I32, _P, _P, _P, _I64, _I64, _P, _P, _I32),
+    "sordino_keep_near": (_P, _P, _I32, _F32, _I64, _I64, _I32),
+    "sordino_norm_back": (_P, _P, _P, _I32, _I64, _I64, _P, _P, _I64, _I32),
+    "sordino_glu_back": (_P, _P, _P, _I32, _I64, _P, _P, _I32),
+    "sordino_round": (_P, _P, _P, _P, _I32, _I32, _I64, _I64, _P, _I32),
+    "sordino_round_back": (_P, _P, _P, _P, _P, _I32, _I32, _I64, _I64, _P, _P, _I32),
+    "sordino_weigh": (_P, _I64, _I64, _I64, _I64, _F32, _P, _I32),
+    "sordino_weigh_back": (_P, _P, _P, _I64, _I64, _I64, _I64, _F32, _P, _I32),
     "sordino_decode": (_P, _P, _I32, _P, _P, _P, _P, _I32, _I64, _I32),
 }
 

@@ -96,9 +96,10 @@ void centred(const Linear& w, int64_t o, int8_t* out) {
 }  // namespace sordino
 
 #include "pieces.h"
+#include "training.h"
 
 namespace sordino {
 
-const Kernels kPortable = {"portable", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces, nullptr};
+const Kernels kPortable = {"portable", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces, &kTraining, nullptr};
 
 }  // namespace sordino

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +56,25 @@ def turned(turn: Rotation, x: Tensor) -> Tensor | None:
 
 
 def rotate(turn: Rotation, x: Tensor) -> Tensor:
-    """``turn.apply(x)``, by the kernels where they can."""
-    out = turned(turn, x)
-    return turn.apply(x) if out is None else out
+    """``turn.apply(x)``, by the kernels where they can; differentiable."""
+    if x.requires_grad and torch.is_grad_enabled() and able(x.detach()):
+        out: Tensor = _Turn.apply(x, turn)  # type: ignore[no-untyped-call]
+        return out
+    found = turned(turn, x)
+    return turn.apply(x) if found is None else found
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turn: Rotation) -> Tensor:
+        """Rotate."""
+        ctx.turn = turn
+        return rotate(turn, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Rotate back."""
+        return rotate(ctx.turn.transposed(), grads[0]), None
 
 
 def _alike(*given: Tensor) -> None:

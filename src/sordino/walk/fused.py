@@ -1,0 +1,85 @@
+"""Norms and gated activations of the walk's blocks in one pass over memory each, forward and backward.
+
+transformers' own modules take some ten passes there, more time than the matrix products of a small model. The operations round
+where those modules' do. Whatever the kernels cannot take goes through the module's own forward. Shapes: n channels.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from sordino.runtime.kernels import library, rows, training
+from sordino.runtime.kernels.linear import TYPES
+
+# Classes of one and the same computation; other families' norms of this name may add 1 to the gain, or round elsewhere.
+_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
+_GATED = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
+
+
+def fuse(block: nn.Module) -> None:
+    """Give a block's norms and its MLP, where they are of a known kind, the forward of this file."""
+    for module in block.modules():
+        name = type(module).__name__
+        if name in _NORMS:
+            module.forward = MethodType(_norm, module)
+        elif name in _GATED and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+            module.forward = MethodType(_gated, module)
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    gain: Tensor = module.weight
+    if not (x.dtype == gain.dtype and x.dtype in TYPES and training.ready(x, gain)):
+        plain: Tensor = type(module).forward(module, x)
+        return plain
+    out: Tensor = _RmsNorm.apply(x, gain, module.variance_epsilon)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _gated(module: Any, x: Tensor) -> Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    if gate.dtype == up.dtype and gate.dtype in TYPES and training.ready(gate, up):
+        between = _Glu.apply(gate, up)  # type: ignore[no-untyped-call]
+    else:
+        between = module.act_fn(gate) * up
+    out: Tensor = module.down_proj(between)
+    return out
+
+
+class _RmsNorm(torch.autograd.Function):
+    """``gain * x / rms(x)``, x [..., n]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        """The norm of every row."""
+        ctx.save_for_backward(x, gain)
+        ctx.eps = eps
+        return rows.norm(library.Norm(gain.data_ptr(), 0, eps), x)[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and the gain."""
+        x, gain = ctx.saved_tensors
+        how = library.Norm(gain.data_ptr(), 0, ctx.eps)
+        to_x, to_gain = training.norm_back(how, x, grads[0].contiguous(), ctx.needs_input_grad[1])
+        return to_x, None if to_gain is None else to_gain.to(gain.dtype), None
+
+
+class _Glu(torch.autograd.Function):
+    """``silu(gate) * up``."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        """Entry by entry."""
+        ctx.save_for_backward(gate, up)
+        return rows.glu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of both."""
+        gate, up = ctx.saved_tensors
+        return training.glu_back(gate, up, grads[0].contiguous())
