@@ -57,6 +57,12 @@ def own(bits: int) -> Ladder:
     """Sordino's own best: what each of its parts adds."""
     best, free, name = f"w{bits}", "moves=[]", f"w{bits}, first form"
     solver, tune = "format.weights.solver", int(bits == 4)  # where `tune` stands among the moves
+
+    others = [(4, 1)] if bits == 4 else [(1, 2), (3, 2), (8, 1)]  # epochs of tuning and of distillation
+
+    def epochs(tuned: int, distilled: int) -> list[str]:
+        return [f"moves.{tune}.epochs={tuned}", f"moves.{tune + 1}.epochs={distilled}"]
+
     first: Ladder = {
         name: (best, [FIRST[bits], SHORT], [0]),
         f"{name}, no training": (best, [FIRST[bits], free], [0]),
@@ -75,8 +81,7 @@ def own(bits: int) -> Ladder:
         f"w{bits}, no training": (best, [free], SEEDS),
         f"w{bits}, tuned only": (best, [f"moves=[{TUNED.format(1)}]"], [0]),
         f"w{bits}, short": (best, [SHORT], SEEDS),
-        f"w{bits}, tuned longer": (best, [f"moves.{tune}.epochs=3"], SEEDS),
-        f"w{bits}, tuned longer, once": (best, [f"moves.{tune}.epochs=4", f"moves.{tune + 1}.epochs=1"], SEEDS),
+        **{f"w{bits}, tuned {a}, distilled {b}": (best, epochs(a, b), SEEDS) for a, b in others},
         f"w{bits}": (best, [], SEEDS),
         f"w{bits}, prefix": (best, [PARKED], [0]),
     }

@@ -44,7 +44,7 @@ Public tools on the same model and text (GPTQModel 7.6, auto-round 0.16, symmetr
 SHOWN = ["full precision"]
 for _bits in (4, 3, 2):
     SHOWN += [f"{solver}-w{_bits}" for solver in ("rtn", "gptq", "gptaq", "d2quant-paper", "d2quant")]
-    SHOWN += [f"w{_bits}", f"w{_bits}, tuned longer"]
+    SHOWN += [f"w{_bits}"]
 SHOWN += [
     "quarot-w4a4kv4",
     "spinquant-w4a4kv4",
