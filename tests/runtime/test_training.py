@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,6 +144,30 @@ def test_scales_that_differ_inside_a_row_are_left_to_torch() -> None:
     assert training.rows_of(x, torch.rand(5, 8), -4, 3) is None
     assert training.rows_of(x, torch.rand(8), -4, 3) is None
     assert training.rows_of(x.T, torch.rand(1), -4, 3) is None
+
+
+@every_level
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(level: str, bad: float) -> None:
+    scores, x = torch.zeros(1, 2, 40), torch.zeros(2, 40)
+    scores[0, 0, 3], x[1, 5] = bad, float("nan")
+    gate = torch.zeros(40)
+    gate[7] = float("nan")
+    with kernels.using(level):
+        weights = training.weigh(scores, 39, 1.0)
+        back = training.glu_back(gate.bfloat16(), gate.bfloat16(), torch.ones(40).bfloat16())
+        rounded = fake_round(x, torch.tensor([0.5]), -8, 7)
+    assert weights is not None and bool(weights[0, 0, :39].isnan().all()) and bool(weights[0, 1].isfinite().all())
+    assert all(bool(t[7].isnan()) for t in back) and bool(rounded[1, 5].isnan()) and int(rounded.isnan().sum()) == 1
+
+
+def test_other_types_are_left_to_torch() -> None:
+    half = torch.randn(2, 4, 8).bfloat16()
+    assert training.weigh(half, 5, 1.0) is None
+    assert training.weigh_back(half.float(), half, torch.ones(2, 4), 5, 1.0) is None
+    assert training.on_grid(half, torch.ones(2, 4), torch.ones(2, 4, 1), 3, torch.bfloat16) is None
+    assert training.on_grid(half.float(), torch.ones(2, 4).bfloat16(), torch.ones(2, 4, 1), 3, torch.bfloat16) is None
+    assert not training.keep_near(half, torch.ones(2, 4, 1), 3, 0.499)
 
 
 def test_what_they_cannot_read_is_left_to_torch() -> None:

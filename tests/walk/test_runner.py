@@ -38,6 +38,27 @@ def test_inputs_and_outputs_equal_a_plain_forward(tmp_path: Path, family: str, b
     assert set(runner.kept) == ({"o", "down"} if budget else set())
 
 
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_what_is_held_is_not_computed_again(tmp_path: Path, budget: int) -> None:
+    source = Source(make_tiny(tmp_path / "model", "llama", layers=1))
+    factory = BlockFactory(source, anatomy_of_source(source), torch.float32)
+    layer: Any = factory.load(0)
+    x = torch.randn(5, 16, 64, generator=torch.Generator().manual_seed(0))
+    runner = Runner(layer, x, factory.calls(16)[0], factory.anatomy, batch=2, budget=budget)
+    own = layer.mlp.forward
+    calls: list[int] = []
+    layer.self_attn.q_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+    runner.hold("o")
+    assert len(calls) == (3 if budget else 0) and set(runner.kept) == ({"o"} if budget else set())
+    found = torch.cat([v for _, v in runner.inputs("down", 0, 5)])
+    outputs = torch.cat([v for _, v in runner.outputs(0, 5)])
+    assert len(calls) == (3 if budget else 6)
+    assert layer.mlp.forward == own and "forward" not in layer.self_attn.__dict__  # the shortcuts are gone
+    plain = Runner(layer, x, factory.calls(16)[0], factory.anatomy, batch=2, budget=0)
+    assert torch.equal(found, torch.cat([v for _, v in plain.inputs("down", 0, 5)]))
+    assert torch.equal(outputs, torch.cat([v for _, v in plain.outputs(0, 5)]))
+
+
 def test_whole_decoder_equals_block_by_block(tmp_path: Path) -> None:
     """What the factory passes to the blocks is what the model itself passes."""
     from transformers import AutoModel

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sordino.runtime.kernels import training
 
@@ -49,6 +50,7 @@ class _Round(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Gradients of x and the scale; steps are made again, which is cheaper than keeping them."""
         x, scale, *tensors = ctx.saved_tensors

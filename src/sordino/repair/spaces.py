@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sordino.numerics.affine import round_scale
@@ -117,6 +118,7 @@ class _OnGrid(torch.autograd.Function):
         return values.view(scale.shape[0], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of positions and scales."""
         codes, zero, scale = ctx.saved_tensors

@@ -6,11 +6,13 @@ where those modules' do. Whatever the kernels cannot take goes through the modul
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
 from sordino.runtime.kernels import library, rows, training
@@ -24,17 +26,26 @@ _GATED = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
 def fuse(block: nn.Module) -> None:
     """Give a block's norms and its MLP, where they are of a known kind, the forward of this file."""
     for module in block.modules():
-        name = type(module).__name__
-        if name in _NORMS:
-            module.forward = MethodType(_norm, module)
-        elif name in _GATED and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
-            module.forward = MethodType(_gated, module)
+        kind: Any = type(module)
+        if kind.__name__ in _NORMS:
+            module.__class__ = _with(kind, _norm)
+        elif kind.__name__ in _GATED and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+            module.__class__ = _with(kind, _gated)
+
+
+@cache
+def _with(kind: type, forward: Callable[[Any, Tensor], Tensor]) -> type:
+    """A class with another forward, under the name of the old one.
+
+    A forward of the module's own would be a cycle, so that memory of dropped blocks would wait for the garbage collector.
+    """
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
     gain: Tensor = module.weight
-    if not (x.dtype == gain.dtype and x.dtype in TYPES and training.ready(x, gain)):
-        plain: Tensor = type(module).forward(module, x)
+    if not (x.dtype == gain.dtype and x.dtype in TYPES and x.shape[-1:] == gain.shape and training.ready(x, gain)):
+        plain: Tensor = type(module).__base__.forward(module, x)  # type: ignore[union-attr]
         return plain
     out: Tensor = _RmsNorm.apply(x, gain, module.variance_epsilon)  # type: ignore[no-untyped-call]
     return out
@@ -42,7 +53,7 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 def _gated(module: Any, x: Tensor) -> Tensor:
     gate, up = module.gate_proj(x), module.up_proj(x)
-    if gate.dtype == up.dtype and gate.dtype in TYPES and training.ready(gate, up):
+    if gate.dtype == up.dtype and gate.dtype in TYPES and gate.shape == up.shape and training.ready(gate, up):
         between = _Glu.apply(gate, up)  # type: ignore[no-untyped-call]
     else:
         between = module.act_fn(gate) * up
@@ -61,6 +72,7 @@ class _RmsNorm(torch.autograd.Function):
         return rows.norm(library.Norm(gain.data_ptr(), 0, eps), x)[1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and the gain."""
         x, gain = ctx.saved_tensors
@@ -79,6 +91,7 @@ class _Glu(torch.autograd.Function):
         return rows.glu(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of both."""
         gate, up = ctx.saved_tensors

@@ -69,6 +69,12 @@ class Runner:
         if keep is not None:
             self.kept[site] = keep
 
+    def hold(self, site: Site) -> None:
+        """Keep the inputs of "o" or "down" of all windows, if there is room: later passes start from them."""
+        if self._keep(site, 0, len(self.x)) is not None:
+            for _ in self.inputs(site, 0, len(self.x)):
+                pass
+
     @torch.no_grad()
     def outputs(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
         """Outputs of the block: (windows, [B, L, D]) batch by batch."""

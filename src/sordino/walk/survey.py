@@ -54,6 +54,7 @@ def survey(
         for index in range(plan.anatomy.n_blocks):
             progress("survey", index, plan.anatomy.n_blocks)
             runner = Runner(factory.load(index), x, calls[index], plan.anatomy, plan.batch, plan.budget)
+            runner.hold("o")  # so that attention is not computed again, for what moves look at and for the outputs
             for move in curious:
                 move.survey(index, runner.layer, partial(runner.inputs, start=0, stop=len(x)), artifacts)
             x = torch.cat([y for _, y in runner.outputs(0, len(x))])

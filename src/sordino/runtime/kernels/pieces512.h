@@ -8,7 +8,7 @@ namespace {
 // exponential() of pieces.h.
 __m512 exponential(__m512 x) {
   const auto all = [](float v) { return _mm512_set1_ps(v); };
-  x = _mm512_min_ps(_mm512_max_ps(x, all(kLeast)), all(kLargest));
+  x = _mm512_min_ps(all(kLargest), _mm512_max_ps(all(kLeast), x));  // NaN stays: the second operand is taken then
   const __m512 shifted = _mm512_add_ps(_mm512_mul_ps(x, all(kLog2e)), all(kMagic));
   const __m512 k = _mm512_sub_ps(shifted, all(kMagic));
   const __m512 r = _mm512_sub_ps(_mm512_sub_ps(x, _mm512_mul_ps(k, all(kLn2High))), _mm512_mul_ps(k, all(kLn2Low)));

@@ -89,10 +89,9 @@ template <class T>
 float round_back_of(const T* x, const T* grad, float scale, float low, float high, int64_t n, T* to_x) {
   auto one = [&](int64_t i) {
     const float y = get(grad, i), steps = get(x, i) / scale, near = (steps + kMagic) - kMagic;
-    float code = near < low ? low : near;
-    code = code > high ? high : code;
-    put(to_x, i, code == near ? y : 0.0f);
-    return y * (code == near ? code - steps : code);
+    const bool below = near < low, above = near > high;
+    put(to_x, i, below || above ? 0.0f : y);
+    return y * (below ? low : above ? high : near - steps);
   };
   float lanes[kLanes] = {}, rest = 0;
   int64_t i = 0;

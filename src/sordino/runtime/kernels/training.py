@@ -7,6 +7,7 @@ entries of a group, T queries, S keys.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,16 +26,22 @@ def ready(*given: Tensor) -> bool:
     return all(x.device.type == "cpu" and x.is_contiguous() and x.numel() > 0 for x in given)
 
 
+def _numbers(*given: Tensor) -> bool:
+    """The same, and that all are fp32."""
+    return all(x.dtype == torch.float32 for x in given) and ready(*given)
+
+
 def on_grid(latent: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """Codes uint8 [R, G, g] of positions (fp32 of that shape; or codes themselves), and their values [R, G, g] in ``dtype``."""
-    if dtype not in TYPES or not ready(latent, scale, zero):
+    moving = latent.dtype == torch.float32
+    if dtype not in TYPES or not (moving or latent.dtype == torch.uint8) or not ready(latent) or not _numbers(scale, zero):
         return None
     native = library.active()
     assert native is not None
-    codes = torch.empty(latent.shape, dtype=torch.uint8) if latent.is_floating_point() else latent
-    values = torch.empty(latent.shape, dtype=dtype)
+    codes = _empty(latent.shape, torch.uint8) if moving else latent
+    values = _empty(latent.shape, dtype)
     native.sordino_grid(
-        latent.data_ptr() if latent.is_floating_point() else None, codes.data_ptr(), scale.data_ptr(), zero.data_ptr(), bits,
+        latent.data_ptr() if moving else None, codes.data_ptr(), scale.data_ptr(), zero.data_ptr(), bits,
         scale.numel(), latent.shape[-1], TYPES[dtype], values.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return codes, values
@@ -44,12 +51,12 @@ def on_grid_back(
     grad: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, latent: bool, growth: bool
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """Gradients fp32 of positions [R, G, g] and of scales [R, G], where they are wanted, from that of the values."""
-    if grad.dtype not in TYPES or not ready(grad, codes, scale, zero):
+    if grad.dtype not in TYPES or codes.dtype != torch.uint8 or not ready(grad, codes) or not _numbers(scale, zero):
         return None
     native = library.active()
     assert native is not None
-    to_latent = torch.empty(codes.shape) if latent else None
-    to_scale = torch.empty(scale.shape) if growth else None
+    to_latent = _empty(codes.shape) if latent else None
+    to_scale = _empty(scale.shape) if growth else None
     native.sordino_grid_back(
         grad.data_ptr(), TYPES[grad.dtype], codes.data_ptr(), scale.data_ptr(), zero.data_ptr(), scale.numel(), codes.shape[-1],
         _address(to_latent), _address(to_scale), torch.get_num_threads(),
@@ -59,7 +66,7 @@ def on_grid_back(
 
 def keep_near(latent: Tensor, zero: Tensor, bits: int, edge: float) -> bool:
     """Bring positions fp32 [R, G, g] to within ``edge`` of a code, in place."""
-    if not ready(latent, zero):
+    if not _numbers(latent, zero):
         return False
     native = library.active()
     assert native is not None
@@ -75,7 +82,7 @@ def norm_back(how: library.Norm, x: Tensor, grad: Tensor, gain: bool) -> tuple[T
     assert native is not None
     rows, n = x.numel() // x.shape[-1], x.shape[-1]
     out = torch.empty_like(x)
-    sums = torch.empty(-(-rows // _ROWS), n) if gain else None
+    sums = _empty((-(-rows // _ROWS), n)) if gain else None
     native.sordino_norm_back(
         ctypes.addressof(how), x.data_ptr(), grad.data_ptr(), TYPES[x.dtype], rows, n, out.data_ptr(), _address(sums), _ROWS,
         torch.get_num_threads(),
@@ -114,7 +121,7 @@ def rows_of(x: Tensor, scale: Tensor, low: Any, high: Any) -> Rows | None:
     """Rows of x, if the kernels can round them; see numerics/straight.py for the arguments."""
     if x.dtype not in TYPES or x.dim() == 0 or scale.dtype != torch.float32 or not ready(x, scale.detach().contiguous()):
         return None
-    bounds = [torch.as_tensor(b, dtype=torch.float32) for b in (scale.detach(), low, high)]
+    bounds = [torch.as_tensor(b, dtype=torch.float32, device="cpu") for b in (scale.detach(), low, high)]
     apart = not all(b.numel() == 1 for b in bounds)
     if apart and any(b.dim() and b.shape[-1] != 1 for b in bounds):  # they differ inside a row
         return None
@@ -144,7 +151,7 @@ def rounded_back(x: Tensor, grad: Tensor, how: Rows) -> tuple[Tensor, Tensor]:
     """Gradients straight through the rounding, of x, and what each row pulls at its scale, fp32 [..., 1]."""
     native = library.active()
     assert native is not None
-    to_x, pulls = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+    to_x, pulls = torch.empty_like(x), _empty((*x.shape[:-1], 1))
     native.sordino_round_back(
         x.data_ptr(), grad.data_ptr(), *how.given, TYPES[x.dtype], how.rows, how.length, to_x.data_ptr(),
         pulls.data_ptr(), torch.get_num_threads(),
@@ -154,18 +161,18 @@ def rounded_back(x: Tensor, grad: Tensor, how: Rows) -> tuple[Tensor, Tensor]:
 
 def weigh(scores: Tensor, first: int, scaling: float) -> Tensor | None:
     """Causal softmax of ``scaling * scores`` fp32 [..., T, S], which are overwritten: bf16. Query t sees ``first + t`` keys."""
-    if not ready(scores):
+    if not _numbers(scores):
         return None
     native = library.active()
     assert native is not None
-    out = torch.empty(scores.shape, dtype=torch.bfloat16)
+    out = _empty(scores.shape, torch.bfloat16)
     native.sordino_weigh(scores.data_ptr(), *_heads(scores), first, scaling, out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def weigh_back(grad: Tensor, weights: Tensor, inner: Tensor, first: int, scaling: float) -> Tensor | None:
     """Gradient bf16 [..., T, S] of the scores, from that of the weights bf16 and ``sum(grad * weights)`` fp32 [..., T]."""
-    if not ready(grad, weights, inner):
+    if not grad.dtype == weights.dtype == torch.bfloat16 or not ready(grad, weights) or not _numbers(inner):
         return None
     native = library.active()
     assert native is not None
@@ -175,6 +182,11 @@ def weigh_back(grad: Tensor, weights: Tensor, inner: Tensor, first: int, scaling
         torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory that the kernels write, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _heads(x: Tensor) -> tuple[int, int, int]:
