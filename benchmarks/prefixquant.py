@@ -20,7 +20,7 @@ DYNAMIC, STATIC = "prefixquant-w4a4kv4-dynamic", "prefixquant-w4a4kv4-static"
 # What each of the parts costs alone, with evened channels, rotations and prefix, untrained; weights of 8 bits cost nothing.
 FLOOR = [OFF, SMOOTHED, "calibration.windows=32"]
 TUNE = '{move="tune", epochs=2}'
-MORE = ["moves.5.times=3.25", "moves.5.epochs=2"]
+LONGER = ["moves.4.epochs=4", "moves.5.times=3.25"]
 FIVE = 'format.weights.override=[{match="*.k_proj", bits=5}, {match="*.v_proj", bits=5}, {match="*.o_proj", group="wide"}]'
 KV_STATIC = 'format.kv={bits=4, mode="static", symmetric=true}'
 
@@ -58,9 +58,9 @@ LADDER: Ladder = {
     "w4a4kv4": ("w4a4kv4", [], SEEDS),
     "w4a8kv4": ("w4a8kv4", [], SEEDS),
     "w8a8": ("w8a8", [], [0]),
-    # What `w3` gained from: more text for the distillation, a bit more for what feeds the cache.
-    **{f"{name}, more text, twice": (name, MORE, [0]) for name in ("w4a4kv4", "w4a8kv4")},
-    "w4a4kv4, more text, twice, 5-bit keys and values": ("w4a4kv4", [*MORE, FIVE], [0]),
+    # What `w3` and `w2` gained from: four epochs of tuning, more text for distillation, more bits for what feeds the cache.
+    **{f"{name}, tuned 4, more text": (name, LONGER, SEEDS) for name in ("w4a4kv4", "w4a8kv4")},
+    "w4a4kv4, tuned 4, more text, 5-bit keys and values": ("w4a4kv4", [*LONGER, FIVE], [0]),
     # Ours with static scales: is dynamic still worth its time?
     **{
         f"{name}, static": (name, [f'format.activations={{bits={bits}, mode="static"}}', KV_STATIC], [0])
