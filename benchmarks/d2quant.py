@@ -57,7 +57,6 @@ def own(bits: int) -> Ladder:
     """Sordino's own best: what each of its parts adds."""
     best, free, name = f"w{bits}", "moves=[]", f"w{bits}, first form"
     solver, tune = "format.weights.solver", int(bits == 4)  # where `tune` stands among the moves
-
     others = [(4, 1)] if bits == 4 else [(1, 2), (3, 2), (8, 1)]  # epochs of tuning and of distillation
 
     def epochs(tuned: int, distilled: int) -> list[str]:
