@@ -59,7 +59,8 @@ sanitize: $(READY)
 	UBSAN_OPTIONS=halt_on_error=1 \
 	$(BIN)/python -c "import sys, pytest; from sordino.runtime import kernels; kernels.__path__ = ['$(SANITIZED)']; \
 	sys.exit(pytest.main(['tests/runtime/test_kernels.py', 'tests/runtime/test_block.py', \
-	'tests/runtime/test_rows.py', 'tests/runtime/test_training.py', '-k', 'product or unpacked or head or overflow or threads or logits or instruction or cropped or ' \
+	'tests/runtime/test_rows.py', 'tests/runtime/test_training.py', '-k', \
+	'product or unpacked or head or overflow or threads or logits or instruction or cropped or ' \
 	'rotat or packed_rows or side_by_side or grids or gradients or weights or rounding']))"
 
 fix: $(READY)

@@ -32,21 +32,43 @@ def fake_round(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
         low: least code: a number, or fp32 that broadcasts to x; integers.
         high: largest code, likewise.
     """
-    out: Tensor = _Round.apply(x, scale, low, high)  # type: ignore[no-untyped-call]
+    how = training.rows_of(x, scale, low, high)
+    out: Tensor = _ByTiles.apply(x, scale, low, high) if how is None else _ByRows.apply(x, scale, how)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Round(torch.autograd.Function):
+class _ByRows(torch.autograd.Function):
+    """By the kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, how: training.Rows) -> Tensor:
+        """Round every row."""
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x)
+            ctx.how, ctx.shape = how, scale.shape
+        return training.rounded(x, how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Gradients of x and the scale."""
+        (x,) = ctx.saved_tensors
+        to_x, pulls = training.rounded_back(x, grads[0].contiguous(), ctx.how)
+        return to_x, pulls.sum_to_size(ctx.shape) if ctx.needs_input_grad[1] else None, None
+
+
+class _ByTiles(torch.autograd.Function):
+    """By torch."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
-        """By the kernels if they can, else tile by tile."""
-        how = training.rows_of(x, scale, low, high)
-        out = torch.empty_like(x) if how is None else training.rounded(x, how)
-        for values, rounded, s, a, b in tiles(x, out, scale, low, high) if how is None else ():
+        """Round every tile."""
+        out = torch.empty_like(x)
+        for values, rounded, s, a, b in tiles(x, out, scale, low, high):
             rounded.copy_(torch.div(values, s).round_().clamp_(a, b).mul_(s))
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             ctx.save_for_backward(x, scale, *(t for t in (low, high) if isinstance(t, Tensor)))
-            ctx.bounds, ctx.how = tuple(None if isinstance(t, Tensor) else t for t in (low, high)), how
+            ctx.bounds = tuple(None if isinstance(t, Tensor) else t for t in (low, high))
         return out
 
     @staticmethod
@@ -54,9 +76,6 @@ class _Round(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Gradients of x and the scale; steps are made again, which is cheaper than keeping them."""
         x, scale, *tensors = ctx.saved_tensors
-        if ctx.how is not None:
-            to_x, pulls = training.rounded_back(x, grads[0].contiguous(), ctx.how)
-            return to_x, pulls.sum_to_size(scale.shape) if ctx.needs_input_grad[1] else None, None, None
         given = iter(tensors)
         low, high = (next(given) if bound is None else bound for bound in ctx.bounds)
         dx = torch.empty_like(x)

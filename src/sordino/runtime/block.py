@@ -31,11 +31,11 @@ from sordino.runtime import layers
 from sordino.runtime.cache import PackedLayer, RoomyLayer, enter
 from sordino.runtime.kernels import library
 from sordino.runtime.kernels.linear import traced
-from sordino.runtime.known import Known
+from sordino.runtime.known import FAMILIES, Known
 
 VARIABLE = "SORDINO_ONE_CALL"
 FEW_TEXTS = 4  # kMaxRows of kernels.h
-FAMILIES = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+_LAYERS = {f"{family}DecoderLayer" for family in FAMILIES}
 
 _on = os.environ.get(VARIABLE) != "off"
 
@@ -60,7 +60,7 @@ def decode_in_one_call(decoder: Any) -> None:
         out = None if args or traced() else _forward(self, **kwargs)
         return plain(self, *args, **kwargs) if out is None else out
 
-    if all(type(layer).__name__ in FAMILIES for layer in decoder.layers):
+    if all(type(layer).__name__ in _LAYERS for layer in decoder.layers):
         decoder.forward = MethodType(forward, decoder)
 
 

@@ -18,6 +18,8 @@ from sordino.runtime.layers import Norms
 from sordino.runtime.modules import SCALE, QuantLinear, add_bias
 from sordino.runtime.prefix import KEY, VALUE
 
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # their layers, norms and MLPs compute one and the same
+SILU = (nn.SiLU, SiLUActivation)
 _MOST_HEADS = 16  # kMaxHeads of block.h
 _LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -147,7 +149,7 @@ def _usual(layer: Any, dtype: torch.dtype) -> bool:
             size % 2 == 0
             and size <= LARGEST_HEAD
             and all(type(m).__module__.startswith("transformers.models.") for m in inside)
-            and isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation)
+            and isinstance(layer.mlp.act_fn, SILU)
             and all(n is None or _plain(n, dtype) for n in norms)
             and _hooks_are_ours([*inside, layer.mlp.act_fn, *(n for n in norms if n is not None)])
             and _hooks_are_ours(linears, linears, RotateInput | OrderInput)

@@ -82,7 +82,6 @@ class CausalAttention(torch.autograd.Function):
         batch, heads, length, _ = query.shape
         before, shared = key.shape[2] - length, (key.shape[1], heads // key.shape[1])
         out = torch.empty(batch, length, heads, value.shape[-1], dtype=value.dtype)
-        later = torch.full((_TILE, _TILE), float("-inf")).triu(1)
         keep = any(ctx.needs_input_grad[:3])
         tiles = []
         with exact_bf16_products():
@@ -90,10 +89,7 @@ class CausalAttention(torch.autograd.Function):
                 q, k, v = query[b].float().unflatten(0, shared), key[b].float().transpose(1, 2), value[b]
                 for i, j in _tiles(length):
                     scores = torch.bmm(q[:, :, i:j].flatten(1, 2), k[:, :, : before + j]).unflatten(1, (-1, j - i))
-                    weights = training.weigh(scores, before + i + 1, scaling)
-                    if weights is None:
-                        scores.mul_(scaling)[..., before + i :] += later[: j - i, : j - i]
-                        weights = torch.softmax(scores, -1).to(v.dtype)
+                    weights = _weigh(scores, before + i + 1, scaling)
                     seen = torch.bmm(weights.flatten(1, 2), v[:, : before + j])
                     out[b, i:j] = seen.view(heads, j - i, -1).transpose(0, 1)
                     if keep:
@@ -121,10 +117,7 @@ class CausalAttention(torch.autograd.Function):
                 seen, weights = before + j, next(tile)
                 some_q, some_g, w = q[:, :, i:j].flatten(1, 2), g[:, :, i:j].flatten(1, 2), weights.flatten(1, 2)
                 dp, all_share = torch.bmm(some_g, value[b, :, :seen].transpose(1, 2)), inner[b, :, :, i:j].contiguous()
-                ds = training.weigh_back(dp.view_as(weights), weights, all_share, before + i + 1, ctx.scaling)
-                if ds is None:
-                    ds = dp.view_as(weights).float().sub_(all_share[..., None]).mul_(weights).mul_(ctx.scaling).to(key.dtype)
-                ds = ds.flatten(1, 2)
+                ds = _weigh_back(dp.view_as(weights), weights, all_share, before + i + 1, ctx.scaling).flatten(1, 2)
                 dq[b, :, i:j] = torch.bmm(ds, key[b, :, :seen]).view(heads, j - i, size)
                 dk[b, :, :seen] += torch.bmm(ds.transpose(1, 2), some_q)
                 dv[b, :, :seen] += torch.bmm(w.transpose(1, 2), some_g)
@@ -134,6 +127,21 @@ class CausalAttention(torch.autograd.Function):
 def _tiles(length: int) -> Iterator[tuple[int, int]]:
     """Where tiles of queries begin and end."""
     return ((i, min(i + _TILE, length)) for i in range(0, length, _TILE))
+
+
+def _weigh(scores: Tensor, first: int, scaling: float) -> Tensor:
+    """See :func:`sordino.runtime.kernels.training.weigh`; by torch where the kernels cannot."""
+    found = training.weigh(scores, first, scaling)
+    if found is not None:
+        return found
+    later = torch.full(scores.shape[-2:], float("-inf")).triu(first)
+    return torch.softmax(scores.mul_(scaling).add_(later), -1).bfloat16()
+
+
+def _weigh_back(grad: Tensor, weights: Tensor, inner: Tensor, first: int, scaling: float) -> Tensor:
+    """Likewise its gradient."""
+    found = training.weigh_back(grad, weights, inner, first, scaling)
+    return grad.float().sub_(inner[..., None]).mul_(weights).mul_(scaling).to(grad.dtype) if found is None else found
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, window_attention)

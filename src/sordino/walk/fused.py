@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.activations import SiLUActivation
 
 from sordino.runtime.kernels import library, rows, training
 from sordino.runtime.kernels.linear import TYPES
+from sordino.runtime.known import FAMILIES, SILU
 
-# Classes of one and the same computation; other families' norms of this name may add 1 to the gain, or round elsewhere.
-_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
-_GATED = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
+# Other families' norms may add 1 to the gain, or round elsewhere.
+_NORMS, _GATED = ({f"{family}{part}" for family in FAMILIES} for part in ("RMSNorm", "MLP"))
 
 
 def fuse(block: nn.Module) -> None:
@@ -29,7 +28,7 @@ def fuse(block: nn.Module) -> None:
         kind: Any = type(module)
         if kind.__name__ in _NORMS:
             module.__class__ = _with(kind, _norm)
-        elif kind.__name__ in _GATED and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+        elif kind.__name__ in _GATED and isinstance(module.act_fn, SILU):
             module.__class__ = _with(kind, _gated)
 
 

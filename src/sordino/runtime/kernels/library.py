@@ -215,6 +215,13 @@ def active() -> ctypes.CDLL | None:
     return _State.library
 
 
+def present() -> ctypes.CDLL:
+    """The library in use, for callers that know there is one."""
+    found = active()
+    assert found is not None
+    return found
+
+
 def status() -> str:
     """Which path linears take on the CPU, in words."""
     if active() is not None:

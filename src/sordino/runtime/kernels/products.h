@@ -71,7 +71,8 @@ inline void finish(const Linear& w, const int32_t* y, const int32_t* sums, const
   }
 }
 
-constexpr int64_t kTokens = 8;  // that a thread takes at once
+constexpr int64_t kTokens = 8;       // that a thread takes at once
+constexpr int64_t kEntries = 4096;  // the same, where tokens do not matter
 
 // body(begin, end) over 0 … n, `step` at once, shared among threads.
 template <class Body>

@@ -5,11 +5,6 @@
 #include "products.h"
 
 namespace sordino {
-namespace {
-
-constexpr int64_t kEntries = 4096;  // that a thread takes at once, where tokens do not matter
-
-}  // namespace
 
 // Norms of rows [rows, n]. With `added`: of x + added, which goes to `sum`.
 SORDINO_API int sordino_norm(const Norm* norm, const void* x, const void* added, void* sum, void* out, int type, int64_t rows,

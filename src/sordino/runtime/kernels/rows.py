@@ -89,8 +89,7 @@ def _alike(*given: Tensor) -> None:
 
 def norm(how: library.Norm, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sum of x [..., n] and what is added, and its RMS norm; the kernels have to be there and :func:`able`."""
-    native = library.active()
-    assert native is not None
+    native = library.present()
     x = x.contiguous()
     if added is not None:
         _alike(x, added)
@@ -106,8 +105,7 @@ def norm(how: library.Norm, x: Tensor, added: Tensor | None = None) -> tuple[Ten
 
 def place(how: library.Norm, x: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
     """Queries or keys [B, S, K d] -> [B, K, S, d], normed and with rotary embedding; cos and sin [B or 1, S, d], contiguous."""
-    native = library.active()
-    assert native is not None
+    native = library.present()
     x = x.contiguous()
     texts, tokens, width = x.shape
     if x.dtype != cos.dtype or cos.shape[1:] != (tokens, size):
@@ -122,8 +120,7 @@ def place(how: library.Norm, x: Tensor, cos: Tensor, sin: Tensor, size: int) -> 
 
 def glu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    native = library.active()
-    assert native is not None
+    native = library.present()
     _alike(gate, up)
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)

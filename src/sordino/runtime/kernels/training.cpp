@@ -7,8 +7,6 @@
 namespace sordino {
 namespace {
 
-constexpr int64_t kEntries = 4096;  // that a thread takes at once
-
 int64_t at_once(int64_t row) { return row >= kEntries ? 1 : kEntries / row; }
 
 template <class T>

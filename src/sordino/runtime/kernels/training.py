@@ -36,8 +36,7 @@ def on_grid(latent: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch
     moving = latent.dtype == torch.float32
     if dtype not in TYPES or not (moving or latent.dtype == torch.uint8) or not ready(latent) or not _numbers(scale, zero):
         return None
-    native = library.active()
-    assert native is not None
+    native = library.present()
     codes = _empty(latent.shape, torch.uint8) if moving else latent
     values = _empty(latent.shape, dtype)
     native.sordino_grid(
@@ -53,8 +52,7 @@ def on_grid_back(
     """Gradients fp32 of positions [R, G, g] and of scales [R, G], where they are wanted, from that of the values."""
     if grad.dtype not in TYPES or codes.dtype != torch.uint8 or not ready(grad, codes) or not _numbers(scale, zero):
         return None
-    native = library.active()
-    assert native is not None
+    native = library.present()
     to_latent = _empty(codes.shape) if latent else None
     to_scale = _empty(scale.shape) if growth else None
     native.sordino_grid_back(
@@ -68,8 +66,7 @@ def keep_near(latent: Tensor, zero: Tensor, bits: int, edge: float) -> bool:
     """Bring positions fp32 [R, G, g] to within ``edge`` of a code, in place."""
     if not _numbers(latent, zero):
         return False
-    native = library.active()
-    assert native is not None
+    native = library.present()
     native.sordino_keep_near(
         latent.data_ptr(), zero.data_ptr(), bits, edge, zero.numel(), latent.shape[-1], torch.get_num_threads()
     )
@@ -78,8 +75,7 @@ def keep_near(latent: Tensor, zero: Tensor, bits: int, edge: float) -> bool:
 
 def norm_back(how: library.Norm, x: Tensor, grad: Tensor, gain: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of x [..., n] and, if wanted, of the gain fp32 [n]; :func:`ready` has to hold for both."""
-    native = library.active()
-    assert native is not None
+    native = library.present()
     rows, n = x.numel() // x.shape[-1], x.shape[-1]
     out = torch.empty_like(x)
     sums = _empty((-(-rows // _ROWS), n)) if gain else None
@@ -92,8 +88,7 @@ def norm_back(how: library.Norm, x: Tensor, grad: Tensor, gain: bool) -> tuple[T
 
 def glu_back(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up from that of ``silu(gate) * up``; :func:`ready` has to hold for all."""
-    native = library.active()
-    assert native is not None
+    native = library.present()
     to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
     native.sordino_glu_back(
         gate.data_ptr(), up.data_ptr(), grad.data_ptr(), TYPES[gate.dtype], gate.numel(), to_gate.data_ptr(), to_up.data_ptr(),
@@ -119,7 +114,7 @@ class Rows(NamedTuple):
 
 def rows_of(x: Tensor, scale: Tensor, low: Any, high: Any) -> Rows | None:
     """Rows of x, if the kernels can round them; see numerics/straight.py for the arguments."""
-    if x.dtype not in TYPES or x.dim() == 0 or scale.dtype != torch.float32 or not ready(x, scale.detach().contiguous()):
+    if x.dtype not in TYPES or x.dim() == 0 or scale.dtype != torch.float32 or scale.device != x.device or not ready(x):
         return None
     bounds = [torch.as_tensor(b, dtype=torch.float32, device="cpu") for b in (scale.detach(), low, high)]
     apart = not all(b.numel() == 1 for b in bounds)
@@ -132,25 +127,17 @@ def rows_of(x: Tensor, scale: Tensor, low: Any, high: Any) -> Rows | None:
 
 def rounded(x: Tensor, how: Rows) -> Tensor:
     """``clamp(round(x / scale), low, high) * scale`` in the dtype of x."""
-    native = library.active()
-    assert native is not None
+    native = library.present()
     out = torch.empty_like(x)
     native.sordino_round(
-        x.data_ptr(),
-        *how.given,
-        TYPES[x.dtype],
-        how.rows,
-        how.length,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+        x.data_ptr(), *how.given, TYPES[x.dtype], how.rows, how.length, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
 def rounded_back(x: Tensor, grad: Tensor, how: Rows) -> tuple[Tensor, Tensor]:
     """Gradients straight through the rounding, of x, and what each row pulls at its scale, fp32 [..., 1]."""
-    native = library.active()
-    assert native is not None
+    native = library.present()
     to_x, pulls = torch.empty_like(x), _empty((*x.shape[:-1], 1))
     native.sordino_round_back(
         x.data_ptr(), grad.data_ptr(), *how.given, TYPES[x.dtype], how.rows, how.length, to_x.data_ptr(),
@@ -163,8 +150,7 @@ def weigh(scores: Tensor, first: int, scaling: float) -> Tensor | None:
     """Causal softmax of ``scaling * scores`` fp32 [..., T, S], which are overwritten: bf16. Query t sees ``first + t`` keys."""
     if not _numbers(scores):
         return None
-    native = library.active()
-    assert native is not None
+    native = library.present()
     out = _empty(scores.shape, torch.bfloat16)
     native.sordino_weigh(scores.data_ptr(), *_heads(scores), first, scaling, out.data_ptr(), torch.get_num_threads())
     return out
@@ -174,8 +160,7 @@ def weigh_back(grad: Tensor, weights: Tensor, inner: Tensor, first: int, scaling
     """Gradient bf16 [..., T, S] of the scores, from that of the weights bf16 and ``sum(grad * weights)`` fp32 [..., T]."""
     if not grad.dtype == weights.dtype == torch.bfloat16 or not ready(grad, weights) or not _numbers(inner):
         return None
-    native = library.active()
-    assert native is not None
+    native = library.present()
     out = torch.empty_like(weights)
     native.sordino_weigh_back(
         grad.data_ptr(), weights.data_ptr(), inner.data_ptr(), *_heads(weights), first, scaling, out.data_ptr(),

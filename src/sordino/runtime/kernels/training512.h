@@ -5,12 +5,6 @@
 namespace sordino {
 namespace {
 
-void put16(uint16_t* out, int64_t n, __m512 v) {
-  _mm256_mask_storeu_epi16(out, static_cast<__mmask16>(first(n)), (__m256i)_mm512_cvtneps_pbh(v));
-}
-
-__m512 rounded16(__m512 v) { return widen16((__m256i)_mm512_cvtneps_pbh(v)); }
-
 void weigh512(float* scores, float scaling, int64_t seen, int64_t n, uint16_t* out) {
   const __m512 factor = _mm512_set1_ps(scaling);
   __m512 most = _mm512_set1_ps(-INFINITY), sums = _mm512_setzero_ps();
