@@ -162,8 +162,8 @@ class _Rounded(_Table):
 class ActivationFormat(_Rounded):
     """How the inputs of the rounded block linears are rounded at run time; 16 bits means not at all.
 
-    Symmetric; dynamic ones with a scale for each token (``clip`` of its largest entry) or each token and ``group`` of channels
-    ("auto": as for weights, the whole token where none divides), static ones with one number a site.
+    Dynamic ones with a scale (and unless symmetric a zero point) for each token (``clip`` of its extremes) or each token and
+    ``group`` of channels ("auto": as for weights, the whole token where none divides), static ones with one number a site.
     ``clip = "search"`` chooses the share by the error of the block's output; static scales are always searched so.
     """
 
@@ -171,6 +171,8 @@ class ActivationFormat(_Rounded):
     """Of an input's code."""
     group: Literal["token", "auto"] | PositiveInt = "token"
     """Channels of a token that share a dynamic scale: "token" for all of them, "auto", or a number."""
+    symmetric: bool = True
+    """No zero point. Dynamic ones with groups are multiplied in floating point anyway and do better with one."""
 
 
 class KvFormat(_Rounded):

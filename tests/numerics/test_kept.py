@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sordino.numerics.affine import AffineGrid
-from sordino.numerics.inputs import fake_encode, token_scale
+from sordino.numerics.inputs import InputGrid
 from sordino.numerics.kept import Kept, round_with_kept, set_apart, with_kept
 from sordino.round.gptq import GptqSolver
 from sordino.round.keeping import Keeping
@@ -80,10 +80,10 @@ def test_a_kept_channel_does_not_coarsen_the_others(dtype: torch.dtype) -> None:
     """An outlier among the kept channels leaves the low-bit scales alone and is itself rounded at 8 bits."""
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[..., -2:] *= 1000
-    y = round_with_kept(x, 4, torch.ones(2), 16, 4)
+    y = round_with_kept(x, InputGrid(4, group=16), torch.ones(2), 4)
     low = x.clone()
     low[..., -4:] = 0
-    expected = fake_encode(low, token_scale(low, 4, torch.ones(2), 16), 4)
+    expected = InputGrid(4, group=16).fake(low, torch.ones(2))
     assert torch.equal(y[..., :-4], expected[..., :-4])
     step = x[..., -4:].abs().amax(-1, keepdim=True) / 127
     assert ((y - x)[..., -4:].abs() <= step * 0.5 + x[..., -4:].abs() * 2**-8).all()

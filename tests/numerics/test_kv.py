@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sordino.numerics.inputs import fake_encode
+from sordino.numerics.inputs import InputGrid
 from sordino.numerics.kv import KvGrid
 
 
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_rounded_inputs() -> None:
     """Straight through inside, the outermost codes too; none where clipped; the scale's is LSQ's."""
     x = torch.randn(1, 1, 6, 16, generator=torch.Generator().manual_seed(2)) * 2
     found = []
-    for rounding in (lambda v, s: KvGrid(3, True, True).fake(v, s), lambda v, s: fake_encode(v, s, 3)):
+    for rounding in (lambda v, s: KvGrid(3, True, True).fake(v, s), lambda v, s: InputGrid(3, static=True).fake(v, s)):
         value, scale = x.clone().requires_grad_(True), torch.tensor([0.5], requires_grad=True)
         (rounding(value, scale) * x).sum().backward()
         found.append((value.grad, scale.grad))

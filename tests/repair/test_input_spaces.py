@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sordino.numerics.affine import round_scale
-from sordino.numerics.inputs import fake_encode
+from sordino.numerics.inputs import InputGrid
 from sordino.numerics.kv import KvGrid
 from sordino.repair.input_spaces import Trained
 from sordino.runtime.inputs import Once
@@ -26,7 +26,7 @@ def test_a_static_scale_comes_near_the_best_of_a_fine_grid(bits: int, start: flo
     x = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
 
     def error(scale: torch.Tensor) -> torch.Tensor:
-        return (fake_encode(x, scale, bits) - x).square().mean()
+        return (InputGrid(bits, static=True).fake(x, scale) - x).square().mean()
 
     grid = torch.linspace(0.05, 2.0, 400)
     errors = torch.stack([error(s) for s in grid])

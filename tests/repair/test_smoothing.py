@@ -16,6 +16,7 @@ from sordino.contract import BlockContext, Move
 from sordino.errors import InputError
 from sordino.moves import MOVES
 from sordino.numerics.affine import AffineGrid
+from sordino.numerics.inputs import InputGrid
 from sordino.numerics.kept import Kept
 from sordino.recipe import load_recipe
 from sordino.repair import tune
@@ -185,7 +186,7 @@ def loud(
         exact.append(block.post_attention_layernorm(LOUD)[:, order] @ rounded[name].values().T)
         if places is not None:
             order_input(linear, places.int())
-        round_inputs(linear, 3, False, 16, scale=1.0)
+        round_inputs(linear, InputGrid(3, group=16), scale=1.0)
     clips = ClipSpace(block, rounded, 0.0, {}, 0.0)
     return block, clips, SmoothSpace(block, anatomy, clips.trained, 0.01, mode, torch.float32), exact
 

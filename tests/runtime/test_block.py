@@ -38,6 +38,8 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "dynamic, prefix, R3, R4": ("prefixquant-w4a4kv4-dynamic", []),
     "groups of weights, rounded inputs": ("w4a4kv4", ['moves=[{move="rotate-inner"}]']),
     "groups of channels": ("quarot-w4a4", []),
+    "groups of channels, zero points": ("quarot-w4a4", ["format.activations.symmetric=false"]),
+    "zero points by token": ("prefixquant-w4a4kv4-dynamic", ["format.activations.symmetric=false"]),
     "integer products": ("w8a8", []),
     "3-bit cache": ("rtn-w4", ['format.kv={bits=3, mode="dynamic", symmetric=true}']),
 }
@@ -141,7 +143,9 @@ def test_every_family(family: str, recipe: str, tmp_path: Path, calls: list[int]
 
 
 @every_level
-@pytest.mark.parametrize("recipe", ["norms with a bias", "static, prefix, R3, R4", "groups of channels"])
+@pytest.mark.parametrize(
+    "recipe", ["norms with a bias", "static, prefix, R3, R4", "groups of channels", "groups of channels, zero points"]
+)
 def test_every_instruction_set_and_half_precision(
     recipe: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

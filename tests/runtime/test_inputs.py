@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import sordino
 from sordino.corpus import DEFAULT_TEXT, calibration_windows, load_text, tokenize
 from sordino.errors import InputError
-from sordino.numerics.inputs import encode, token_scale
+from sordino.numerics.inputs import InputGrid, encode
 from sordino.recipe import MoveSpec, Recipe, load_recipe
 from sordino.runtime.modules import QuantLinear
 from tiny import make_tiny
@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {"windows": 16, "seqlen": 48}
 
 def recipe(mode: str, bits: int, *moves: str, base: str = "rtn-w4", group: str = "channel") -> Recipe:
     mode, _, parts = mode.partition(", ")
-    inputs = f", group='{parts}'" if parts else ""
+    inputs = f", group='{parts}'" if parts == "auto" else ", symmetric=false" if parts else ""
     overrides = [f"format.activations={{bits={bits}, mode='{mode}'{inputs}}}", f"format.weights.group='{group}'"]
     overrides += ["format.weights.symmetric=true"] * (group == "channel")
     made = load_recipe(base, overrides)
@@ -41,7 +41,7 @@ def test_integer_product_equals_the_simulated_one(weights: int, mode: str, bits:
     linear.bias.data.normal_(generator=rng)
     x = torch.randn(3, 5, 32, generator=rng)
     linear.input_scale.fill_(0.2 if mode == "static" else 0.9)
-    scale = torch.tensor([0.2]) if mode == "static" else token_scale(x, bits, 0.9)
+    scale = torch.tensor([0.2]) if mode == "static" else InputGrid(bits).fit(x, 0.9)[0]
     expected = torch.nn.functional.linear(encode(x, scale, bits) * scale, linear.dequantize(torch.float32), linear.bias)
     assert float((linear(x) - expected).norm()) <= 1e-5 * float(expected.norm())
 
@@ -50,6 +50,7 @@ def test_integer_product_equals_the_simulated_one(weights: int, mode: str, bits:
 @pytest.mark.parametrize(("mode", "group", "base"), [
     ("dynamic", "channel", "rtn-w4"), ("static", "channel", "gptq-w4"), ("static", "auto", "gptaq-w3"),
     ("dynamic", "auto", "w2"), ("dynamic, auto", "auto", "gptq-w4"), ("dynamic, auto", "channel", "w2"),
+    ("dynamic, zero points", "channel", "w2"),
 ])  # fmt: skip
 def test_what_calibration_saw_is_what_ships(mode: str, group: str, base: str, family: str, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", family, layers=2)
@@ -65,6 +66,10 @@ def test_what_calibration_saw_is_what_ships(mode: str, group: str, base: str, fa
         with torch.no_grad():
             q, p = (m(windows).logits.log_softmax(-1) for m in (ours, plain))
         assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(manifest["guard"]["kl"], rel=2e-3)
+    if "zero" in mode:
+        assert all(
+            g["inputs"] == {"bits": 8, "mode": "dynamic", "symmetric": False} for g in ours.config.quantization_config.groups
+        )
     if "auto" in mode:
         assert ours.model.layers[1].mlp.down_proj.input_scale.shape == (3,)  # groups of 32 in 96 channels
         assert {g["inputs"].get("group") for g in ours.config.quantization_config.groups} == {None, 32}  # 64: the whole token
@@ -103,7 +108,7 @@ def test_static_and_dynamic_round_to_the_widths_they_say(tmp_path: Path) -> None
         ours, _ = sordino.load(tmp_path / mode)
         kinds = {type(m) for n, m in ours.model.layers.named_modules() if n.endswith("_proj")}
         assert kinds == {QuantLinear}
-        assert all(m.inputs["bits"] == 3 and m.inputs["mode"] == mode for m in ours.modules() if isinstance(m, QuantLinear))
+        assert all(m.inputs == InputGrid(3, mode == "static") for m in ours.modules() if isinstance(m, QuantLinear))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -130,6 +135,7 @@ def test_w8a8_is_close_to_full_precision_and_needs_no_text(tmp_path: Path) -> No
     [
         (["format.activations.bits=8", "format.weights.bits=16"], "nothing would be rounded"),
         (["format.activations={bits=8, mode='static', clip=0.9}"], "a static scale is searched"),
+        (["format.activations={bits=8, mode='static', symmetric=false}"], "static scales are symmetric"),
         (["format.activations.bits=5"], "format.activations.bits"),
     ],
 )

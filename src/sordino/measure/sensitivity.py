@@ -26,7 +26,7 @@ from sordino.measure.propagation import relative_errors
 from sordino.numerics.affine import AffineGrid, GridParams
 from sordino.numerics.divergence import token_kl
 from sordino.numerics.hadamard import rotation
-from sordino.numerics.inputs import fake_encode, token_scale
+from sordino.numerics.inputs import InputGrid
 from sordino.numerics.kv import KvGrid
 from sordino.runtime.attention import round_kv
 
@@ -133,7 +133,7 @@ def round_tokens(x: Tensor, bits: int, turned: bool = False) -> Tensor:
     """X [..., K] rounded by one symmetric scale a token; turned: behind a Hadamard matrix, and turned back."""
     turn = rotation(x.shape[-1])
     x = turn.apply(x) if turned else x
-    x = fake_encode(x, token_scale(x, bits), bits)
+    x = InputGrid(bits).fake(x, 1.0)
     return turn.apply_transpose(x) if turned else x
 
 

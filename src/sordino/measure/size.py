@@ -75,7 +75,7 @@ def size_of(model: Any, folder: Path) -> Size:
 
 def _input_bits(model: Any, head: Any) -> float | None:
     rounded = [m for m in model.modules() if isinstance(m, QuantLinear) and m is not head and m.inputs is not None]
-    bits = sum(m.inputs["bits"] * (m.in_features - m.kept) + KEPT_BITS * m.kept for m in rounded if m.inputs is not None)
+    bits = sum(m.inputs.bits * (m.in_features - m.kept) + KEPT_BITS * m.kept for m in rounded if m.inputs is not None)
     return bits / sum(m.in_features for m in rounded) if rounded else None
 
 

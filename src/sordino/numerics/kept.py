@@ -6,14 +6,13 @@ R = out_features, C = in_features, k kept columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sordino.numerics.affine import round_scale
-from sordino.numerics.inputs import fake_encode, token_scale
+from sordino.numerics.inputs import InputGrid
 
 BITS = 8
 _HALF = 1 << (BITS - 1)
@@ -57,16 +56,14 @@ def with_kept(w: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([w[:, : w.shape[1] - kept.shape[1]], kept.to(w.dtype)], 1)
 
 
-def round_with_kept(
-    x: Tensor, bits: int, clip: float | Tensor, group: int | None, kept: int, scales: Callable[..., Tensor] = token_scale
-) -> Tensor:
+def round_with_kept(x: Tensor, grid: InputGrid, share: float | Tensor, kept: int, moving: bool = False) -> Tensor:
     """An input [..., C] on its dynamic grid, the last ``kept`` entries at 8 bits with a scale of their own for every token.
 
-    As in Atom, the low-bit scales do not see the kept entries. ``scales`` makes them.
+    As in Atom, the low-bit scales do not see the kept entries. ``share`` and ``moving`` as in :meth:`InputGrid.fit`, for those.
     """
     low = torch.cat([x[..., :-kept], torch.zeros_like(x[..., -kept:])], -1)
     high = x[..., -kept:]
-    parts = fake_encode(low, scales(low, bits, clip, group), bits), fake_encode(high, token_scale(high, BITS), BITS)
+    parts = grid.fake(low, share, moving), InputGrid(BITS).fake(high, 1.0)
     return torch.cat([parts[0][..., :-kept], parts[1]], -1)
 
 

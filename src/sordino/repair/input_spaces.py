@@ -64,7 +64,7 @@ class InputSpace:
             linears = [block.get_submodule(x.name) for x in anatomy.at(site)]
             pairs = [(m, hook) for m in linears if (hook := rounding(m)) is not None]
             if pairs:
-                trained = _trained(pairs[0][0].get_buffer(SCALE), clips and not pairs[0][1].static)
+                trained = _trained(pairs[0][0].get_buffer(SCALE), clips and not pairs[0][1].grid.static)
                 self.sites.append((pairs, trained))
                 once = Once(len(pairs)) if len(pairs) > 1 else None
                 for _, hook in pairs:

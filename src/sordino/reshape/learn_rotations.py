@@ -26,7 +26,7 @@ from sordino.anatomy import Anatomy, Site
 from sordino.contract import LearnContext, Move
 from sordino.errors import InputError, SordinoError
 from sordino.numerics.cayley import cayley_step
-from sordino.numerics.inputs import fake_encode, moving_scale
+from sordino.numerics.inputs import InputGrid
 from sordino.numerics.kv import KvGrid
 from sordino.recipe import Format, PositiveInt
 from sordino.reshape.turning import turn_stream, turn_values
@@ -153,9 +153,11 @@ def simulate(ctx: LearnContext, index: int, basis: Tensor, values: Tensor) -> li
     inputs, kv, hooks = ctx.format.activations, ctx.format.kv, []
     clip = _CLIP if inputs.static or inputs.clip == "search" else float(inputs.clip)
 
+    def grid(site: Site) -> InputGrid:
+        return InputGrid(inputs.bits, group=ctx.groups[site], symmetric=inputs.symmetric)
+
     def fake(x: Tensor, site: Site) -> Tensor:
-        scale = moving_scale(x, inputs.bits, clip, ctx.groups[site])
-        return fake_encode(x, scale, inputs.bits) if inputs.rounded else x
+        return grid(site).fake(x, clip, moving=True) if inputs.rounded else x
 
     def around(site: Site, y: Tensor) -> Tensor:
         turn = basis.to(y.dtype)
@@ -169,7 +171,7 @@ def simulate(ctx: LearnContext, index: int, basis: Tensor, values: Tensor) -> li
     if inputs.rounded:
         for site, norm in anatomy.norms.items():
             hooks.append(block.get_submodule(norm).register_forward_hook(lambda _, __, y, site=site: around(site, y)))
-        round_inputs(block.get_submodule(DOWN), inputs.bits, False, ctx.groups["down"], clip)
+        round_inputs(block.get_submodule(DOWN), grid("down"), clip)
     # Values stay turned, so that the cache's own rounding sees them so, until o_proj's input is rounded.
     hooks.append(attention.v_proj.register_forward_hook(lambda _, __, v: heads(v, values[index])))
     hooks.append(

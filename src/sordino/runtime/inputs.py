@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sordino.numerics.hadamard import rotation
-from sordino.numerics.inputs import fake_encode, moving_scale, token_scale
+from sordino.numerics.inputs import InputGrid
 from sordino.numerics.kept import round_with_kept
 from sordino.runtime.kernels.rows import rotate
 from sordino.runtime.modules import ORDER, SCALE, input_groups
@@ -41,18 +41,16 @@ class RoundInput:
     """Forward pre-hook of a linear: rounds its input.
 
     Attributes:
-        bits: width of a code.
-        static: whether the linear's ``input_scale`` is the scale; else it is the share of a token's largest entry that the
-            codes reach, one for each group of channels.
-        group: channels of a token that share a dynamic scale; None for all.
+        grid: what it is rounded to, by the linear's ``input_scale``: the scale, or the share of the extremes that the codes of
+            a dynamic one reach, one for each group of channels.
         kept: the last channels, at 8 bits.
         trained: says what takes the place of ``input_scale`` while it is trained.
         once: rounds for all linears of a site, while it is trained.
         moving: whether dynamic scales have gradients, while channels are trained to be louder or quieter.
     """
 
-    def __init__(self, bits: int, static: bool, group: int | None = None, kept: int = 0):
-        self.bits, self.static, self.group, self.kept = bits, static, group, kept
+    def __init__(self, grid: InputGrid, kept: int = 0):
+        self.grid, self.kept = grid, kept
         self.trained: Callable[[], Tensor] | None = None
         self.once: Once | None = None
         self.moving = False
@@ -63,11 +61,10 @@ class RoundInput:
         return (self._round(module, x) if self.once is None else self.once(x, lambda: self._round(module, x)),)
 
     def _round(self, module: Any, x: Tensor) -> Tensor:
-        scale: Tensor = module.get_buffer(SCALE) if self.trained is None else self.trained()
-        scales = moving_scale if self.moving else token_scale
+        share: Tensor = module.get_buffer(SCALE) if self.trained is None else self.trained()
         if self.kept:
-            return round_with_kept(x, self.bits, scale, self.group, self.kept, scales)
-        return fake_encode(x, scale if self.static else scales(x, self.bits, scale, self.group), self.bits)
+            return round_with_kept(x, self.grid, share, self.kept, self.moving)
+        return self.grid.fake(x, share, self.moving)
 
 
 class Once:
@@ -93,12 +90,12 @@ class Once:
         return rounded
 
 
-def round_inputs(linear: Any, bits: int, static: bool, group: int | None, scale: float | None = None, kept: int = 0) -> None:
+def round_inputs(linear: Any, grid: InputGrid, scale: float | None = None, kept: int = 0) -> None:
     """Let a linear round its input from now on; ``scale``, where given, becomes its ``input_scale``, of every group alike."""
     if scale is not None:
-        linear.register_buffer(SCALE, torch.full((input_groups(linear.in_features, group),), scale))
+        linear.register_buffer(SCALE, torch.full((input_groups(linear.in_features, grid.group),), scale))
     if rounding(linear) is None:
-        linear.register_forward_pre_hook(RoundInput(bits, static, group, kept))
+        linear.register_forward_pre_hook(RoundInput(grid, kept))
 
 
 def rounding(linear: nn.Module) -> RoundInput | None:

@@ -233,8 +233,8 @@ def _rounding(linear: Any) -> library.Rounding | None:
     scale: Tensor = linear.get_buffer(SCALE)
     if not _ready(scale, torch.float32):
         return None
-    group = linear.inputs.get("group") or linear.in_features
-    return library.Rounding(scale.data_ptr(), group, linear.inputs["bits"], linear.inputs["mode"] == "static")
+    grid = linear.inputs
+    return library.Rounding(scale.data_ptr(), grid.group or linear.in_features, grid.bits, grid.static, not grid.symmetric)
 
 
 def _norm(norm: Any) -> library.Norm:

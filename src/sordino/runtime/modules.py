@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sordino.numerics.additive import additive_values
 from sordino.numerics.basis import Basis, Dense
-from sordino.numerics.inputs import encode, fake_encode, token_scale
+from sordino.numerics.inputs import InputGrid, encode
 from sordino.numerics.kept import BITS, Kept, round_with_kept, with_kept
 from sordino.numerics.packing import pack, packed_words, unpack
 from sordino.numerics.side import Side
@@ -68,7 +68,8 @@ class QuantLinear(nn.Module):
         column: bool = False,
     ):
         super().__init__()
-        self.inputs, self.kept, self.side, self.columned = inputs, kept, side, column
+        self.inputs = None if inputs is None else InputGrid.of(inputs)
+        self.kept, self.side, self.columned = kept, side, column
         if column:
             self.register_buffer("column_scale", torch.ones(in_features, dtype=torch.bfloat16))
         if side:
@@ -77,8 +78,8 @@ class QuantLinear(nn.Module):
         if kept:
             self.register_buffer("kept_packed", torch.zeros(out_features, packed_words(kept, BITS), dtype=torch.int32))
             self.register_buffer("kept_scale", torch.zeros(out_features, 1, dtype=torch.bfloat16))
-        if inputs is not None:
-            numbers = input_groups(in_features, inputs.get("group"))
+        if self.inputs is not None:
+            numbers = input_groups(in_features, self.inputs.group)
             self.register_buffer(SCALE, torch.zeros(numbers, dtype=torch.float32))
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group, self.symmetric, self.additive = bits, group, symmetric or grid == "additive", grid == "additive"
@@ -167,23 +168,22 @@ class QuantLinear(nn.Module):
         if self.columned:
             x = x * self.column_scale.to(x.dtype)
         if self.inputs is not None:
-            bits, static = self.inputs["bits"], self.inputs["mode"] == "static"
-            scale: Tensor = self._buffers[SCALE].float()  # type: ignore[union-attr]  # get_buffer takes microseconds
-            parts = self.inputs.get("group")
-            whole = self.group == self.in_features and self.symmetric and not self.additive and parts is None and not self.kept
-            whole = whole and not self.side
+            grid, bits = self.inputs, self.inputs.bits
+            share: Tensor = self._buffers[SCALE].float()  # type: ignore[union-attr]  # get_buffer takes microseconds
+            whole = self.group == self.in_features and self.symmetric and not (self.additive or self.kept or self.side)
+            whole = whole and grid.symmetric and grid.group is None
             if whole:
-                clip, fixed = (1.0, scale) if static else (float(scale), None)
+                clip, fixed = (1.0, share) if grid.static else (float(share), None)
                 out = native.rounded_product(self._native_weight(), x, bits, clip, fixed)
                 if out is not None:
                     return out
             if self.kept:
-                x = round_with_kept(x, bits, scale, parts, self.kept)
+                x = round_with_kept(x, grid, share, self.kept)
+            elif whole and x.device.type == "cpu":  # elsewhere torch's integer product takes few shapes
+                scale = grid.fit(x, share)[0]
+                return self._multiply(encode(x, scale, bits), scale, x.dtype)
             else:
-                scale = scale if static else token_scale(x, bits, scale, parts)
-                if whole and x.device.type == "cpu":  # elsewhere torch's integer product takes few shapes
-                    return self._multiply(encode(x, scale, bits), scale, x.dtype)
-                x = fake_encode(x, scale, bits)
+                x = grid.fake(x, share)
         out = None if self.kept else native.product(self._native_weight(), x)
         out = self._product(x) if out is None else out
         return out + F.linear(F.linear(x, self.side_a.to(x.dtype)), self.side_b.to(x.dtype)) if self.side else out

@@ -34,7 +34,9 @@ from sordino.runtime.modules import (
 )
 from sordino.runtime.prefix import give_prefix
 
-FORMAT_VERSION = 4  # 2: `input_scale` of dynamic inputs too, `inner`, `kv`; 3: `kept`, `side`, channels in order; 4: `column`
+# 2: `input_scale` of dynamic inputs too, `inner`, `kv`; 3: `kept`, `side`, channels in order; 4: `column`; 5: inputs with zero
+# points.
+FORMAT_VERSION = 5
 
 
 @register_quantization_config("sordino")
@@ -43,8 +45,8 @@ class SordinoConfig(QuantizationConfigMixin):
 
     Attributes:
         groups: formats of linears: ``{"bits", "group", "symmetric", "modules": [name patterns]}``, and where they differ
-            from a plain affine grid and plain inputs ``"grid"``, ``"inputs": {"bits", "mode"}``, ``"kept"``: so many
-            last columns have 8 bits, ``"side"``: rank of a pair that is added, ``"column"``: a scale of every input.
+            from a plain affine grid and plain inputs ``"grid"``, ``"inputs"`` (numerics/inputs.py), ``"kept"``: so many last
+            columns have 8 bits, ``"side"``: rank of a pair that is added, ``"column"``: a scale of every input.
         embeddings: 16 (plain) or 8.
         head: 16 (plain), 8 or 4.
         biases: name patterns of norms and linears that have a bias which their family does not.

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sordino.numerics.basis import Dense
-from sordino.recipe import ActivationFormat, Recipe
+from sordino.recipe import Recipe
 from sordino.runtime.modules import BASIS
 from sordino.runtime.plugin import SordinoConfig, compress_names
 from sordino.runtime.prefix import opening
 from sordino.walk.ends import Ends
+from sordino.walk.linears import input_grid
 from sordino.walk.plan import Plan
 from sordino.walk.prefix import first_token
 from sordino.walk.source import Source, copy_files, copy_tokenizer
@@ -82,7 +83,7 @@ def storage_config(plan: Plan, prefix: list[int], prompt: dict[str, Any] | None 
     groups = [
         {"bits": b, "group": g, "symmetric": s, "modules": compress_names(names, anatomy.blocks, anatomy.n_blocks)}
         | ({} if grid == "affine" else {"grid": grid})
-        | ({"inputs": _inputs(fmt.activations, of)} if fmt.activations.rounded else {})
+        | ({"inputs": input_grid(fmt.activations, of).stored()} if fmt.activations.rounded else {})
         | ({"kept": kept} if kept else {})
         | ({"side": side} if side else {})
         | ({"column": True} if column else {})
@@ -110,10 +111,6 @@ def storage_config(plan: Plan, prefix: list[int], prompt: dict[str, Any] | None 
         inner=list(plan.inner),
         kv=kv if fmt.kv.rounded else None,
     )
-
-
-def _inputs(fmt: ActivationFormat, group: int | None) -> dict[str, Any]:
-    return {"bits": fmt.bits, "mode": fmt.mode} | ({} if group is None else {"group": group})
 
 
 def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from sordino.runtime.inputs import round_inputs
 from sordino.runtime.modules import ORDER, SCALE, QuantLinear
 from sordino.walk.blocks import BlockFactory
 from sordino.walk.ends import Ends
+from sordino.walk.linears import input_grid
 from sordino.walk.plan import Plan
 from sordino.walk.seeds import seeded
 from sordino.walk.store import Work, pack_block
@@ -121,7 +122,7 @@ def rounded_block(
     block = factory.assemble(index, tensors)
     for p in plan.linears[index]:
         if inputs.rounded and p.group is not None:
-            round_inputs(block.get_submodule(p.linear.name), inputs.bits, inputs.static, p.inputs, kept=p.kept)
+            round_inputs(block.get_submodule(p.linear.name), input_grid(inputs, p.inputs), kept=p.kept)
     kv = plan.recipe.format.kv
     if kv.rounded and plan.blocks[0] <= index < plan.blocks[1]:
         attention = block.get_submodule(ATTENTION)

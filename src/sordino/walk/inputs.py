@@ -17,6 +17,7 @@ from sordino.numerics.affine import round_scale
 from sordino.recipe import ActivationFormat
 from sordino.runtime.inputs import round_inputs
 from sordino.walk.context import Context
+from sordino.walk.linears import input_grid
 
 _COARSE = [0.25 + 0.1 * i for i in range(8)] + [1.0]
 _FINE = [0.01 * i for i in range(-5, 6)]
@@ -35,7 +36,7 @@ def round_site(
 
     def give(scale: float) -> None:
         for linear in linears:
-            round_inputs(linear, fmt.bits, fmt.static, group, _stored(scale), kept)
+            round_inputs(linear, input_grid(fmt, group), _stored(scale), kept)
         ctx.touch(site)
 
     if not fmt.searched:

@@ -8,6 +8,7 @@ from sordino.anatomy import Anatomy, Linear, group_size
 from sordino.errors import InputError
 from sordino.numerics.additive import AdditiveGrid, DualScaleGrid
 from sordino.numerics.affine import AffineGrid
+from sordino.numerics.inputs import InputGrid
 from sordino.numerics.packing import packed_words
 from sordino.recipe import ActivationFormat, Gptaq, Gptq, Recipe, Rtn, WeightFormat
 from sordino.round.gptq import GptqSolver
@@ -107,6 +108,11 @@ def _input_group(fmt: ActivationFormat, linear: Linear, name: str) -> int | None
         return None
     size = group_size(fmt.group, linear, f"{name} (format.activations)")
     return None if size == linear.in_features else size
+
+
+def input_grid(fmt: ActivationFormat, group: int | None) -> InputGrid:
+    """What inputs are rounded to, by groups of channels or None."""
+    return InputGrid(fmt.bits, fmt.static, group, fmt.symmetric)
 
 
 def make_solver(fmt: WeightFormat) -> Solver:

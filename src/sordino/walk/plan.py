@@ -243,6 +243,8 @@ def _check_format(recipe: Recipe, anatomy: Anatomy, source: Source) -> None:
             raise InputError(f"format.{name}.clip belongs to mode=dynamic; a static scale is searched")
     if fmt.activations.static and fmt.activations.group != "token":
         raise InputError("format.activations.group belongs to mode=dynamic; a static scale is one number a site")
+    if fmt.activations.static and not fmt.activations.symmetric:
+        raise InputError("format.activations.symmetric=false belongs to mode=dynamic; static scales are symmetric")
     if anatomy.tied and fmt.head not in (16, fmt.embeddings):
         raise InputError(
             f"format.head={fmt.head}: embedding and head of this model are one table, stored once; "

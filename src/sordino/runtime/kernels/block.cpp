@@ -38,7 +38,7 @@ struct Ready {
 
 // Whether input codes are multiplied with weight codes: both have one scale a row.
 bool whole(const Linear& w, const Rounding& r) {
-  return r.bits != 0 && w.group == w.inputs && w.zero == nullptr && (r.fixed || r.group == w.inputs);
+  return r.bits != 0 && w.group == w.inputs && w.zero == nullptr && !r.uneven && (r.fixed || r.group == w.inputs);
 }
 
 struct Call {
@@ -88,12 +88,26 @@ struct Call {
       const int64_t group = how.fixed ? w.inputs : how.group;
       for (int64_t g = 0, from = 0; from < w.inputs; ++g, from += group) {
         float scale = how.scale[how.fixed ? 0 : g];
+        if (how.uneven) {
+          round_uneven(row + from * wide, how.bits, scale, group, r.rounded + (m * w.inputs + from) * wide);
+          continue;
+        }
         k.encode(row + from * wide, type, group, how.bits, how.fixed ? 0 : scale / high, &scale, r.codes);
         char* to = r.rounded + m * w.inputs * wide;
         for (int64_t i = 0; i < group; ++i) write(to, type, from + i, static_cast<float>(r.codes[i]) * scale);
       }
     }
     if (!r.integer) kernels(w).arrange(w, how.bits != 0 ? r.rounded : x, type, s.texts, r.arranged);
+  }
+
+  // n entries on a grid of their own that reaches `share` of their extremes, as numerics/inputs.py does it.
+  void round_uneven(const char* x, int bits, float share, int64_t n, char* out) const {
+    float low, high;
+    k.pieces->extremes(x, type, n, &low, &high);
+    low *= share, high *= share;
+    const float top = static_cast<float>((1 << bits) - 1), exact = (high - low) / top, scale = exact < 1e-8f ? 1e-8f : exact;
+    const float zero = (-low / scale + kMagic) - kMagic;
+    k.training->round(x, scale, -zero, top - zero, type, n, out);
   }
 
   // Rows begin … end of x W^T + bias, into T [rows, outputs].

@@ -18,10 +18,11 @@ struct Norm {
 
 // How a linear's input is rounded.
 struct Rounding {
-  const float* scale;  // static: [1]; else the share of the largest entry that codes reach, one for each group of channels
+  const float* scale;  // static: [1]; else the share of the extremes that codes reach, one for each group of channels
   int64_t group;       // channels that share a dynamic scale
   int32_t bits;        // 0: not rounded
   int32_t fixed;       // static
+  int32_t uneven;      // dynamic, with a zero point
 };
 
 // kron(left, Sylvester matrix of order 2^power), left scaled so that the whole is orthonormal.

@@ -54,6 +54,7 @@ struct Pieces {
   void (*add)(const void* a, const void* b, Type, int64_t n, void* out);
   void (*store)(const void* x, const Format&, int64_t head, Type, int64_t n, uint8_t* row);
   void (*load)(const Span&, int64_t row, int64_t n, Type, void* out);
+  void (*extremes)(const void* x, Type, int64_t n, float* low, float* high);  // of the entries and zero
   // Integer products of rows begin … begin + n of a weight, scaled, with its bias.
   void (*rescale)(const int32_t* sums, const Linear&, int64_t begin, int64_t n, float scale, Type, void* out);
   // The same of products that are numbers already.

@@ -79,7 +79,13 @@ class Norm(ctypes.Structure):
 class Rounding(ctypes.Structure):
     """How a linear's input is rounded, as in block.h."""
 
-    _fields_ = (("scale", ctypes.c_uint64), ("group", ctypes.c_int64), ("bits", ctypes.c_int32), ("fixed", ctypes.c_int32))
+    _fields_ = (
+        ("scale", ctypes.c_uint64),
+        ("group", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("fixed", ctypes.c_int32),
+        ("uneven", ctypes.c_int32),
+    )
 
 
 class Turn(ctypes.Structure):

@@ -171,6 +171,24 @@ void add_of(const T* a, const T* b, int64_t n, T* out) {
 inline float stored_scale(float s) { return widen(narrow(s < 1e-8f ? 1e-8f : s)); }
 
 template <class T>
+void extremes_of(const T* x, int64_t n, float* low, float* high) {
+  float lows[kLanes] = {}, highs[kLanes] = {};  // side by side, for vectors
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) {
+      const float v = get(x, i + k);
+      lows[k] = v < lows[k] ? v : lows[k], highs[k] = v > highs[k] ? v : highs[k];
+    }
+  }
+  *low = 0, *high = 0;
+  for (; i < n; ++i) {
+    const float v = get(x, i);
+    *low = v < *low ? v : *low, *high = v > *high ? v : *high;
+  }
+  for (int k = 0; k < kLanes; ++k) *low = lows[k] < *low ? lows[k] : *low, *high = highs[k] > *high ? highs[k] : *high;
+}
+
+template <class T>
 void store_row(const T* x, const Format& f, int64_t head, int64_t n, uint8_t* row) {
   if (f.bits == 0) {
     std::memcpy(row, x, static_cast<size_t>(n) * sizeof(T));
@@ -179,19 +197,7 @@ void store_row(const T* x, const Format& f, int64_t head, int64_t n, uint8_t* ro
   const float share = share_of(f, head), half = static_cast<float>(1 << (f.bits - 1)), top = static_cast<float>((1 << f.bits) - 1);
   float scale = share, zero = half, low = 0, high = 0;
   if (!f.fixed) {
-    float lows[kLanes] = {}, highs[kLanes] = {};  // side by side, for vectors
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      for (int k = 0; k < kLanes; ++k) {
-        const float v = get(x, i + k);
-        lows[k] = v < lows[k] ? v : lows[k], highs[k] = v > highs[k] ? v : highs[k];
-      }
-    }
-    for (; i < n; ++i) {
-      const float v = get(x, i);
-      low = v < low ? v : low, high = v > high ? v : high;
-    }
-    for (int k = 0; k < kLanes; ++k) low = lows[k] < low ? lows[k] : low, high = highs[k] > high ? highs[k] : high;
+    extremes_of(x, n, &low, &high);
     if (f.symmetric) {
       scale = stored_scale((-low > high ? -low : high) * share / (half - 1));
     } else {
@@ -390,6 +396,10 @@ void any_load(const Span& s, int64_t i, int64_t n, Type type, void* out) {
   either(type, [&](auto t) { load_as(s, i, n, static_cast<decltype(t)*>(out)); });
 }
 
+void any_extremes(const void* x, Type type, int64_t n, float* low, float* high) {
+  either(type, [&](auto t) { extremes_of(static_cast<const decltype(t)*>(x), n, low, high); });
+}
+
 void any_rescale(const int32_t* sums, const Linear& w, int64_t begin, int64_t n, float scale, Type type, void* out) {
   either(type, [&](auto t) { rescale_to(sums, w, begin, n, scale, static_cast<decltype(t)*>(out)); });
 }
@@ -398,7 +408,7 @@ void any_finish(const float* sums, const Linear& w, int64_t begin, int64_t n, Ty
   either(type, [&](auto t) { finish_to(sums, w, begin, n, static_cast<decltype(t)*>(out)); });
 }
 
-constexpr Pieces kPieces = {any_norm, any_rope, any_turn, any_glu, any_add, any_store, any_load, any_rescale, any_finish, attend_to};
+constexpr Pieces kPieces = {any_norm, any_rope, any_turn, any_glu, any_add, any_store, any_load, any_extremes, any_rescale, any_finish, attend_to};
 
 }  // namespace
 }  // namespace sordino
