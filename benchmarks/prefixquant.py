@@ -24,6 +24,8 @@ LONGER = ["moves.4.epochs=4", "moves.5.times=3.25"]
 FIVE = 'format.weights.override=[{match="*.k_proj", bits=5}, {match="*.v_proj", bits=5}, {match="*.o_proj", group="wide"}]'
 # Finer inputs: a scale and a zero point for every group of channels. Weights are in groups as well, so that it costs no speed.
 PARTS = 'format.activations={bits=4, mode="dynamic", clip="search", group="auto", symmetric=false}'
+CENTERED = f"""moves=[{{move="center"}}, {EVEN}, {PREFIX}, {{move="tune", epochs=4}},
+{{move="distill", epochs=1, times=3.25, scales=0.003, gains=0.003}}]"""
 KV_STATIC = 'format.kv={bits=4, mode="static", symmetric=true}'
 
 
@@ -63,8 +65,8 @@ LADDER: Ladder = {
     # What `w3` and `w2` gained from: four epochs of tuning, more text for distillation, more bits for what feeds the cache.
     **{f"{name}, tuned 4, more text": (name, LONGER, SEEDS) for name in ("w4a4kv4", "w4a8kv4")},
     "w4a4kv4, tuned 4, more text, 5-bit keys and values": ("w4a4kv4", [*LONGER, FIVE], [0]),
-    "w4a4kv4, inputs in groups": ("w4a4kv4", [PARTS], [0]),
-    "w4a4kv4, tuned 4, more text, inputs in groups": ("w4a4kv4", [*LONGER, PARTS], SEEDS),
+    "w4a4kv4, tuned 4, more text, inputs in groups": ("w4a4kv4", [*LONGER, PARTS], [0]),
+    "w4a4kv4, tuned 4, more text, inputs in groups, centered": ("w4a4kv4", [PARTS, CENTERED], SEEDS),
     # Ours with static scales: is dynamic still worth its time?
     **{
         f"{name}, static": (name, [f'format.activations={{bits={bits}, mode="static"}}', KV_STATIC], [0])

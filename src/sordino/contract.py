@@ -196,6 +196,7 @@ class Move:
         return 0
 
     survey_windows: int | None = None  # calibration windows that the survey is content with; None looks at all
+    reshapes_first = False  # what its survey found is of blocks that no move before it has reshaped
     before_inner = False  # reshape wants channels inside the blocks as the model has them, not yet turned
     reshapes_alone = False  # what its survey found is of blocks that no other move reshapes
     kept = 0  # input channels of every rounded linear, its last ones, that stay at 8 bits

@@ -16,6 +16,7 @@ from sordino.recipe import MoveSpec
 from sordino.repair.distill import Distill
 from sordino.repair.mean_shift import MeanShift
 from sordino.repair.tune import Tune
+from sordino.reshape.center import Center
 from sordino.reshape.learn_rotations import LearnRotations
 from sordino.reshape.rotate import Rotate
 from sordino.reshape.rotate_inner import RotateInner
@@ -23,7 +24,7 @@ from sordino.reshape.smooth import Smooth
 
 MoveFactory = Callable[..., Move]
 MOVES: dict[str, MoveFactory] = {
-    m.name: m for m in (Channels, Distill, LearnRotations, MeanShift, Prefix, Rotate, RotateInner, Smooth, Tune)
+    m.name: m for m in (Center, Channels, Distill, LearnRotations, MeanShift, Prefix, Rotate, RotateInner, Smooth, Tune)
 }
 
 # What the field calls a move of its own, and is something else here.

@@ -33,6 +33,10 @@ def turn_stream(block: nn.Module, anatomy: Anatomy, turn: Turn) -> None:
                 replace(module, turn(module.bias.double()), "bias")
     for name in anatomy.norms.values():
         norm: Any = block.get_submodule(name)
+        if getattr(norm, "bias", None) is not None:
+            # Where the gain is zero the linears' columns are now, too: nothing there can be added any more.
+            exact = norm.weight.double()
+            replace(norm, turn(torch.where(exact == 0, 0.0, norm.bias.double() / exact)), "bias")
         replace(norm, torch.ones_like(norm.weight))
 
 

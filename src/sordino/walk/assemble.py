@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sordino.contract import having
 from sordino.numerics.basis import Dense
 from sordino.recipe import Recipe
 from sordino.runtime.modules import BASIS
@@ -92,8 +93,11 @@ def storage_config(plan: Plan, prefix: list[int], prompt: dict[str, Any] | None 
     if fmt.head != 16 and not anatomy.tied:
         groups.append({"bits": fmt.head, "group": "channel", "symmetric": True, "modules": [anatomy.head]})
     first, last = plan.blocks
-    added = sorted({name for m in plan.moves for name in m.biases(anatomy)})
-    biases = [anatomy.full_name(i, name) for name in added for i in range(first, last)]
+    added: dict[str, range] = {}
+    for move in plan.moves:  # what reshapes a block does so with all of them
+        span = range(anatomy.n_blocks) if having([move], "reshape") else range(first, last)
+        added |= {name: max(span, added.get(name, span), key=len) for name in move.biases(anatomy)}
+    biases = [anatomy.full_name(i, name) for name in sorted(added) for i in added[name]]
     kv = {"bits": fmt.kv.bits, "symmetric": fmt.kv.symmetric, "static": fmt.kv.static, "blocks": list(plan.blocks)}
     basis: dict[str, Any] | None = None
     if isinstance(plan.basis, Dense):

@@ -125,8 +125,12 @@ class Context:
         module.bias.data = (module.bias.float() + bias).to(self.stored).to(module.weight.dtype)
 
     def unshift(self, module: str) -> None:
-        """Take the bias of a norm or linear away."""
-        drop_bias(self.q.get_submodule(module))
+        """Take the bias of a norm or linear away, or what was added to the one that the reshaped block has."""
+        own = getattr(self.fp.get_submodule(module), "bias", None)
+        if own is None:
+            drop_bias(self.q.get_submodule(module))
+        else:
+            self.q.get_submodule(module).bias = nn.Parameter(own.detach().clone(), requires_grad=False)
         self._touch_module(module)
 
     def _touch_module(self, module: str) -> None:

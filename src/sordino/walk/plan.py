@@ -269,6 +269,8 @@ def _check_moves(moves: tuple[Move, ...], source: Source, anatomy: Anatomy) -> N
     if len({m.name for m in curious}) < len(curious):
         raise InputError(f"the move '{curious[0].name}' stands there twice; keep one of them")
     for place, move in enumerate(moves):
+        if move.reshapes_first and (earlier := having(moves[:place], "reshape")):
+            raise InputError(f"move '{move.name}' must stand before '{earlier[0].name}', which changes what it has seen")
         if move.before_inner and (turned := next((m for m in moves[:place] if m.inner()), None)):
             raise InputError(f"move '{move.name}' must stand before '{turned.name}', which turns the channels it works on")
     for move in moves:

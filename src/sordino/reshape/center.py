@@ -1,0 +1,104 @@
+"""Taking the mean off what linears see (ours; like the shift of Outlier Suppression+, 2304.09145, which takes mid-ranges).
+
+A large part of a linear's input is the same for every token: two thirds of the energy of what q_proj sees in smollm2. Rounding
+spends its codes on that constant, and a rotation spreads it over all channels. It can move into biases instead, exactly:
+a norm gets the bias ``-m``, and the linears that it feeds ``W m``; likewise v_proj gets ``-c`` and o_proj ``W c``, because the
+weights of attention sum to one. What is left has less energy, and so smaller steps, of inputs and of cached values.
+Shapes: R = out_features, C = in_features, K key heads, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sordino.anatomy import Anatomy, Site
+from sordino.contract import Move, SiteInputs
+from sordino.errors import InputError
+from sordino.recipe import Format
+from sordino.reshape.replace import replace
+from sordino.runtime.inner import ATTENTION
+from sordino.runtime.modules import give_bias
+
+_WINDOWS = 16  # looked at; a mean needs no more
+_LOUD = 1024.0  # times the median token's energy: what is louder is for the prefix to park, and is left out
+
+
+class Center(Move):
+    """Take the mean off the inputs of linears; before every other move that reshapes.
+
+    Args:
+        values: of o_proj, and so of the values.
+    """
+
+    name = "center"
+    reshapes_first = True
+    survey_windows = _WINDOWS
+
+    def __init__(self, values: bool = True) -> None:
+        self.values = values
+
+    def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
+        """Needs a norm or values to take it off."""
+        if not (anatomy.norms or self.values):
+            raise InputError(f"move 'center': {anatomy.model_type} has no norms before its linears, and values are off")
+
+    def biases(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Norms, and all linears but down_proj."""
+        fed = {*anatomy.norms, *(["o"] if self.values else [])}
+        linears = [x.name for x in anatomy.linears if not x.bias and (x.site in fed or (self.values and x.name == _VALUES))]
+        return (*anatomy.norms.values(), *linears)
+
+    def survey(self, index: int, block: nn.Module, inputs: SiteInputs, artifacts: dict[str, Any]) -> None:
+        """Means of one block's inputs."""
+        found = artifacts.setdefault(self.name, {})
+        sites: tuple[Site, ...] = ("qkv", "o", "gate_up")
+        for site in sites:
+            found[index, site] = channel_means(inputs(site))
+
+    @torch.no_grad()
+    def reshape(self, block: nn.Module, index: int, anatomy: Anatomy, artifacts: dict[str, Any]) -> None:
+        """Give the biases."""
+        found = artifacts[self.name]
+        for site, name in anatomy.norms.items():
+            norm: Any = block.get_submodule(name)
+            _add(norm, -found[index, site])
+            taken = -norm.bias.double()  # as it is stored
+            for linear in anatomy.at(site):
+                module: Any = block.get_submodule(linear.name)
+                _add(module, module.weight.double() @ taken)
+        if self.values:
+            attention: Any = block.get_submodule(ATTENTION)
+            v, o = attention.v_proj, attention.o_proj
+            mean = (
+                found[index, "o"].view(anatomy.key_heads, -1, attention.head_dim).mean(1)
+            )  # query heads that share a key head
+            before = 0.0 if v.bias is None else v.bias.double()
+            _add(v, -mean.flatten())
+            taken = (before - v.bias.double()).view(anatomy.key_heads, 1, -1)
+            columns = taken.expand(-1, o.in_features // taken.numel(), -1).flatten()
+            _add(o, o.weight.double() @ columns)
+
+
+_VALUES = f"{ATTENTION}.v_proj"
+
+
+def channel_means(batches: Any) -> Tensor:
+    """Means of the channels over the tokens that are not for the prefix, fp64 [C]."""
+    total, tokens, seen = torch.zeros(()), 0, 0
+    for _, x in batches:
+        flat = x.flatten(0, 1).double()
+        energy = flat.square().sum(1)
+        quiet = flat[energy <= _LOUD * energy.median()]
+        total, tokens, seen = total + quiet.sum(0), tokens + len(quiet), seen + len(x)
+        if seen >= _WINDOWS:
+            break
+    return total / max(tokens, 1)
+
+
+def _add(module: Any, bias: Tensor) -> None:
+    """Add to the bias of a norm or linear, which gets one if it has none."""
+    give_bias(module)
+    replace(module, module.bias.double() + bias, "bias")
