@@ -197,6 +197,7 @@ class Move:
 
     survey_windows: int | None = None  # calibration windows that the survey is content with; None looks at all
     reshapes_first = False  # what its survey found is of blocks that no move before it has reshaped
+    survey_keys = False  # wants the means of keys: artifacts["keys"], fp64 [K, d], of the block that is seen
     before_inner = False  # reshape wants channels inside the blocks as the model has them, not yet turned
     reshapes_alone = False  # what its survey found is of blocks that no other move reshapes
     kept = 0  # input channels of every rounded linear, its last ones, that stay at 8 bits
@@ -237,7 +238,7 @@ class Move:
         return None
 
     def inner(self) -> tuple[str, ...]:
-        """Spaces inside a block that :meth:`reshape` turns or puts in order: "values", "keys", "down", "channels"."""
+        """What :meth:`reshape` has done inside a block: turns of "values", "keys", "down"; "key-means"; "channels" in order."""
         return ()
 
     def biases(self, anatomy: Anatomy) -> tuple[str, ...]:

@@ -13,13 +13,16 @@ from transformers import AutoModelForCausalLM
 import sordino
 from sordino.corpus import DEFAULT_TEXT, load_text, tokenize
 from sordino.errors import InputError
+from sordino.moves import MOVES
 from sordino.recipe import Recipe, load_recipe
 from sordino.reshape.center import channel_means
-from tiny import FAMILIES, assert_same_function, make_tiny
+from sordino.runtime.prefix import prefix_length
+from tiny import FAMILIES, Fixed, assert_same_function, make_tiny
 
 SMALL: dict[str, Any] = {"windows": 4, "seqlen": 32}
 ALONE = '{move="center"}'
-NO_VALUES = '{move="center", values=false}'
+INPUTS = '{move="center", values=false, keys=false}'
+KEYS = '{move="center", inputs=false, values=false}'
 FIRST = '{move="center"}, {move="smooth"}, {move="rotate", size="full"}, {move="rotate-inner"}'
 UNTURNED = '{move="center"}, {move="smooth"}, {move="rotate-inner"}'
 
@@ -41,24 +44,22 @@ def uneven(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("moves", [ALONE, NO_VALUES, UNTURNED, FIRST])
+@pytest.mark.parametrize("moves", [ALONE, INPUTS, KEYS, UNTURNED, FIRST])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_unchanged(family: str, moves: str, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", family, layers=2)
     uneven(model)
-    if family == "olmo2" and moves in (NO_VALUES, FIRST):  # its norms stand behind the linears
+    if family == "olmo2" and moves != KEYS:  # its norms stand behind the linears
         with pytest.raises(InputError, match="no norms"):
             sordino.quantize(str(model), recipe(moves), tmp_path / "out", **SMALL)
         return
     sordino.quantize(str(model), recipe(moves), tmp_path / "out", **SMALL)
     _, ours, _ = assert_same_function(model, tmp_path / "out", ["model.layers.1.self_attn.o_proj"] if "smooth" in moves else [])
     layer = ours.model.layers[1]
-    assert (layer.self_attn.o_proj.bias is not None) == (moves != NO_VALUES)
-    if family != "olmo2":
-        assert (
-            float(layer.input_layernorm.bias.detach().abs().max()) > 0
-            and float(layer.mlp.gate_proj.bias.detach().abs().max()) > 0
-        )
+    assert (layer.self_attn.o_proj.bias is not None) == (moves not in (INPUTS, KEYS))
+    assert hasattr(layer.self_attn, "key_mean") == (moves != INPUTS)
+    if moves != KEYS:
+        assert all(float(m.bias.detach().abs().max()) > 0 for m in (layer.input_layernorm, layer.mlp.gate_proj))
 
 
 def test_what_linears_see_has_no_mean(tmp_path: Path) -> None:
@@ -79,6 +80,37 @@ def test_what_linears_see_has_no_mean(tmp_path: Path) -> None:
     before, after = shares
     assert all(b > 0.1 for b in before)
     assert all(a < 0.35 * b for a, b in zip(after, before, strict=True))
+
+
+def test_keys_lose_what_they_share(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    uneven(model)
+    sordino.quantize(str(model), recipe(KEYS), tmp_path / "out", windows=16, seqlen=32)
+    ours, tokenizer = sordino.load(tmp_path / "out", dtype=torch.float32)
+    ids = tokenize(load_text(DEFAULT_TEXT), tokenizer)[:512].view(16, 32)
+    with torch.no_grad():
+        keys = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids).past_key_values.layers[1].keys
+    energy = keys.square().sum(-1).mean()
+    mean = ours.model.layers[1].self_attn.key_mean
+    assert float((keys - mean[:, None]).square().sum(-1).mean()) < 0.9 * float(energy)
+    assert float((keys.mean((0, 2)) - mean).square().sum(-1).mean()) < 0.5 * float(mean.square().sum(-1).mean())
+
+
+def test_a_prefix_loses_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its keys would stand out among the others'."""
+    model = make_tiny(tmp_path / "model", layers=2)
+    uneven(model)
+    monkeypatch.setitem(MOVES, "prefix", Fixed)
+    logits = []
+    for moves in ("", f"{KEYS}, ", f"{ALONE}, "):
+        made = recipe(moves + '{move="prefix"}')
+        sordino.quantize(str(model), made, tmp_path / f"out{len(logits)}", **SMALL)
+        ours, tokenizer = sordino.load(tmp_path / f"out{len(logits)}", dtype=torch.float32)
+        assert prefix_length(ours) == 3
+        with torch.no_grad():
+            logits.append(ours(tokenizer("the function stays", return_tensors="pt").input_ids).logits)
+    plain = logits[0]
+    assert all(float((x - plain).norm()) <= 1e-4 * float(plain.norm()) for x in logits[1:])
 
 
 def _see(seen: dict[str, torch.Tensor], name: str, _: Any, args: tuple[Any, ...]) -> None:

@@ -30,6 +30,7 @@ pytestmark = needs_kernels
 SMALL: dict[str, Any] = {"windows": 8, "seqlen": 48}
 PROMPT, NEW = 12, 14
 
+CENTER = "{move='center'}"
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "weights alone": ("rtn-w4", []),
     "2 bits, a scale a row": ("rtn-w4", [f"format.weights.{x}" for x in ("bits=2", "symmetric=true", 'group="channel"')]),
@@ -40,6 +41,8 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "groups of channels": ("quarot-w4a4", []),
     "groups of channels, zero points": ("quarot-w4a4", ["format.activations.symmetric=false"]),
     "zero points by token": ("prefixquant-w4a4kv4-dynamic", ["format.activations.symmetric=false"]),
+    "no means": ("w4a4kv4", [f"moves=[{CENTER}, {{move='rotate', size='full'}}, {{move='rotate-inner'}}, {{move='prefix'}}]"]),
+    "no means, unturned": ("w4a4kv4", [f"moves=[{CENTER}]"]),
     "integer products": ("w8a8", []),
     "3-bit cache": ("rtn-w4", ['format.kv={bits=3, mode="dynamic", symmetric=true}']),
 }
@@ -133,7 +136,7 @@ def test_heads_as_wide_as_those_of_real_models(recipe: str, size: int, level: st
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("recipe", ["weights alone", "dynamic, prefix, R3, R4"])
+@pytest.mark.parametrize("recipe", ["weights alone", "dynamic, prefix, R3, R4", "no means"])
 def test_every_family(family: str, recipe: str, tmp_path: Path, calls: list[int]) -> None:
     model = quantized(tmp_path, *RECIPES[recipe], family=family)
     ours, _ = decoded(model, True)
@@ -144,7 +147,8 @@ def test_every_family(family: str, recipe: str, tmp_path: Path, calls: list[int]
 
 @every_level
 @pytest.mark.parametrize(
-    "recipe", ["norms with a bias", "static, prefix, R3, R4", "groups of channels", "groups of channels, zero points"]
+    "recipe",
+    ["norms with a bias", "static, prefix, R3, R4", "groups of channels", "groups of channels, zero points", "no means"],
 )
 def test_every_instruction_set_and_half_precision(
     recipe: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -52,21 +52,31 @@ def test_gradients_of_rotations(level: str, size: int, dtype: torch.dtype) -> No
 @examples
 @given(
     bits=st.sampled_from([2, 3, 4, 8]), kind=st.sampled_from(["static", "symmetric", "asymmetric"]), size=st.integers(1, 130),
-    tokens=st.integers(1, 70), place=st.integers(0, 5), dtype=TYPES, half_scales=st.booleans(), seed=SEEDS,
+    tokens=st.integers(1, 70), place=st.integers(0, 5), dtype=TYPES, flags=st.tuples(st.booleans(), st.booleans()), seed=SEEDS,
 )  # fmt: skip
 def test_packed_rows_are_bit_equal(
-    level: str, bits: int, kind: str, size: int, tokens: int, place: int, dtype: torch.dtype, half_scales: bool, seed: int
+    level: str,
+    bits: int,
+    kind: str,
+    size: int,
+    tokens: int,
+    place: int,
+    dtype: torch.dtype,
+    flags: tuple[bool, bool],
+    seed: int,
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     grid = KvGrid(bits, kind != "asymmetric", kind == "static")
     x = (torch.randn(2, 3, tokens, size, generator=g) * torch.randn(2, 3, tokens, 1, generator=g).exp()).to(dtype)
     share = torch.rand(3, generator=g) * 0.5 + 0.5
+    half_scales, centered = flags
     share = share.bfloat16() if half_scales else share
+    mean = torch.randn(3, size, generator=g).to(dtype) if centered else None
     room = torch.full((2, 3, place + tokens + 2, grid.row_bytes(size)), 255, dtype=torch.uint8)
     with kernels.using(level):
-        assert rows.store(grid, share, None, x, room, place)
+        assert rows.store(grid, share, mean, None, x, room, place)
         found = rows.load(grid, share, room, place + tokens, size, dtype)
-    packed = grid.pack(x, share)
+    packed = grid.pack(x if mean is None else x - mean[:, None], share)
     assert torch.equal(room[:, :, place : place + tokens], packed)
     assert bool((room[:, :, :place] == 255).all()) and bool((room[:, :, place + tokens :] == 255).all())
     assert found is not None and torch.equal(found[:, :, place:], grid.unpack(packed, share, size, dtype))
@@ -76,11 +86,16 @@ def test_rotated_rows_are_those_of_rotated_keys() -> None:
     grid, turn = KvGrid(4, False, False), rotation(64)
     x, share = torch.randn(1, 2, 5, 64), torch.ones(2)
     room = torch.zeros(1, 2, 8, grid.row_bytes(64), dtype=torch.uint8)
-    assert rows.store(grid, share, turn, x, room, 1)
-    found = rows.load(grid, share, room, 6, 64, torch.float32)
-    assert found is not None
-    # A number at a tie may fall the other way: one step of its token's scale.
-    assert float((found[:, :, 1:] - grid.fake(turn.apply(x), share)).abs().max()) <= 0.6
+    mean = torch.randn(2, 64)
+    for off in (None, mean):
+        assert rows.store(grid, share, off, turn, x, room, 1)
+        found = rows.load(grid, share, room, 6, 64, torch.float32)
+        assert found is not None
+        # A number at a tie may fall the other way: one step of its token's scale.
+        exact = turn.apply(x if off is None else x - off[:, None])
+        assert float((found[:, :, 1:] - grid.fake(exact, share)).abs().max()) <= 0.6
+    for wrong in (mean.double(), mean[:, :63], torch.randn(64, 2).T):
+        assert not rows.store(grid, share, wrong, turn, x, room, 1)
 
 
 def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
@@ -91,7 +106,7 @@ def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
         assert rows.turned(rotation(8), x.detach()) is None
     share = torch.ones(1, dtype=torch.float64)
     assert not rows.store(
-        KvGrid(4, True, True), share, None, x.detach()[None, None], torch.zeros(1, 1, 2, 4).to(torch.uint8), 0
+        KvGrid(4, True, True), share, None, None, x.detach()[None, None], torch.zeros(1, 1, 2, 4).to(torch.uint8), 0
     )
 
 

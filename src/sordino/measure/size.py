@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from sordino.numerics.kept import BITS as KEPT_BITS
-from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
+from sordino.runtime.attention import KEY_MEAN, KEY_SCALE, VALUE_SCALE
 from sordino.runtime.modules import BASIS, QuantEmbedding, QuantLinear
 from sordino.runtime.prefix import KEY, VALUE
 
@@ -64,7 +64,7 @@ def size_of(model: Any, folder: Path) -> Size:
         elif isinstance(module, QuantEmbedding):
             parameters += module.num_embeddings * module.embedding_dim
         elif hasattr(module, "k_proj"):
-            bits += 8 * sum(stored.get(f"{name}.{b}", 0) for b in (KEY, VALUE, KEY_SCALE, VALUE_SCALE))
+            bits += 8 * sum(stored.get(f"{name}.{b}", 0) for b in (KEY, VALUE, KEY_SCALE, VALUE_SCALE, KEY_MEAN))
         elif _added(model, name):  # a norm
             bits += 8 * stored.get(f"{name}.bias", 0)
     parameters += sum(p.numel() for n, p in model.named_parameters() if not _counted(model, n))
@@ -136,6 +136,7 @@ _KINDS = {
     "side_a": "low-rank pairs",
     "side_b": "low-rank pairs",
     "bias": "biases",
+    KEY_MEAN: "means of keys",
     KEY_SCALE: "scales of keys and values",
     VALUE_SCALE: "scales of keys and values",
     BASIS: "basis of the stream",

@@ -3,7 +3,8 @@
 A large part of a linear's input is the same for every token: two thirds of the energy of what q_proj sees in smollm2. Rounding
 spends its codes on that constant, and a rotation spreads it over all channels. It can move into biases instead, exactly:
 a norm gets the bias ``-m``, and the linears that it feeds ``W m``; likewise v_proj gets ``-c`` and o_proj ``W c``, because the
-weights of attention sum to one. What is left has less energy, and so smaller steps, of inputs and of cached values.
+weights of attention sum to one. From keys a constant can be dropped altogether, behind the rotary embedding: it adds the same
+to all scores of a query, which softmax does not see. What is left has less energy, and so smaller steps.
 Shapes: R = out_features, C = in_features, K key heads, d head size.
 """
 
@@ -19,6 +20,7 @@ from sordino.contract import Move, SiteInputs
 from sordino.errors import InputError
 from sordino.recipe import Format
 from sordino.reshape.replace import replace
+from sordino.runtime.attention import center_keys
 from sordino.runtime.inner import ATTENTION
 from sordino.runtime.modules import give_bias
 
@@ -30,26 +32,37 @@ class Center(Move):
     """Take the mean off the inputs of linears; before every other move that reshapes.
 
     Args:
+        inputs: of the linears behind norms.
         values: of o_proj, and so of the values.
+        keys: of the keys, behind the rotary embedding.
     """
 
     name = "center"
     reshapes_first = True
     survey_windows = _WINDOWS
 
-    def __init__(self, values: bool = True) -> None:
-        self.values = values
+    def __init__(self, inputs: bool = True, values: bool = True, keys: bool = True) -> None:
+        self.inputs, self.values, self.survey_keys = inputs, values, keys
+
+    def inner(self) -> tuple[str, ...]:
+        """Keys lose theirs at run time."""
+        return ("key-means",) if self.survey_keys else ()
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:
         """Needs a norm or values to take it off."""
-        if not (anatomy.norms or self.values):
-            raise InputError(f"move 'center': {anatomy.model_type} has no norms before its linears, and values are off")
+        if self.inputs and not anatomy.norms:
+            raise InputError(
+                f"move 'center': {anatomy.model_type} has no norms before its linears to give biases to; set inputs=false"
+            )
+        if not (self.inputs or self.values or self.survey_keys):
+            raise InputError("move 'center': inputs, values and keys are all off")
 
     def biases(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """Norms, and all linears but down_proj."""
-        fed = {*anatomy.norms, *(["o"] if self.values else [])}
+        """Norms, and the linears behind them and around the values."""
+        norms = anatomy.norms if self.inputs else {}
+        fed = {*norms, *(["o"] if self.values else [])}
         linears = [x.name for x in anatomy.linears if not x.bias and (x.site in fed or (self.values and x.name == _VALUES))]
-        return (*anatomy.norms.values(), *linears)
+        return (*norms.values(), *linears)
 
     def survey(self, index: int, block: nn.Module, inputs: SiteInputs, artifacts: dict[str, Any]) -> None:
         """Means of one block's inputs."""
@@ -57,12 +70,17 @@ class Center(Move):
         sites: tuple[Site, ...] = ("qkv", "o", "gate_up")
         for site in sites:
             found[index, site] = channel_means(inputs(site))
+        if self.survey_keys:
+            found[index, "keys"] = artifacts["keys"]
 
     @torch.no_grad()
     def reshape(self, block: nn.Module, index: int, anatomy: Anatomy, artifacts: dict[str, Any]) -> None:
         """Give the biases."""
         found = artifacts[self.name]
-        for site, name in anatomy.norms.items():
+        attention: Any = block.get_submodule(ATTENTION)
+        if self.survey_keys:
+            center_keys(attention, found[index, "keys"].to(attention.k_proj.weight.dtype))
+        for site, name in anatomy.norms.items() if self.inputs else ():
             norm: Any = block.get_submodule(name)
             _add(norm, -found[index, site])
             taken = -norm.bias.double()  # as it is stored
@@ -70,7 +88,6 @@ class Center(Move):
                 module: Any = block.get_submodule(linear.name)
                 _add(module, module.weight.double() @ taken)
         if self.values:
-            attention: Any = block.get_submodule(ATTENTION)
             v, o = attention.v_proj, attention.o_proj
             mean = (
                 found[index, "o"].view(anatomy.key_heads, -1, attention.head_dim).mean(1)

@@ -1,7 +1,8 @@
 """What Sordino does inside attention, registered with transformers under one name.
 
-In this order: queries and keys are rotated (R3, after the rotary embedding), keys and values rounded as the cache stores
-them, the prefix put in front. With a packed cache (runtime/cache.py) keys and values come out of it rotated and rounded.
+In this order: keys lose their mean (reshape/center.py), queries and keys are rotated (R3, after the rotary embedding), keys
+and values rounded as the cache stores them, the prefix put in front. With a packed cache (runtime/cache.py) keys and values
+come out of it centered, rotated and rounded.
 Shapes: B batch, H query heads, K key heads, L queries, S keys, P prefix tokens, d head size.
 """
 
@@ -28,11 +29,25 @@ from sordino.runtime.prefix import KEY, check_rotary, give_prefix, join
 
 NAME = "sordino"
 KEY_SCALE, VALUE_SCALE = "key_scale", "value_scale"
+KEY_MEAN = "key_mean"
 
 
 def rotate_keys(attention: Any) -> None:
     """Let an attention module rotate queries and keys of each head by a Hadamard matrix (R3): their products stay."""
     attention.key_rotation = rotation(attention.head_dim)
+
+
+def center_keys(attention: nn.Module, mean: Tensor) -> None:
+    """Let an attention module take a mean [K, d], a buffer from now on, off its keys: softmax does not see what they share."""
+    attention.register_buffer(KEY_MEAN, mean)
+
+
+def placed_keys(module: nn.Module, key: Tensor) -> Tensor:
+    """Keys [B, K, S, d] as they are rounded: behind the rotary embedding, without their mean, rotated (R3)."""
+    mean: Tensor | None = getattr(module, KEY_MEAN, None)
+    turn: Rotation | None = getattr(module, "key_rotation", None)
+    key = key if mean is None else key - mean[:, None].to(key.dtype)
+    return key if turn is None else rotate(turn, key)
 
 
 def round_kv(attention: Any, grid: KvGrid, key: Tensor, value: Tensor) -> None:
@@ -58,13 +73,12 @@ def carry_attention(old: Any, new: Any) -> None:
 def treat(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Rotate, round, put the prefix in front: query [B, H, L, d], key and value [B, K, S, d], mask [B, 1, L, S]."""
+    """Center, rotate, round, put the prefix in front: query [B, H, L, d], key and value [B, K, S, d], mask [B, 1, L, S]."""
     turn: Rotation | None = getattr(module, "key_rotation", None)
     grid: KvGrid | None = getattr(module, "kv_grid", None)
     packed = grid is not None and getattr(module, "packed_cache", False)
-    if turn is not None:
-        query = rotate(turn, query)
-        key = key if packed else rotate(turn, key)
+    query = query if turn is None else rotate(turn, query)
+    key = key if packed else placed_keys(module, key)
     if grid is not None and not packed:
         trained = getattr(module, "trained_scales", {})
         shares = [trained[n]() if n in trained else module.get_buffer(n) for n in (KEY_SCALE, VALUE_SCALE)]
@@ -166,7 +180,7 @@ def does_all_of(name: str, modules: list[Any]) -> bool:
 
 def _treated(module: Any) -> bool:
     """Whether :func:`treat` has something to do."""
-    return any(getattr(module, name, None) is not None for name in (KEY, "key_rotation", "kv_grid"))
+    return any(getattr(module, name, None) is not None for name in (KEY, "key_rotation", KEY_MEAN, "kv_grid"))
 
 
 def _check(module: Any, *_: Any) -> None:

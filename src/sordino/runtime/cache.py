@@ -112,13 +112,15 @@ class PackedLayer(RoomyLayer):
         super().__init__()
         self.grid, self.turn = attention.kv_grid, getattr(attention, "key_rotation", None)
         self.scales: tuple[Tensor, Tensor] = attention.key_scale, attention.value_scale
+        self.mean: Tensor | None = getattr(attention, "key_mean", None)
 
     def fits(self, attention: Any) -> bool:
         """Whether the rows are what this attention module would have made."""
         if self.grid != attention.kv_grid or self.turn is not getattr(attention, "key_rotation", None):
             return False
-        pairs = zip(self.scales, (attention.key_scale, attention.value_scale), strict=True)
-        return all(a is b or torch.equal(a, b) for a, b in pairs)
+        own, mean = [*self.scales, self.mean], getattr(attention, "key_mean", None)
+        pairs = zip(own, (attention.key_scale, attention.value_scale, mean), strict=True)
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty rows; transformers calls it before the first update."""
@@ -138,12 +140,13 @@ class PackedLayer(RoomyLayer):
         """Append rows of keys and values [B, K, n, d]."""
         more, (key_scale, value_scale) = keys.shape[2], self.scales
         room, length = self.make_room(more), self.length
-        if rows.store(self.grid, key_scale, self.turn, keys, room[0], length) and rows.store(
-            self.grid, value_scale, None, values, room[1], length
+        if rows.store(self.grid, key_scale, self.mean, self.turn, keys, room[0], length) and rows.store(
+            self.grid, value_scale, None, None, values, room[1], length
         ):
             self.length += more
             return
-        turned = keys if self.turn is None else rows.rotate(self.turn, keys)
+        centered = keys if self.mean is None else keys - self.mean[:, None].to(keys.dtype)
+        turned = centered if self.turn is None else rows.rotate(self.turn, centered)
         self.put(self.grid.pack(turned, key_scale), self.grid.pack(values, value_scale))
 
     def _unpacked(self, which: int, like: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
-"""Rotations (R3, R4) and orders of channels that run inside a block, put on one whose weights are turned already."""
+"""Rotations (R3, R4), means and orders of channels that run inside a block, put on one whose weights fit them already."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from sordino.runtime.attention import rotate_keys
+from sordino.runtime.attention import KEY_MEAN, center_keys, rotate_keys
 from sordino.runtime.inputs import order_input, rotate_input
 from sordino.runtime.modules import ORDER, QuantLinear
 
@@ -15,12 +16,16 @@ ATTENTION, DOWN = "self_attn", "mlp.down_proj"
 
 
 def dress(block: nn.Module, inner: Sequence[str]) -> None:
-    """Add what runs online of ``inner`` ("values" is in the weights alone; "keys", "down", "channels") to a decoder layer.
+    """Add what runs online of ``inner`` to a decoder layer: "keys", "key-means", "down", "channels"; "values" is in weights.
 
-    An order of channels that a linear does not hold yet is left for loading to fill in.
+    Means of keys and an order of channels that it does not hold yet are left for loading to fill in.
     """
+    attention: Any = block.get_submodule(ATTENTION)
+    if "key-means" in inner and not hasattr(attention, KEY_MEAN):
+        shape = (attention.k_proj.out_features // attention.head_dim, attention.head_dim)
+        center_keys(attention, torch.empty(shape, dtype=next(block.parameters()).dtype, device="meta"))
     if "keys" in inner:
-        rotate_keys(block.get_submodule(ATTENTION))
+        rotate_keys(attention)
     if "down" in inner:
         rotate_input(block.get_submodule(DOWN))
     if "channels" in inner:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from sordino.numerics.hadamard import rotation
-from sordino.runtime.attention import KEY_SCALE, OWN_HOOKS, VALUE_SCALE, does_all_of
+from sordino.runtime.attention import KEY_MEAN, KEY_SCALE, OWN_HOOKS, VALUE_SCALE, does_all_of
 from sordino.runtime.inputs import OrderInput, RotateInput
 from sordino.runtime.kernels import library
 from sordino.runtime.kernels.linear import TYPES, able
@@ -190,6 +190,10 @@ def _describe(layer: Any, dtype: torch.dtype) -> library.Block | None:
         if len(formats) < len(shares):
             return None
         block.key, block.value = formats
+    if (mean := getattr(attention, KEY_MEAN, None)) is not None:
+        if not _ready(mean, dtype):
+            return None
+        block.key_mean = mean.data_ptr()
     if (key := getattr(attention, KEY, None)) is not None:
         value = attention.get_buffer(VALUE)
         if not _ready(key, dtype) or not _ready(value, dtype):

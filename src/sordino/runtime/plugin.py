@@ -54,7 +54,8 @@ class SordinoConfig(QuantizationConfigMixin):
         system_prompt: its ``{"text", "tokens"}``: so many last ones of the prefix; None for none.
         basis: of the residual stream inside the blocks, ``{"size", "signs"}``; None for the model's own. Where ``signs`` is
             None, it was learned and is stored, as a buffer of the final norm.
-        inner: spaces inside the blocks that are turned: "values", "keys", "down", or in order: "channels" (runtime/inner.py).
+        inner: what runs inside the blocks: turns of "values", "keys", "down", "key-means", or an order of "channels"
+            (runtime/inner.py).
         kv: how keys and values are rounded, ``{"bits", "symmetric", "static", "blocks": [first, last + 1]}``; None for not.
         format_version: version of this layout.
     """
@@ -182,7 +183,7 @@ def _dress(model: Any, config: SordinoConfig) -> None:
         if config.prefix:
             shape = (1, heads, len(config.prefix), attention.head_dim)
             give_prefix(attention, *(torch.empty(shape, dtype=model.dtype, device="meta") for _ in range(2)))
-    if config.prefix or config.kv is not None or "keys" in config.inner:
+    if config.prefix or config.kv is not None or {"keys", "key-means"} & set(config.inner):
         install(model)
     decode_in_one_call(model.get_decoder())
 

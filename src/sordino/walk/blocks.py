@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sordino.anatomy import Anatomy, skeleton
 from sordino.errors import InputError
 from sordino.numerics.basis import Basis, Dense
-from sordino.runtime.attention import KEY_SCALE, VALUE_SCALE
+from sordino.runtime.attention import KEY_MEAN, KEY_SCALE, VALUE_SCALE
 from sordino.runtime.inner import dress
 from sordino.runtime.modules import ORDER, SCALE, give_bias, out_of_basis
 from sordino.runtime.prefix import KEY, VALUE
@@ -48,7 +48,7 @@ class BlockFactory:
         own = set(layer.state_dict())
         for name, tensor in tensors.items():  # what moves have added
             parent, _, leaf = name.rpartition(".")
-            if leaf in (KEY, VALUE, SCALE, ORDER, KEY_SCALE, VALUE_SCALE):
+            if leaf in (KEY, VALUE, SCALE, ORDER, KEY_SCALE, VALUE_SCALE, KEY_MEAN):
                 layer.get_submodule(parent).register_buffer(leaf, tensor)
             if leaf == "bias" and name not in own and f"{parent}.weight" in own:
                 give_bias(layer.get_submodule(parent))

@@ -76,6 +76,8 @@ def _affine(plan: Plan, engine: str) -> None:
         raise InputError(f"{engine}: a cache of packed codes runs in Sordino only; set format.kv.bits=16")
     if {"keys", "down"} & set(plan.inner):
         raise InputError(f"{engine}: online rotations run in Sordino only; leave out the move, or its keys and down")
+    if "key-means" in plan.inner:
+        raise InputError(f"{engine}: keys without their mean run in Sordino only; set keys=false of the move 'center'")
     if "channels" in plan.inner:
         raise InputError(f"{engine}: channels in order run in Sordino only; leave out the move 'channels'")
     if any(p.side for p in plan.quantized()):

@@ -124,6 +124,8 @@ class Plan:
         caches = 2 * next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj")) * self.anatomy.n_blocks
         side = item * ((self.blocks[1] - self.blocks[0]) * self.added_biases() + prefix * caches)
         side += item * self.anatomy.hidden * self.final_bias
+        values = next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj"))
+        side += item * ("key-means" in self.inner) * values * self.anatomy.n_blocks
         side += 32 * self.anatomy.hidden**2 * isinstance(self.basis, Dense)
         if self.recipe.format.activations.rounded:
             side += 32 * sum(input_groups(x.linear.in_features, x.inputs) for x in chosen)
@@ -271,7 +273,7 @@ def _check_moves(moves: tuple[Move, ...], source: Source, anatomy: Anatomy) -> N
     for place, move in enumerate(moves):
         if move.reshapes_first and (earlier := having(moves[:place], "reshape")):
             raise InputError(f"move '{move.name}' must stand before '{earlier[0].name}', which changes what it has seen")
-        if move.before_inner and (turned := next((m for m in moves[:place] if m.inner()), None)):
+        if move.before_inner and (turned := next((m for m in moves[:place] if {*m.inner()} - {"key-means"}), None)):
             raise InputError(f"move '{move.name}' must stand before '{turned.name}', which turns the channels it works on")
     for move in moves:
         if move.reshapes_alone and (other := next((m for m in having(moves, "reshape") if m is not move), None)):

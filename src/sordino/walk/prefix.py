@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sordino.anatomy import hidden_states
+from sordino.runtime.attention import placed_keys
 from sordino.runtime.inner import ATTENTION
 from sordino.runtime.prefix import KEY, VALUE
 from sordino.walk.blocks import BlockFactory
@@ -42,8 +43,7 @@ class PrefixStream:
             cache: Any = DynamicCache()
             hidden = hidden_states(layer(x, **self.calls[index] | {"past_key_values": cache, "use_cache": True}))
             made = cache.layers[index]
-            turn = getattr(layer.get_submodule(ATTENTION), "key_rotation", None)
-            keys = made.keys if turn is None else turn.apply(made.keys)
+            keys = placed_keys(layer.get_submodule(ATTENTION), made.keys)
             known = {"hidden": hidden, KEY: keys.to(self.stored), VALUE: made.values.to(self.stored)}
             self.work.save_prefix(index, known)
         dtype = self.first.dtype

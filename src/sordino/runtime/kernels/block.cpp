@@ -154,6 +154,7 @@ struct Call {
       if (b.norm[of].gain != nullptr) k.pieces->norm(x, b.norm[of], type, b.size, x);
       k.pieces->rope(x, cos, sin, type, b.size, work);
       std::memcpy(x, work, static_cast<size_t>(one));
+      if (of == kOfKey && b.key_mean != nullptr) take_off(x, static_cast<const char*>(b.key_mean) + h * one, b.size, type);
       if (b.keys.order != 0) k.pieces->turn(x, b.keys, type, reinterpret_cast<float*>(work));
     }
   }

@@ -46,6 +46,7 @@ struct Block {
   Turn keys, down;
   Format key, value;
   const void *prefix_key, *prefix_value;  // [key heads, prefix, size] of the model's dtype
+  const void* key_mean;  // [key heads, size], what is taken off keys before they are turned; null: nothing
   int64_t prefix, heads, key_heads, size;
   float scaling;
   int32_t type;

@@ -74,6 +74,11 @@ inline void finish(const Linear& w, const int32_t* y, const int32_t* sums, const
 constexpr int64_t kTokens = 8;       // that a thread takes at once
 constexpr int64_t kEntries = 4096;  // the same, where tokens do not matter
 
+// Entries of x less those of `mean`, in place.
+inline void take_off(char* x, const char* mean, int64_t n, Type type) {
+  for (int64_t i = 0; i < n; ++i) write(x, type, i, read(x, type, i) - read(mean, type, i));
+}
+
 // body(begin, end) over 0 … n, `step` at once, shared among threads.
 template <class Body>
 void over(int64_t n, int64_t step, int threads, Body body) {

@@ -80,8 +80,8 @@ SORDINO_API int sordino_turn(const Turn* turn, const void* x, void* out, int typ
 
 // Rows of a cache, `row_bytes` each, at places from … from + tokens of [pairs, room], pair p of key head p mod key_heads.
 
-// Writes x [pairs, tokens, size], rotated first if `turn` has an order.
-SORDINO_API int sordino_store(const Format* f, const Turn* turn, const void* x, int type, int64_t pairs, int64_t key_heads,
+// Writes x [pairs, tokens, size], less `mean` [key heads, size] if there is one, and rotated first if `turn` has an order.
+SORDINO_API int sordino_store(const Format* f, const Turn* turn, const void* mean, const void* x, int type, int64_t pairs, int64_t key_heads,
                               int64_t tokens, int64_t size, uint8_t* rows, int64_t room, int64_t from, int threads) {
   if (size > kMaxSize) return -1;
   const Kernels& k = in_use();
@@ -93,6 +93,9 @@ SORDINO_API int sordino_store(const Format* f, const Turn* turn, const void* x, 
       alignas(64) char one[kMaxSize * 4];
       float work[kMaxSize];
       std::memcpy(one, static_cast<const char*>(x) + (pair * tokens + s) * size * wide, static_cast<size_t>(size * wide));
+      if (mean != nullptr) {
+        take_off(one, static_cast<const char*>(mean) + pair % key_heads * size * wide, size, static_cast<Type>(type));
+      }
       if (turn->order != 0) k.pieces->turn(one, *turn, static_cast<Type>(type), work);
       k.pieces->store(one, *f, pair % key_heads, static_cast<Type>(type), size, rows + (pair * room + from + s) * bytes);
     }

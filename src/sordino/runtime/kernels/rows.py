@@ -128,16 +128,19 @@ def glu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def store(grid: KvGrid, share: Tensor, turn: Rotation | None, x: Tensor, room: Tensor, place: int) -> bool:
-    """Rotate, round and pack x [B, K, S, d] into rows ``place`` … of room uint8 [B, K, room, bytes]."""
+def store(grid: KvGrid, share: Tensor, mean: Tensor | None, turn: Rotation | None, x: Tensor, room: Tensor, place: int) -> bool:
+    """Take a mean [K, d] off x [B, K, S, d], rotate, round, pack into rows ``place`` … of room uint8 [B, K, room, bytes]."""
     native, how = library.active(), format_of(grid, share)
     if native is None or how is None or not able(x) or not room.is_contiguous() or x.shape[-1] > LARGEST_HEAD:
         return False
+    if mean is not None and (mean.dtype != x.dtype or not mean.is_contiguous() or mean.shape != (x.shape[1], x.shape[3])):
+        return False
     x = x.contiguous()
     texts, heads, tokens, size = x.shape
-    rotation = _NO_TURN if turn is None else turn_of(turn)
+    rotation, off = _NO_TURN if turn is None else turn_of(turn), None if mean is None else mean.data_ptr()
     done = native.sordino_store(
-        ctypes.addressof(how), ctypes.addressof(rotation), x.data_ptr(), TYPES[x.dtype], texts * heads, heads, tokens, size,
+        ctypes.addressof(how), ctypes.addressof(rotation), off, x.data_ptr(), TYPES[x.dtype],
+        texts * heads, heads, tokens, size,
         room.data_ptr(), room.shape[2], place, torch.get_num_threads(),
     )  # fmt: skip
     return bool(done == 0)
