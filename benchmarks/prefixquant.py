@@ -26,6 +26,7 @@ FIVE = 'format.weights.override=[{match="*.k_proj", bits=5}, {match="*.v_proj", 
 PARTS = 'format.activations={bits=4, mode="dynamic", clip="search", group="auto", symmetric=false}'
 CENTERED = f"""moves=[{{move="center"}}, {EVEN}, {PREFIX}, {{move="tune", epochs=4}},
 {{move="distill", epochs=1, times=3.25, scales=0.003, gains=0.003}}]"""
+MEANS = f'moves=[{{move="center"}}, {EVEN}, {PREFIX}]'
 KV_STATIC = 'format.kv={bits=4, mode="static", symmetric=true}'
 
 
@@ -66,11 +67,24 @@ LADDER: Ladder = {
     **{f"{name}, tuned 4, more text": (name, LONGER, SEEDS) for name in ("w4a4kv4", "w4a8kv4")},
     "w4a4kv4, tuned 4, more text, 5-bit keys and values": ("w4a4kv4", [*LONGER, FIVE], [0]),
     "w4a4kv4, tuned 4, more text, inputs in groups": ("w4a4kv4", [*LONGER, PARTS], [0]),
+    "w4a4kv4, tuned 4, more text, inputs in groups, centered but for keys": (
+        "w4a4kv4", [PARTS, CENTERED.replace('"center"', '"center", keys=false')], [0],
+    ),
     "w4a4kv4, tuned 4, more text, inputs in groups, centered": ("w4a4kv4", [PARTS, CENTERED], SEEDS),
+    "w4a8kv4, tuned 4, more text, centered": ("w4a8kv4", [CENTERED], SEEDS),
     # Ours with static scales: is dynamic still worth its time?
     **{
         f"{name}, static": (name, [f'format.activations={{bits={bits}, mode="static"}}', KV_STATIC], [0])
         for name, bits in (("w4a4kv4", 4), ("w4a8kv4", 8))
+    },
+    # The cache alone, and inputs alone, with their means taken off.
+    **{
+        f"floor: {what}, centered": (DYNAMIC, [*FLOOR, MEANS, *rest], [0])
+        for what, rest in (
+            ("KV4 dynamic", ["format.weights.bits=16", "format.activations.bits=16"]),
+            ("A4 dynamic", ["format.kv.bits=16", "format.weights.bits=8"]),
+            ("A4 dynamic in groups", [PARTS, "format.kv.bits=16", "format.weights.bits=8"]),
+        )
     },
     "floor: W4": (STATIC, [*FLOOR, "format.kv.bits=16", "format.activations.bits=16"], [0]),
     "floor: KV4 dynamic": (DYNAMIC, [*FLOOR, "format.weights.bits=16", "format.activations.bits=16"], [0]),
