@@ -15,7 +15,7 @@ from sordino.corpus import DEFAULT_TEXT, load_text, tokenize
 from sordino.errors import InputError
 from sordino.moves import MOVES
 from sordino.recipe import Recipe, load_recipe
-from sordino.reshape.center import channel_means
+from sordino.reshape.quiet import channel_means
 from sordino.runtime.prefix import prefix_length
 from tiny import FAMILIES, Fixed, assert_same_function, make_tiny
 

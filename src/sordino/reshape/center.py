@@ -19,13 +19,11 @@ from sordino.anatomy import Anatomy, Site
 from sordino.contract import Move, SiteInputs
 from sordino.errors import InputError
 from sordino.recipe import Format
+from sordino.reshape.quiet import WINDOWS, channel_means
 from sordino.reshape.replace import replace
 from sordino.runtime.attention import center_keys
 from sordino.runtime.inner import ATTENTION
 from sordino.runtime.modules import give_bias
-
-_WINDOWS = 16  # looked at; a mean needs no more
-_LOUD = 1024.0  # times the median token's energy: what is louder is for the prefix to park, and is left out
 
 
 class Center(Move):
@@ -39,7 +37,7 @@ class Center(Move):
 
     name = "center"
     reshapes_first = True
-    survey_windows = _WINDOWS
+    survey_windows = WINDOWS
 
     def __init__(self, inputs: bool = True, values: bool = True, keys: bool = True) -> None:
         self.inputs, self.values, self.survey_keys = inputs, values, keys
@@ -65,9 +63,9 @@ class Center(Move):
         return (*norms.values(), *linears)
 
     def survey(self, index: int, block: nn.Module, inputs: SiteInputs, artifacts: dict[str, Any]) -> None:
-        """Means of one block's inputs."""
+        """Means of one block's inputs and keys."""
         found = artifacts.setdefault(self.name, {})
-        sites: tuple[Site, ...] = ("qkv", "o", "gate_up")
+        sites: list[Site] = [*(("qkv", "gate_up") if self.inputs else ()), *(("o",) if self.values else ())]
         for site in sites:
             found[index, site] = channel_means(inputs(site))
         if self.survey_keys:
@@ -75,7 +73,7 @@ class Center(Move):
 
     @torch.no_grad()
     def reshape(self, block: nn.Module, index: int, anatomy: Anatomy, artifacts: dict[str, Any]) -> None:
-        """Give the biases."""
+        """Take them off, and give linears the biases that make up for it."""
         found = artifacts[self.name]
         attention: Any = block.get_submodule(ATTENTION)
         if self.survey_keys:
@@ -88,31 +86,19 @@ class Center(Move):
                 module: Any = block.get_submodule(linear.name)
                 _add(module, module.weight.double() @ taken)
         if self.values:
-            v, o = attention.v_proj, attention.o_proj
-            mean = (
-                found[index, "o"].view(anatomy.key_heads, -1, attention.head_dim).mean(1)
-            )  # query heads that share a key head
-            before = 0.0 if v.bias is None else v.bias.double()
-            _add(v, -mean.flatten())
-            taken = (before - v.bias.double()).view(anatomy.key_heads, 1, -1)
-            columns = taken.expand(-1, o.in_features // taken.numel(), -1).flatten()
-            _add(o, o.weight.double() @ columns)
+            _shift_values(attention, found[index, "o"], anatomy.key_heads)
+
+
+def _shift_values(attention: Any, means: Tensor, heads: int) -> None:
+    """Take the means [C] of o_proj's input off the values; query heads that share a key head share theirs."""
+    v, o = attention.v_proj, attention.o_proj
+    before = 0.0 if v.bias is None else v.bias.double()
+    _add(v, -means.view(heads, -1, attention.head_dim).mean(1).flatten())
+    taken = (before - v.bias.double()).view(heads, 1, -1)  # as it is stored
+    _add(o, o.weight.double() @ taken.expand(-1, o.in_features // taken.numel(), -1).flatten())
 
 
 _VALUES = f"{ATTENTION}.v_proj"
-
-
-def channel_means(batches: Any) -> Tensor:
-    """Means of the channels over the tokens that are not for the prefix, fp64 [C]."""
-    total, tokens, seen = torch.zeros(()), 0, 0
-    for _, x in batches:
-        flat = x.flatten(0, 1).double()
-        energy = flat.square().sum(1)
-        quiet = flat[energy <= _LOUD * energy.median()]
-        total, tokens, seen = total + quiet.sum(0), tokens + len(quiet), seen + len(x)
-        if seen >= _WINDOWS:
-            break
-    return total / max(tokens, 1)
 
 
 def _add(module: Any, bias: Tensor) -> None:

@@ -21,11 +21,10 @@ from sordino.anatomy import Anatomy
 from sordino.contract import Move, SiteInputs
 from sordino.errors import InputError
 from sordino.recipe import Format
+from sordino.reshape.quiet import WINDOWS, channel_means
 from sordino.reshape.replace import replace
 from sordino.runtime.inner import ATTENTION, DOWN
 
-_WINDOWS = 16  # looked at; a mean square needs no more
-_LOUD = 1024.0  # times the median token's energy: what is louder is for the prefix to park, and is left out of the means
 _RANGE = 64.0  # of a scale, around the channels' mean: dead channels stay what they are
 
 
@@ -39,7 +38,7 @@ class Smooth(Move):
 
     name = "smooth"
     before_inner = True
-    survey_windows = _WINDOWS
+    survey_windows = WINDOWS
 
     def __init__(self, values: bool = True, down: bool = True) -> None:
         self.values, self.down = values, down
@@ -53,9 +52,9 @@ class Smooth(Move):
         """Mean squares of one block's channels."""
         found = artifacts.setdefault(self.name, {})
         if self.values:
-            found[index, "values"] = _mean_square(inputs("o"))
+            found[index, "values"] = channel_means(inputs("o"), torch.square)
         if self.down:
-            found[index, "down"] = _mean_square(inputs("down"))
+            found[index, "down"] = channel_means(inputs("down"), torch.square)
 
     @torch.no_grad()
     def reshape(self, block: nn.Module, index: int, anatomy: Anatomy, artifacts: dict[str, Any]) -> None:
@@ -102,19 +101,6 @@ def value_scales(inputs: Tensor, weight: Tensor, heads: int, size: int) -> Tenso
     """
     m, w = (t.view(heads, -1, size).sum(1) for t in (inputs, weight.double().square().sum(0)))
     return even_scales(m, w)
-
-
-def _mean_square(batches: Any) -> Tensor:
-    """Mean squares of the channels over the tokens that are not for the prefix, fp64 [C]."""
-    total, tokens, seen = torch.zeros(()), 0, 0
-    for _, x in batches:
-        square = x.flatten(0, 1).double().square()
-        energy = square.sum(1)
-        quiet = square[energy <= _LOUD * energy.median()]
-        total, tokens, seen = total + quiet.sum(0), tokens + len(quiet), seen + len(x)
-        if seen >= _WINDOWS:
-            break
-    return total / max(tokens, 1)
 
 
 def _divide_rows(linear: Any, scale: Tensor) -> None:
