@@ -13,6 +13,7 @@ NO_R4 = EVEN.replace('"rotate-inner"', '"rotate-inner", down=false')
 CLIPS = f'{{move="tune", epochs=1, {NONE}, {CLIP}, {RANK}}}'
 TUNE, SHIFT = '{move="tune", epochs=1}', '{move="mean-shift"}'
 DISTILL = '{move="distill", epochs=1, scales=0.003, gains=0.003}'
+CENTER, ZERO = '{move="center"}', "format.activations.symmetric=false"
 COLUMN = 'format.weights.override=[{match="*.down_proj", column_scale=true}]'
 
 
@@ -37,6 +38,14 @@ def rows(bits: int) -> Ladder:
         f"{joined}, without roundings": (joined, [moves(EVEN, PREFIX, CLIPS, DISTILL)], [0]),
         f"{joined}, without distillation": (joined, [moves(EVEN, PREFIX, CLIPS, TUNE)], [0]),
         f"{joined}, with mean shift": (joined, [moves(EVEN, PREFIX, CLIPS, TUNE, SHIFT, DISTILL)], [0]),
+        f"{joined}, with means off": (joined, [moves(CENTER, EVEN, PREFIX, *trained)], [0]),
+        f"{joined}, with zero points": (joined, [ZERO], [0]),
+        f"{joined}, with means off, zero points": (joined, [ZERO, moves(CENTER, EVEN, PREFIX, *trained)], [0]),
+        f"{joined}, with means off, zero points, tuned 4": (
+            joined,
+            [ZERO, moves(CENTER, EVEN, PREFIX, CLIPS, TUNE.replace("1", "4"), DISTILL)],
+            [0],
+        ),
         f"{joined}, without R4": (joined, [no_r4], [0]),
         f"{joined}, without R4, column scale": (
             joined,

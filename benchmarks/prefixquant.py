@@ -20,12 +20,10 @@ DYNAMIC, STATIC = "prefixquant-w4a4kv4-dynamic", "prefixquant-w4a4kv4-static"
 # What each of the parts costs alone, with evened channels, rotations and prefix, untrained; weights of 8 bits cost nothing.
 FLOOR = [OFF, SMOOTHED, "calibration.windows=32"]
 TUNE = '{move="tune", epochs=2}'
-LONGER = ["moves.4.epochs=4", "moves.5.times=3.25"]
 FIVE = 'format.weights.override=[{match="*.k_proj", bits=5}, {match="*.v_proj", bits=5}, {match="*.o_proj", group="wide"}]'
-# Finer inputs: a scale and a zero point for every group of channels. Weights are in groups as well, so that it costs no speed.
-PARTS = 'format.activations={bits=4, mode="dynamic", clip="search", group="auto", symmetric=false}'
-CENTERED = f"""moves=[{{move="center"}}, {EVEN}, {PREFIX}, {{move="tune", epochs=4}},
-{{move="distill", epochs=1, times=3.25, scales=0.003, gains=0.003}}]"""
+# One scale a token, as the presets' first form had it.
+TOKEN = 'format.activations={bits=4, mode="dynamic", clip="search"}'
+GROUPS = 'format.activations={bits=4, clip="search", group=64, symmetric=false}'
 MEANS = f'moves=[{{move="center"}}, {EVEN}, {PREFIX}]'
 KV_STATIC = 'format.kv={bits=4, mode="static", symmetric=true}'
 
@@ -55,23 +53,29 @@ def ladder(bits: int) -> Ladder:
     }
 
 
+def own(first: str = "", tuned: int = 4, times: float = 3.25) -> str:
+    """Moves of `w4a4kv4` and `w4a8kv4`, without `center` or with another one."""
+    trained = f'{{move="tune", epochs={tuned}}}, {{move="distill", epochs=1, times={times}, scales=0.003, gains=0.003}}'
+    return f"moves=[{first}{EVEN}, {PREFIX}, {trained}]"
+
+
 LADDER: Ladder = {
     "quarot-w4a4kv4": ("quarot-w4a4kv4", [OFF], SEEDS),
     "spinquant-w4a4kv4": ("spinquant-w4a4kv4", [OFF], SEEDS),
     **ladder(4),
     **ladder(8),
+    # Ours, and how it got there: one epoch of tuning, one scale a token; four epochs, and more text for distillation as `w3`
+    # and `w2` have them; a scale and a zero point for every group of channels; means taken off.
+    "w4a4kv4, first form": ("w4a4kv4", [TOKEN, own(tuned=1, times=1)], [0]),
+    "w4a4kv4, inputs by token, not centered": ("w4a4kv4", [TOKEN, own()], SEEDS),
+    "w4a4kv4, inputs by token": ("w4a4kv4", [TOKEN], [0]),
+    "w4a4kv4, not centered": ("w4a4kv4", [own()], [0]),
+    "w4a4kv4, centered but for keys": ("w4a4kv4", [own('{move="center", keys=false}, ')], [0]),
     "w4a4kv4": ("w4a4kv4", [], SEEDS),
+    "w4a4kv4, 5-bit keys and values": ("w4a4kv4", [FIVE], [0]),
+    "w4a8kv4, not centered": ("w4a8kv4", [own()], [0]),
     "w4a8kv4": ("w4a8kv4", [], SEEDS),
     "w8a8": ("w8a8", [], [0]),
-    # What `w3` and `w2` gained from: four epochs of tuning, more text for distillation, more bits for what feeds the cache.
-    **{f"{name}, tuned 4, more text": (name, LONGER, SEEDS) for name in ("w4a4kv4", "w4a8kv4")},
-    "w4a4kv4, tuned 4, more text, 5-bit keys and values": ("w4a4kv4", [*LONGER, FIVE], [0]),
-    "w4a4kv4, tuned 4, more text, inputs in groups": ("w4a4kv4", [*LONGER, PARTS], [0]),
-    "w4a4kv4, tuned 4, more text, inputs in groups, centered but for keys": (
-        "w4a4kv4", [PARTS, CENTERED.replace('"center"', '"center", keys=false')], [0],
-    ),
-    "w4a4kv4, tuned 4, more text, inputs in groups, centered": ("w4a4kv4", [PARTS, CENTERED], SEEDS),
-    "w4a8kv4, tuned 4, more text, centered": ("w4a8kv4", [CENTERED], SEEDS),
     # Ours with static scales: is dynamic still worth its time?
     **{
         f"{name}, static": (name, [f'format.activations={{bits={bits}, mode="static"}}', KV_STATIC], [0])
@@ -83,7 +87,7 @@ LADDER: Ladder = {
         for what, rest in (
             ("KV4 dynamic", ["format.weights.bits=16", "format.activations.bits=16"]),
             ("A4 dynamic", ["format.kv.bits=16", "format.weights.bits=8"]),
-            ("A4 dynamic in groups", [PARTS, "format.kv.bits=16", "format.weights.bits=8"]),
+            ("A4 dynamic in groups", [GROUPS, "format.kv.bits=16", "format.weights.bits=8"]),
         )
     },
     "floor: W4": (STATIC, [*FLOOR, "format.kv.bits=16", "format.activations.bits=16"], [0]),
