@@ -11,9 +11,9 @@ from prefixquant import EVEN, PREFIX
 
 NO_R4 = EVEN.replace('"rotate-inner"', '"rotate-inner", down=false')
 CLIPS = f'{{move="tune", epochs=1, {NONE}, {CLIP}, {RANK}}}'
-TUNE, SHIFT = '{move="tune", epochs=1}', '{move="mean-shift"}'
+TUNE, TUNE_4, SHIFT = '{move="tune", epochs=1}', '{move="tune", epochs=4}', '{move="mean-shift"}'
 DISTILL = '{move="distill", epochs=1, scales=0.003, gains=0.003}'
-CENTER, ZERO = '{move="center"}', "format.activations.symmetric=false"
+CENTER, EVEN_CODES = '{move="center"}', "format.activations.symmetric=true"
 COLUMN = 'format.weights.override=[{match="*.down_proj", column_scale=true}]'
 
 
@@ -23,36 +23,36 @@ def moves(*parts: str) -> str:
 
 
 def rows(bits: int) -> Ladder:
-    """Rows of one width."""
+    """Rows of one width: the systems alone, the preset, and its first form, whose parts were left out or put in."""
     name = f"w{bits}a{bits}"
     joined = f"joined-{name}kv{bits}"
-    trained = (CLIPS, TUNE, DISTILL)
-    no_r4 = moves(NO_R4, PREFIX, *trained)
+    first = {
+        "": trained(),
+        ", untrained": moves(EVEN, PREFIX),
+        ", without prefix": moves(EVEN, CLIPS, TUNE, DISTILL),
+        ", without clips and low rank": moves(EVEN, PREFIX, TUNE, DISTILL),
+        ", without roundings": moves(EVEN, PREFIX, CLIPS, DISTILL),
+        ", without distillation": moves(EVEN, PREFIX, CLIPS, TUNE),
+        ", with mean shift": moves(EVEN, PREFIX, CLIPS, TUNE, SHIFT, DISTILL),
+        ", with means off": trained(CENTER),
+        ", without R4": moves(NO_R4, PREFIX, CLIPS, TUNE, DISTILL),
+    }
     return {
         f"quarot-{name}": (f"quarot-{name}", [TELL], [0]),
         f"bisup-quarot-{name}": (f"bisup-quarot-{name}", [TELL], [0]),
+        **{f"{joined}, first form{what}": (joined, [EVEN_CODES, made], [0]) for what, made in first.items()},
+        f"{joined}, first form, without R4, column scale": (joined, [EVEN_CODES, COLUMN, first[", without R4"]], [0]),
+        f"{joined}, first form, with zero points": (joined, [trained()], [0]),
+        f"{joined}, first form, with means off, zero points": (joined, [trained(CENTER)], [0]),
         joined: (joined, [], [0]),
-        f"{joined}, untrained": (joined, [moves(EVEN, PREFIX)], [0]),
-        f"{joined}, without prefix": (joined, [moves(EVEN, *trained)], [0]),
-        f"{joined}, without clips and low rank": (joined, [moves(EVEN, PREFIX, TUNE, DISTILL)], [0]),
-        f"{joined}, without roundings": (joined, [moves(EVEN, PREFIX, CLIPS, DISTILL)], [0]),
-        f"{joined}, without distillation": (joined, [moves(EVEN, PREFIX, CLIPS, TUNE)], [0]),
-        f"{joined}, with mean shift": (joined, [moves(EVEN, PREFIX, CLIPS, TUNE, SHIFT, DISTILL)], [0]),
-        f"{joined}, with means off": (joined, [moves(CENTER, EVEN, PREFIX, *trained)], [0]),
-        f"{joined}, with zero points": (joined, [ZERO], [0]),
-        f"{joined}, with means off, zero points": (joined, [ZERO, moves(CENTER, EVEN, PREFIX, *trained)], [0]),
-        f"{joined}, with means off, zero points, tuned 4": (
-            joined,
-            [ZERO, moves(CENTER, EVEN, PREFIX, CLIPS, TUNE.replace("1", "4"), DISTILL)],
-            [0],
-        ),
-        f"{joined}, without R4": (joined, [no_r4], [0]),
-        f"{joined}, without R4, column scale": (
-            joined,
-            [COLUMN, no_r4],
-            [0],
-        ),
+        f"{joined}, without prefix": (joined, [moves(CENTER, EVEN, CLIPS, TUNE_4, DISTILL)], [0]),
+        f"{joined}, without clips and low rank": (joined, [moves(CENTER, EVEN, PREFIX, TUNE_4, DISTILL)], [0]),
     }
+
+
+def trained(*before: str) -> str:
+    """Moves of the first form, behind others."""
+    return moves(*before, EVEN, PREFIX, CLIPS, TUNE, DISTILL)
 
 
 LADDER: Ladder = {
