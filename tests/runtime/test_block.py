@@ -43,6 +43,8 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "zero points by token": ("prefixquant-w4a4kv4-dynamic", ["format.activations.symmetric=false"]),
     "no means": ("w4a4kv4", [f"moves=[{CENTER}, {{move='rotate', size='full'}}, {{move='rotate-inner'}}, {{move='prefix'}}]"]),
     "no means, unturned": ("w4a4kv4", [f"moves=[{CENTER}]"]),
+    "R3, plain cache": ("rtn-w4", ["moves=[{move='rotate-inner'}]"]),
+    "R3, no means, plain cache": ("rtn-w4", [f"moves=[{CENTER}, {{move='rotate-inner'}}]"]),
     "integer products": ("w8a8", []),
     "3-bit cache": ("rtn-w4", ['format.kv={bits=3, mode="dynamic", symmetric=true}']),
 }
@@ -180,7 +182,12 @@ def test_long_texts_and_threads(tmp_path: Path, calls: list[int]) -> None:
     assert calls == [2] and float(apart(*outs).max()) <= 1e-5
 
 
-OTHERS = {"additive grids": ("d2quant-w3", []), "8-bit columns": ("atom-w4a4", []), "side branches": ("bisup-quarot-w4a4", [])}
+OTHERS = {
+    "additive grids": ("d2quant-w3", []),
+    "8-bit columns": ("atom-w4a4", []),
+    "side branches": ("bisup-quarot-w4a4", []),
+    "R3, no means, prefix, plain cache": ("rtn-w4", [f"moves=[{CENTER}, {{move='rotate-inner'}}, {{move='prefix'}}]"]),
+}
 
 
 @torch.no_grad()

@@ -180,7 +180,13 @@ def _describe(layer: Any, dtype: torch.dtype) -> library.Block | None:
         norm=(library.Norm * 4)(*(_norm(n) for n in norms)),
         heads=heads, key_heads=key_heads, size=size, scaling=attention.scaling, type=TYPES[dtype],
     )  # fmt: skip
-    if (turn := getattr(attention, "key_rotation", None)) is not None:
+    turn, mean = getattr(attention, "key_rotation", None), getattr(attention, KEY_MEAN, None)
+    if getattr(attention, "kv_grid", None) is None and (turn is not None or mean is not None):
+        # A plain cache holds keys neither centered nor turned. Attention needs neither, but beside a prefix, which is both.
+        if getattr(attention, KEY, None) is not None:
+            return None
+        turn = mean = None
+    if turn is not None:
         block.keys = turn_of(turn)
     if any(isinstance(h, RotateInput) for h in linears[-1]._forward_pre_hooks.values()):
         block.down = turn_of(rotation(linears[-1].in_features))
@@ -190,7 +196,7 @@ def _describe(layer: Any, dtype: torch.dtype) -> library.Block | None:
         if len(formats) < len(shares):
             return None
         block.key, block.value = formats
-    if (mean := getattr(attention, KEY_MEAN, None)) is not None:
+    if mean is not None:
         if not _ready(mean, dtype):
             return None
         block.key_mean = mean.data_ptr()
