@@ -267,9 +267,9 @@ def _check_blocks(blocks: tuple[int, int] | None, anatomy: Anatomy) -> tuple[int
 
 
 def _check_moves(moves: tuple[Move, ...], source: Source, anatomy: Anatomy) -> None:
-    curious = having(moves, "survey")
-    if len({m.name for m in curious}) < len(curious):
-        raise InputError(f"the move '{curious[0].name}' stands there twice; keep one of them")
+    names = [m.name for m in having(moves, "survey")]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise InputError(f"the move '{twice[0]}' stands there twice; keep one of them")
     for place, move in enumerate(moves):
         if move.reshapes_first and (earlier := having(moves[:place], "reshape")):
             raise InputError(f"move '{move.name}' must stand before '{earlier[0].name}', which changes what it has seen")
