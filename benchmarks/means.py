@@ -52,9 +52,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     for (index, what), x in seen.items():
         found.setdefault(what, []).append(effect(what, x[..., OPENING:, :], means[index, what]))
-    sites = {
-        what: {k: statistics.fmean(r[k] for r in rows) for k in rows[0]} for what, rows in found.items()
-    }  # fmt: skip
+    sites = {what: {k: statistics.fmean(r[k] for r in rows) for k in rows[0]} for what, rows in found.items()}
     row = {"name": "means", "model": args.model, "version": code_version(), "sites": sites}
     keep(ROWS / "means.jsonl", row)
     print(row)

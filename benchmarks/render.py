@@ -144,10 +144,8 @@ def means(title: str = "") -> str:
     if not rows:
         return ""
     lines = ["", title] if title else []
-    lines += [
-        "",
-        "Full precision, means over the blocks: the share of the energy that is the same for all tokens, and the relative",
-    ]
+    said = "Full precision, means over the blocks: the share of the energy that is the same for all tokens, and the relative"
+    lines += ["", said]
     lines += ["squared error in thousandths of 4-bit codes behind a rotation, without → with the move `center`.", ""]
     lines += ["| | share of the mean | a scale a token (and head) | groups of 64 with zero points |", "|---|---|---|---|"]
     for what, found in rows[-1]["sites"].items():

@@ -70,10 +70,7 @@ class InputGrid:
             peak = x.abs().amax(-1, keepdim=True).float()
             return (peak * (share / self.bounds[1])).clamp(min=_LEAST), *self.bounds
         top = (1 << self.bits) - 1
-        low, high = (
-            (x.amin(-1, keepdim=True).float().clamp(max=0) * share),
-            (x.amax(-1, keepdim=True).float().clamp(min=0) * share),
-        )
+        low, high = reach(x, share)
         scale = ((high - low) / top).clamp(min=_LEAST)
         zero = (-low.detach() / scale.detach()).round()
         return scale, -zero, top - zero
@@ -84,6 +81,11 @@ class InputGrid:
             return fake_round(x, *self.fit(x, share, moving))
         parts = x.unflatten(-1, (-1, self.group))
         return fake_round(parts, *self.fit(parts, share, moving)).flatten(-2)
+
+
+def reach(x: Tensor, share: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest entry of every row of x [..., n], or zero, times a share: fp32 [..., 1] each."""
+    return x.amin(-1, keepdim=True).float().clamp(max=0) * share, x.amax(-1, keepdim=True).float().clamp(min=0) * share
 
 
 def encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:

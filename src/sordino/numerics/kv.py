@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sordino.numerics.inputs import reach
 from sordino.numerics.packing import pack, packed_words, unpack
 from sordino.numerics.straight import fake_round
 
@@ -54,7 +55,7 @@ class KvGrid:
         if self.symmetric:
             scale = _stored(x.abs().amax(-1, keepdim=True) * share / (half - 1))
             return scale, torch.full_like(scale, half)
-        low, high = (x.amin(-1, keepdim=True).clamp(max=0) * share), (x.amax(-1, keepdim=True).clamp(min=0) * share)
+        low, high = reach(x, share)
         scale = _stored((high - low) / self.top)
         return scale, (-low.detach() / scale.detach()).round().clamp(0, self.top)
 

@@ -25,6 +25,8 @@ from sordino.runtime.attention import center_keys
 from sordino.runtime.inner import ATTENTION
 from sordino.runtime.modules import give_bias
 
+_VALUES = f"{ATTENTION}.v_proj"
+
 
 class Center(Move):
     """Take the mean off the inputs of linears; before every other move that reshapes.
@@ -96,9 +98,6 @@ def _shift_values(attention: Any, means: Tensor, heads: int) -> None:
     _add(v, -means.view(heads, -1, attention.head_dim).mean(1).flatten())
     taken = (before - v.bias.double()).view(heads, 1, -1)  # as it is stored
     _add(o, o.weight.double() @ taken.expand(-1, o.in_features // taken.numel(), -1).flatten())
-
-
-_VALUES = f"{ATTENTION}.v_proj"
 
 
 def _add(module: Any, bias: Tensor) -> None:

@@ -24,7 +24,7 @@ from sordino.errors import InputError
 from sordino.numerics.hadamard import Rotation, rotation
 from sordino.numerics.kv import KvGrid
 from sordino.runtime.cache import enter
-from sordino.runtime.kernels.rows import rotate
+from sordino.runtime.kernels.rows import placed, rotate
 from sordino.runtime.prefix import KEY, check_rotary, give_prefix, join
 
 NAME = "sordino"
@@ -44,10 +44,7 @@ def center_keys(attention: nn.Module, mean: Tensor) -> None:
 
 def placed_keys(module: nn.Module, key: Tensor) -> Tensor:
     """Keys [B, K, S, d] as they are rounded: behind the rotary embedding, without their mean, rotated (R3)."""
-    mean: Tensor | None = getattr(module, KEY_MEAN, None)
-    turn: Rotation | None = getattr(module, "key_rotation", None)
-    key = key if mean is None else key - mean[:, None].to(key.dtype)
-    return key if turn is None else rotate(turn, key)
+    return placed(getattr(module, KEY_MEAN, None), getattr(module, "key_rotation", None), key)
 
 
 def round_kv(attention: Any, grid: KvGrid, key: Tensor, value: Tensor) -> None:

@@ -145,9 +145,8 @@ class PackedLayer(RoomyLayer):
         ):
             self.length += more
             return
-        centered = keys if self.mean is None else keys - self.mean[:, None].to(keys.dtype)
-        turned = centered if self.turn is None else rows.rotate(self.turn, centered)
-        self.put(self.grid.pack(turned, key_scale), self.grid.pack(values, value_scale))
+        placed = rows.placed(self.mean, self.turn, keys)
+        self.put(self.grid.pack(placed, key_scale), self.grid.pack(values, value_scale))
 
     def _unpacked(self, which: int, like: Tensor) -> Tensor:
         """Values of all rows of keys (0) or values (1)."""

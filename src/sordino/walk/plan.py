@@ -124,8 +124,7 @@ class Plan:
         caches = 2 * next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj")) * self.anatomy.n_blocks
         side = item * ((self.blocks[1] - self.blocks[0]) * self.added_biases() + prefix * caches)
         side += item * self.anatomy.hidden * self.final_bias
-        values = next(x.out_features for x in self.anatomy.linears if x.name.endswith("v_proj"))
-        side += item * ("key-means" in self.inner) * values * self.anatomy.n_blocks
+        side += item * ("key-means" in self.inner) * caches // 2  # one token's keys
         side += 32 * self.anatomy.hidden**2 * isinstance(self.basis, Dense)
         if self.recipe.format.activations.rounded:
             side += 32 * sum(input_groups(x.linear.in_features, x.inputs) for x in chosen)

@@ -64,6 +64,12 @@ def rotate(turn: Rotation, x: Tensor) -> Tensor:
     return turn.apply(x) if found is None else found
 
 
+def placed(mean: Tensor | None, turn: Rotation | None, x: Tensor) -> Tensor:
+    """Keys [B, K, S, d] without their mean [K, d] and rotated, as far as there is either: what :func:`store` rounds."""
+    x = x if mean is None else x - mean[:, None].to(x.dtype)
+    return x if turn is None else rotate(turn, x)
+
+
 class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, turn: Rotation) -> Tensor:
