@@ -44,10 +44,12 @@ def ladder(bits: int) -> Ladder:
         f"{name}: + scale search": (dynamic, [OFF, f"moves=[{TURN}]"], [0]),
         f"{name} dynamic: + prefix": (dynamic, [OFF], SEEDS),
         f"{name} dynamic: + prefix, smooth": (dynamic, [OFF, SMOOTHED], SEEDS),
+        f"{name} dynamic: + prefix, smooth, center": (dynamic, [OFF, MEANS], SEEDS),
         f"{name} dynamic: + tuning": (f"{dynamic}-tuned", [OFF], SEEDS),
         f"{name} static": (static, [OFF, f"moves=[{TURN}]"], [0]),
         f"{name} static: + prefix": (static, [OFF], SEEDS),
         f"{name} static: + prefix, smooth": (static, [OFF, SMOOTHED], SEEDS),
+        f"{name} static: + prefix, smooth, center": (static, [OFF, MEANS], SEEDS),
         f"{name} static: + tuning": (f"{static}-tuned", [OFF], SEEDS),
         f"{name} static: + tuning, smooth": (f"{static}-tuned", [OFF, f"moves=[{EVEN}, {PREFIX}, {TUNE}]"], SEEDS),
     }
