@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ladder import ROWS, Ladder, called, climb, code_version, keep, made, row, texts_parser, there
+from ladder import ROWS, Ladder, called, climb, code_version, keep, made, making_parser, row, there
 from sordino.measure import evaluate
 from sordino.numerics.kv import KvGrid
 from sordino.recipe import load_recipe
@@ -98,7 +98,7 @@ def errors(name: str, recipe: str, overrides: list[str], args: argparse.Namespac
     }
     if there(ROWS / "bisup_sweeps.jsonl", key):
         return
-    with made(args.model, recipe, overrides, args.calibrate, "--blocks", args.blocks) as (_, cost, manifest):
+    with made(args, recipe, overrides, "--blocks", args.blocks) as (_, cost, manifest):
         blocks = [b for b in manifest["blocks"] if "error" in b]
     row = {"name": name, **key, "recipe": recipe, "overrides": overrides, "quantize": cost}
     row |= {"errors": [b["error"] for b in blocks], "fallbacks": [b["block"] for b in blocks if b.get("fallback")]}
@@ -182,11 +182,11 @@ def accumulated(errors: list[float]) -> str:
 if __name__ == "__main__":
     if "--sweeps" in sys.argv:
         sys.argv.remove("--sweeps")
-        parser = texts_parser(__doc__)
+        parser = making_parser(__doc__)
         parser.add_argument("--blocks", default="0:10", help="blocks to quantize")
         sweep(parser.parse_args())
     elif "--keys-early" in sys.argv:
         sys.argv.remove("--keys-early")
-        early(texts_parser(__doc__).parse_args())
+        early(making_parser(__doc__).parse_args())
     else:
         climb(__doc__, LADDER, "bisup.jsonl")

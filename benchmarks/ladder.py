@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -36,7 +37,7 @@ Ladder = dict[str, tuple[str, list[str], list[int]]]
 
 def climb(doc: str | None, ladder: Ladder, file: str) -> None:
     """Command line of a ladder: measure its rows, or some of them, into ``benchmarks/rows/FILE``."""
-    parser = texts_parser(doc)
+    parser = making_parser(doc)
     parser.add_argument("--only", nargs="*", help="names of rows, in this order")
     parser.add_argument("--seeds", type=int, nargs="*", help="of these seeds only")
     args = parser.parse_args()
@@ -62,6 +63,20 @@ def texts_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def making_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The same and :func:`add_checkpoints`."""
+    parser = texts_parser(doc)
+    add_checkpoints(parser)
+    return parser
+
+
+def add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    """The option by which runs share what takes longest."""
+    parser.add_argument(
+        "--checkpoints", type=Path, help="folder that keeps checkpoints; those that it holds are not made again"
+    )
+
+
 def row(
     name: str,
     recipe: str | None,
@@ -79,7 +94,7 @@ def row(
         return
     result: dict[str, Any] = {"name": name, **key, "recipe": recipe, "overrides": overrides, "cores": os.cpu_count()}
     result["gflops"] = speed()
-    with made(args.model, recipe, overrides, args.calibrate, "--seed", str(seed)) as (subject, cost, manifest):
+    with made(args, recipe, overrides, "--seed", str(seed)) as (subject, cost, manifest):
         if recipe:
             result |= {"quantize": cost, "guard": manifest["guard"], "coverage": manifest["coverage"]}
             result |= {"finish": manifest["finish"]} if manifest.get("finish") else {}
@@ -96,20 +111,28 @@ def row(
 
 @contextmanager
 def made(
-    model: str, recipe: str | None, overrides: list[str], text: str, *options: str
+    args: argparse.Namespace, recipe: str | None, overrides: list[str], *options: str
 ) -> Iterator[tuple[str, dict[str, float], dict[str, Any]]]:
     """A checkpoint by the command line, there for the body: its folder, what it cost, its manifest; the model without a recipe.
 
     The report's samples are left out: they would count as the recipe's time.
     """
     if recipe is None:
-        yield model, {}, {}
+        yield args.model, {}, {}
         return
-    with tempfile.TemporaryDirectory(prefix="sordino-bench-", ignore_cleanup_errors=True) as folder:
-        out = str(Path(folder) / "out")
-        given = [*options, *(x for o in overrides for x in ("--set", o))]
-        cost = run(["quantize", model, "-r", recipe, "-o", out, "--text", text, "--no-samples", *given])
-        yield out, cost, json.loads((Path(out) / "sordino.json").read_text())
+    with tempfile.TemporaryDirectory(prefix="sordino-bench-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
+        if args.checkpoints:
+            said = json.dumps([args.model, args.calibrate, load_recipe(recipe, overrides).digest, code_version(), options])
+            folder = args.checkpoints / hashlib.sha256(said.encode()).hexdigest()[:16]
+        out, cost = folder / "out", folder / "cost.json"
+        if not cost.is_file():
+            given = [*options, *(x for o in overrides for x in ("--set", o))]
+            command = ["quantize", args.model, "-r", recipe, "-o", str(out), "--text", args.calibrate, "--no-samples", *given]
+            command += ["--fresh"]  # what it costs is to be known whole
+            cost.parent.mkdir(parents=True, exist_ok=True)
+            cost.write_text(json.dumps(run(command)))
+        yield str(out), json.loads(cost.read_text()), json.loads((out / "sordino.json").read_text())
 
 
 def called(model: str) -> str:

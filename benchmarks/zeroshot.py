@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import sordino
-from ladder import ROWS, called, code_version, keep, made, read, there
+from ladder import ROWS, add_checkpoints, called, code_version, keep, made, read, there
 from sordino.measure.tasks import Tasks, TaskScore, TaskScores, open_tasks, score_of
 from sordino.recipe import load_recipe
 
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--limit", type=int, help="items of each task")
     parser.add_argument("--only", nargs="*", help="names of rows, in this order")
+    add_checkpoints(parser)
     args = parser.parse_args()
     names = args.only or [PLAIN, EXACT, *LADDER]
     if unknown := set(names) - {PLAIN, EXACT, *LADDER}:
@@ -66,7 +67,7 @@ def measure(name: str, tasks: Tasks, args: argparse.Namespace) -> None:
     if there(ROWS / "zeroshot.jsonl", key):
         return
     row: dict[str, Any] = key | {"recipe": recipe, "overrides": overrides, "cores": os.cpu_count()}
-    with made(args.model, recipe, overrides, args.calibrate) as (subject, cost, manifest):
+    with made(args, recipe, overrides, "--seed", "0") as (subject, cost, manifest):
         if recipe:
             row |= {"quantize": cost, "bits_per_weight": manifest["bits_per_weight"]}
         model, tokenizer = sordino.load(subject)
