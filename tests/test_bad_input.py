@@ -348,6 +348,20 @@ BROKEN_CHECKPOINTS = {
     "a scale is missing": (edit_tensor(UP.format(1) + "_scale", lambda _: None), [f"lacks tensor '{UP.format(1)}_scale'"]),
     "a norm is missing": (edit_tensor("model.norm.weight", lambda _: None), ["lacks tensor 'model.norm.weight'"]),
     "newer format": (edit_config(quantization_config={"quant_method": "sordino", "format_version": 99}), ["99", "newer"]),
+    "keys of no bits": (
+        edit_config(quantization_config={"quant_method": "sordino", "kv": {"bits": 0, "symmetric": False, "static": False}}),
+        ["quantization_config.kv.bits"],
+    ),
+    "groups that do not divide": (
+        edit_config(
+            quantization_config={
+                "quant_method": "sordino",
+                "groups": [{"bits": 4, "group": 48, "symmetric": False, "modules": ["*.q_proj"]}],
+            }
+        ),
+        ["groups of 48", "q_proj"],
+    ),
+    "quantized by a list": (edit_config(quantization_config=["sordino"]), ["cannot be loaded"]),
 }
 
 

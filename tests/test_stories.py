@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import sordino
 from tiny import STORIES, run, tell_stories
 
 
@@ -34,3 +36,34 @@ def test_what_is_quantized_still_tells_stories(recipe: str, most: float, texts: 
     assert ours["ppl"] < most * exact["ppl"]
     assert ours["bits_per_weight"] < 5
     assert "Once upon a time" in run("generate", made, "--prompt", "Once upon a time", "--max-new-tokens", "16")
+
+
+def test_a_prefix_that_was_searched_for(texts: tuple[str, str], tmp_path: Path) -> None:
+    """Its loudest tokens are no outliers by the move's own threshold; with a lower one they are found, and parked exactly."""
+    made = tmp_path / "made"
+    options = ["--set", "format.weights.bits=16", "--set", 'moves=[{move="prefix", threshold=3.0}]']
+    run(
+        "quantize",
+        str(STORIES),
+        "-r",
+        "rtn-w4",
+        *options,
+        "-o",
+        str(made),
+        "--text",
+        texts[0],
+        "--windows",
+        "16",
+        "--seqlen",
+        "256",
+    )
+    found = json.loads((made / "sordino.json").read_text())["prefix"]["ids"]
+    ours, tokenizer = sordino.load(made)
+    exact, _ = sordino.load(STORIES)
+    first = exact.config.bos_token_id
+    assert len(found) > 1 and found[-1] == first
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    assert ids[0, 0] != first
+    with torch.no_grad():
+        behind = exact(torch.cat([torch.tensor([found]), ids], 1)).logits[:, len(found) :]
+        torch.testing.assert_close(ours(ids).logits, behind, rtol=1e-4, atol=1e-4)

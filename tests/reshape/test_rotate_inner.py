@@ -85,7 +85,7 @@ def test_a_column_scale_behind_an_online_rotation_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("name", ["quarot-w4a4kv4", "prefixquant-w4a8kv4-static-tuned"])
+@pytest.mark.parametrize("name", ["quarot-w4a4kv4", "prefixquant-w4a8kv4-static-tuned", "w4a8kv4"])
 def test_fp16_models_store_what_was_calibrated(name: str, family: str, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", family, dtype=torch.float16, layers=2)
     made = load_recipe(name, ["format.weights.ignore=['*.0.mlp.down_proj']"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,47 @@ def test_generation_in_batches_equals_one_at_a_time(options: dict[str, Any], tmp
         ids = tokenizer(text, return_tensors="pt").input_ids
         alone = ours.generate(ids, attention_mask=torch.ones_like(ids), **fixed)[0, ids.shape[1] :]
         assert torch.equal(alone, together[i])
+
+
+REPEATED = {
+    "packed, R3": ("quarot-w4a4kv4", ["guard=off"]),
+    "packed, means off": ("quarot-w4a4kv4", ["guard=off", 'moves=[{move="center"}, {move="rotate-inner"}]']),
+    "plain": ("rtn-w4", []),
+}
+
+
+@pytest.fixture(scope="module", params=REPEATED)
+def model_and_ids(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("made")
+    sordino.quantize(str(make_tiny(folder / "model")), load_recipe(*REPEATED[request.param]), folder / "out", **SMALL)
+    return AutoModelForCausalLM.from_pretrained(folder / "out"), torch.randint(2, 300, (1, 24))
+
+
+def test_a_copied_cache_goes_on_by_itself(model_and_ids: tuple[Any, torch.Tensor]) -> None:
+    """The way of transformers' documentation to say one beginning many times."""
+    model, ids = model_and_ids
+    fixed: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    with torch.no_grad():
+        begun = model(ids[:, :20], use_cache=True).past_key_values
+        told = [model.generate(ids, past_key_values=copy.deepcopy(begun), **fixed) for _ in range(2)]
+        assert begun.get_seq_length() == 20
+        told.append(model.generate(ids, past_key_values=begun, **fixed))
+    assert torch.equal(told[0], told[1]) and torch.equal(told[0], told[2])
+
+
+def test_a_cache_that_was_reset_holds_nothing(model_and_ids: tuple[Any, torch.Tensor]) -> None:
+    model, ids = model_and_ids
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        parts = [model(ids[:, :9].flip(1), past_key_values=cache).logits]
+        parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in (3, 1)]
+        fresh = DynamicCache()
+        expected = [model(ids[:, :9].flip(1), past_key_values=fresh).logits]
+        expected += [model(ids[:, i : i + 1], past_key_values=fresh).logits for i in (3, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), torch.cat(expected, 1))
 
 
 def test_caches_that_cannot_hold_codes_are_refused(tmp_path: Path) -> None:

@@ -1,19 +1,23 @@
 """Checks that modules on packed codes compute what the same modules on dequantized weights compute."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import sordino
 from draws import normal
 from sordino.numerics.affine import AffineGrid
 from sordino.numerics.packing import packed_words
+from sordino.recipe import load_recipe
 from sordino.round.rtn import RtnSolver
 from sordino.rounding import Rounded
 from sordino.runtime import kernels, modules
 from sordino.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, pack_linear
+from tiny import make_tiny
 
 both = pytest.mark.parametrize("symmetric", [False, True])
 every_width = pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -149,3 +153,31 @@ def test_tied_head_owns_nothing_and_follows_its_table() -> None:
 def test_the_kernels_are_there_where_a_compiler_is() -> None:
     """Without this a build that failed in silence would only skip the kernels' own tests."""
     assert kernels.available() or not any(map(shutil.which, ("c++", "g++", "clang++")))
+
+
+def test_a_table_of_codes_goes_along_when_a_model_is_cast() -> None:
+    """To another dtype its rows come out as that, and what is stored stays as it is; to another device nothing changes."""
+    table = QuantEmbedding(7, 16, torch.float32)
+    table.weight_packed.random_(-(2**31), 2**31 - 1)
+    table.weight_scale.fill_(0.37)
+    ids = torch.arange(7)
+    before, scale = table(ids), table.weight_scale.clone()
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        out = table.to(dtype)(ids)
+        assert out.dtype == dtype and table.weight_scale.dtype == torch.bfloat16 and table.weight_packed.dtype == torch.int32
+        torch.testing.assert_close(out.float(), before, rtol=1e-2, atol=0)
+    assert torch.equal(table.to("cpu")(ids), before) and torch.equal(table.weight_scale, scale)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loaded_checkpoint_can_be_cast(tied: bool, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", tied=tied)
+    made = load_recipe("gptq-w4", ["format.embeddings=8", "guard=off"])
+    sordino.quantize(str(model), made, tmp_path / "out", windows=8, seqlen=32, blocks=(1, 2))
+    ids = torch.arange(2, 12)[None]
+    loaded, cast = (sordino.load(tmp_path / "out", dtype=dtype)[0] for dtype in (torch.bfloat16, torch.float32))
+    cast = cast.to(torch.bfloat16)
+    with torch.no_grad():
+        ours, theirs = cast(ids).logits, loaded(ids).logits
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert (ours - theirs).float().norm() <= 0.03 * theirs.float().norm()

@@ -233,6 +233,10 @@ class Rotation:
     power: int
     name: str
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Rotation:
+        """Itself, so that a copied cache still fits its model."""
+        return self
+
     def matrix(self) -> Tensor:
         """Return the whole transform as a fresh float64 [n, n] tensor."""
         scaled = self.left.contiguous() / sqrt(1 << self.power)  # kron refuses the column-major result of QR

@@ -91,8 +91,20 @@ class RoomyLayer(DynamicLayer):
             room[:, :, self.length : self.length + more] = new
         self.length += more
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """No tokens yet, of the kind of these [B, K, n, d]."""
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.room, self.length, self.checked, self.places = None, 0, None, None
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values [B, K, n, d]; returns all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         self.put(key_states, value_states)
         return self.keys, self.values
 

@@ -29,7 +29,20 @@ SCALE = "input_scale"
 ORDER = "input_order"  # of channels, int32 [I], where a linear puts its input in the order of its columns (runtime/inner.py)
 
 
-class QuantLinear(nn.Module):
+class _Packed(nn.Module):
+    """A module whose buffers go along to another device, and stay what they are when a model is cast."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class QuantLinear(_Packed):
     """Linear with an affine-quantized weight.
 
     Buffers:
@@ -91,16 +104,6 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_zero_point", zero)
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
-        """Buffers go along to another device, and stay what they are when a model is cast."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     def codes(self, rows: slice = slice(None)) -> Tensor:
         """Codes of some rows, uint8 [rows, I]."""
@@ -296,7 +299,7 @@ def out_of_basis(norm: nn.Module, basis: Basis | Dense) -> None:
     norm.register_forward_pre_hook(lambda _, args: (basis.undo(args[0]), *args[1:]))
 
 
-class QuantEmbedding(nn.Module):
+class QuantEmbedding(_Packed):
     """Token embedding with symmetric 8-bit rows.
 
     Buffers:
@@ -312,6 +315,10 @@ class QuantEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
         self.register_buffer("weight_packed", torch.zeros(num_embeddings, packed_words(embedding_dim, 8), dtype=torch.int32))
         self.register_buffer("weight_scale", torch.zeros(num_embeddings, 1, dtype=torch.bfloat16))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # it goes the way of the model's own tensors
+        return super()._apply(fn, recurse)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of the table, [..., D] in the model's dtype."""

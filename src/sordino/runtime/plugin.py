@@ -33,6 +33,7 @@ from sordino.runtime.modules import (
     stored_basis,
 )
 from sordino.runtime.prefix import give_prefix
+from sordino.runtime.stored import check_stored
 
 # 2: `input_scale` of dynamic inputs too, `inner`, `kv`; 3: `kept`, `side`, channels in order; 4: `column`; 5: inputs with zero
 # points.
@@ -75,8 +76,14 @@ class SordinoConfig(QuantizationConfigMixin):
         **unknown: Any,
     ):
         unknown.pop("quant_method", None)
+        if type(format_version) is not int:
+            raise InputError(f"the checkpoint's quantization_config.format_version is no number: {format_version!r}")
         if format_version > FORMAT_VERSION:
             raise InputError(f"checkpoint format {format_version} is newer than this Sordino reads ({FORMAT_VERSION})")
+        check_stored(
+            {"groups": groups or [], "embeddings": embeddings, "head": head, "biases": biases or [], "basis": basis}
+            | {"prefix": prefix or [], "inner": inner or [], "kv": kv, "system_prompt": system_prompt}
+        )
         if format_version < 2 and any("inputs" in group for group in groups or []):
             raise InputError("this checkpoint with rounded inputs was made by an older Sordino; quantize the model again")
         self.quant_method = "sordino"  # type: ignore[assignment]
@@ -150,7 +157,10 @@ def quantize_skeleton(model: nn.Module, config: SordinoConfig) -> None:
 
 
 def _swap_linear(model: nn.Module, name: str, old: nn.Linear, group: dict[str, Any]) -> None:
-    size = old.in_features if group["group"] == "channel" else int(group["group"])
+    size = old.in_features if group["group"] == "channel" else group["group"]
+    for width in (size, (group.get("inputs") or {}).get("group") or 1):
+        if old.in_features % width:
+            raise InputError(f"the checkpoint has groups of {width} channels in '{name}', which has {old.in_features}")
     with torch.device("meta"):
         new = QuantLinear(
             old.in_features,
@@ -191,6 +201,8 @@ def _dress(model: Any, config: SordinoConfig) -> None:
 def _rotate(model: Any, given: dict[str, Any]) -> None:
     """Blocks work in a rotated basis: go there after the embedding, and come back before the final norm."""
     embedding, norm = model.get_input_embeddings(), model.get_decoder().norm
+    if model.config.hidden_size % given["size"]:
+        raise InputError(f"the checkpoint's basis of {given['size']} does not fit {model.config.hidden_size} channels")
     if given["signs"] is not None:
         basis = Basis(**given)
         in_basis(embedding, basis)

@@ -63,10 +63,10 @@ def quantization_of(folder: Path) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint; empty for full precision, and where loading will tell what is wrong."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found: dict[str, Any] = config.get("quantization_config") or {}
+        found = config.get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def prefix_ids(folder: Path) -> list[int]:

@@ -20,6 +20,7 @@ from sordino.anatomy import SITES, Site, hidden_states
 from sordino.contract import Progress, StreamName, having
 from sordino.errors import SordinoError
 from sordino.protect.prompt import join_prompt
+from sordino.runtime.attention import KEY_MEAN
 from sordino.runtime.inner import ATTENTION
 from sordino.runtime.prefix import give_prefix
 from sordino.walk.baseline import rtn_layer
@@ -182,8 +183,9 @@ class Walk:
         for move in self.plan.moves:
             move.reshape(layer, index, self.plan.anatomy, self.artifacts)
         if self.source.dtype != self.plan.dtype:  # what is not rounded is stored in the former
-            for parameter in layer.parameters():
-                parameter.data = parameter.data.to(self.source.dtype).to(self.plan.dtype)
+            means = [b for name, b in layer.named_buffers() if name.endswith(KEY_MEAN)]
+            for kept in (*layer.parameters(), *means):
+                kept.data = kept.data.to(self.source.dtype).to(self.plan.dtype)
         if self.prefix is not None:
             give_prefix(layer.get_submodule(ATTENTION), *self.prefix.at(index, layer))
         return layer
