@@ -5,7 +5,8 @@ python benchmarks/prefix.py --calibrate wiki.valid.raw --evaluate wiki.test.raw 
 One row in benchmarks/rows/prefix.jsonl: the tokens, seconds of the search (64 windows of 512, the paper's setting), and with
 and without the prefix: perplexity of full precision; by block, the largest over the median token at the input of down_proj,
 and the median over the smallest token of queries and keys (before rotary embedding), means over windows. Last, the ratio that a
-token of the prefix reaches when it stands in the middle of a text behind the prefix, in the worst block.
+token of the prefix reaches when it stands in the middle of a text behind the prefix, in the worst block, and what its last
+one reaches directly behind it, where some chat templates put it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def main() -> None:
         out = Path(folder) / "out"
         row = search(args.model, args.calibrate, out)
         row["before"], row["after"] = (magnitudes(args.model, args.calibrate, p) for p in (None, out))
-        row["later"] = {str(t): later(args.model, args.calibrate, out, t) for t in row["ids"]}
+        row["later"] = {str(t): later(args.model, args.calibrate, out, t, LOOK["seqlen"] // 2) for t in row["ids"]}
+        row["again"] = later(args.model, args.calibrate, out, row["ids"][-1], 0)
         texts = [("ppl", args.evaluate, args.windows)] + ([("c4_ppl", args.also, 16)] if args.also else [])
         for name, text, windows in texts:
             for key, prefix in (("before", None), ("after", out)):
@@ -92,19 +94,19 @@ def magnitudes(name: str, text: str, prefix: Path | None) -> dict[str, list[floa
 
 
 @torch.no_grad()
-def later(name: str, text: str, prefix: Path, token: int) -> float:
-    """Largest over blocks of the mean over windows of the ratio that the token has in the middle of a window."""
+def later(name: str, text: str, prefix: Path, token: int, place: int) -> float:
+    """Largest over blocks of the mean over windows of the ratio that the token has in some place of a window."""
     model, tokenizer = sordino.load(name)
     attach(model, prefix_ids(prefix))
-    middle, found = LOOK["seqlen"] // 2, {}
+    found: dict[int, list[float]] = {}
     for i, layer in enumerate(model.get_decoder().layers):
         found[i] = []
         layer.mlp.down_proj.register_forward_pre_hook(
-            lambda _, args, i=i: found[i].append(float(token_ratios(args[0]).flatten()[middle]))
+            lambda _, args, i=i: found[i].append(float(token_ratios(args[0]).flatten()[place]))
         )
     for window in eval_windows(tokenize(load_text(text), tokenizer), LOOK["seqlen"], LOOK["windows"]):
         window = window.clone()
-        window[middle] = token
+        window[place] = token
         model.get_decoder()(input_ids=window[None], use_cache=False)
     return round(max(sum(r) / len(r) for r in found.values()), 2)
 

@@ -64,7 +64,7 @@ def main() -> None:
     body = HEAD + "\n## Rounding alone\n\n" + table(first, ["full precision", *weight_only.LADDER])
     body += "\n## D²Quant, and past it\n\n" + table(second, ["full precision", *d2quant.LADDER])
     third = latest("prefixquant.jsonl")
-    ladder = table(third, ["full precision", *prefixquant.LADDER], 9) if third else ""
+    ladder = table(third, ["full precision", *prefixquant.LADDER], 9) + searched_scale(third) if third else ""
     body += ladder and "\n## PrefixQuant (`benchmarks/prefixquant.py`)\n\n" + ladder
     hosts = bisup.rendered()
     body += hosts and "\n## BiSup-style reconstruction (`benchmarks/bisup.py`)\n\n" + hosts
@@ -135,7 +135,22 @@ def prefix(title: str = "") -> str:
     inside = [f"{row['later'][str(i)]:.1f} (`{t}`)" for i, t in zip(row["ids"], row["tokens"], strict=True)]
     lines += ["", f"In the middle of a text, behind the prefix, its tokens reach {', '.join(inside)} times the median token in"]
     lines += ["the worst block, far below the threshold of 64: later occurrences need no treatment."]
+    if "again" in row:
+        last = row["tokens"][-1]
+        lines += [
+            f"Directly behind the prefix, as the first token of the text, `{last}` reaches {row['again']:.1f} times the median."
+        ]
     return "\n".join(lines) + "\n"
+
+
+def searched_scale(rows: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """What static inputs of one down_proj had searched for them, without and with the prefix."""
+    found = [rows.get((f"w4a4kv4 static{rest}", 0), {}).get("down_inputs") for rest in ("", ": + prefix")]
+    if not all(found):
+        return ""
+    without, behind = (blocks[11] for blocks in found)
+    said = f"The static scale of block 11's down_proj input, searched: {without['scale']:.3g} without the prefix (largest entry"
+    return f"\n{said} {without['peak']:.3g}),\n{behind['scale']:.3g} with it ({behind['peak']:.3g}).\n"
 
 
 def means(title: str = "") -> str:
