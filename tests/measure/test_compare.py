@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import sordino
 from sordino.cli import app
 from sordino.errors import InputError
+from sordino.measure import evaluate
 from sordino.measure.compare import MEAN, Trade, compare
+from sordino.measure.evaluate import final_states, reference
 from tiny import make_tiny
 
 
@@ -69,3 +72,19 @@ def test_full_precision_with_the_prefix_is_compared(tmp_path: Path) -> None:
         assert sordino.evaluate(subject, prefix_from=prefix, seqlen=512 - taken, windows=1, **text).ppl is not None
         with pytest.raises(InputError, match=f"of which its prefix takes {taken}"):
             sordino.evaluate(subject, prefix_from=prefix, seqlen=513 - taken, windows=1, **text)
+
+
+def test_a_model_that_is_the_reference_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = str(make_tiny(tmp_path / "model", layers=1))
+    alone, runs = sordino.evaluate(model, seqlen=32, windows=2), []
+
+    def counted(*args: Any) -> Any:
+        runs.append(args)
+        return final_states(*args)
+
+    monkeypatch.setattr(evaluate, "final_states", counted)
+    _, figures = compare([model], seqlen=32, windows=2, against=model).rows[0]
+    assert len(runs) == 2
+    assert figures.ppl == alone.ppl and figures.kl == 0 and figures.top1_agreement == 1
+    sordino.evaluate(model, seqlen=32, windows=2, against=reference(model, seqlen=32, windows=2), dtype=torch.bfloat16)
+    assert len(runs) == 6  # another dtype is another model

@@ -145,6 +145,7 @@ class Reference:
         hidden: its final hidden states, [N, L, D].
         head: its output projection.
         tasks: its scores on tasks.
+        dtype: what it was loaded in.
     """
 
     name: str | Path
@@ -152,6 +153,7 @@ class Reference:
     hidden: Tensor | None
     head: Any
     tasks: TaskScores | None
+    dtype: torch.dtype | str
 
 
 def reference(
@@ -170,10 +172,10 @@ def reference(
     ids = None if cut is None else cut.of(tokenizer, exact, model)
     scores = None if tasks is None else tasks.run(exact, tokenizer, progress)
     if ids is None:
-        return Reference(model, None, None, None, scores)
+        return Reference(model, None, None, None, scores, dtype)
     exact.set_attn_implementation(WINDOW_ATTENTION)
     hidden = [final_states(exact, w) for w in in_turn(ids, progress, "reference")]
-    return Reference(model, ids, torch.stack(hidden), exact.lm_head, scores)
+    return Reference(model, ids, torch.stack(hidden), exact.lm_head, scores, dtype)
 
 
 def evaluate(
@@ -228,8 +230,10 @@ def evaluate(
         )
     if against is not None and ids is not None:
         _check_same(model, ids, against.name, against.ids)
-    scores = None if suite is None else suite.run(subject, tokenizer, progress)
-    found, seconds = _on_text(subject, ids, against, progress)
+    itself = against is not None and prefix_from is None and dtype == against.dtype and locate(model) == locate(against.name)
+    known = against.tasks if itself and against is not None else None
+    scores = None if suite is None else known or suite.run(subject, tokenizer, progress)
+    found, seconds = _on_text(subject, ids, against, itself, progress)
     figures: dict[str, Any] = found | asdict(size_of(subject, locate(model)))
     return Evaluation(
         **figures,
@@ -242,16 +246,23 @@ def evaluate(
 
 
 def _on_text(
-    model: Any, ids: Tensor | None, exact: Reference | None, progress: Progress | None
+    model: Any, ids: Tensor | None, exact: Reference | None, itself: bool, progress: Progress | None
 ) -> tuple[dict[str, float | None], float]:
-    """Figures on windows [N, L] of text by their names in :class:`Evaluation`, None without windows; and the seconds."""
+    """Figures on windows [N, L] of text by their names in :class:`Evaluation`, None without windows; and the seconds.
+
+    Where the model is the reference ``itself``, it is not run again.
+    """
     names = ("ppl", "kl", "top1_agreement")
     figures: dict[str, float | None] = {name + end: None for name in names for end in ("", "_stderr")}
     if ids is None:
         return figures, 0.0
     started = time.time()
     model.set_attn_implementation(WINDOW_ATTENTION)
-    scores = [_score(model, exact, i, w) for i, w in enumerate(in_turn(ids, progress, "eval"))]
+    states = exact.hidden if itself and exact is not None else None
+    scores = [
+        _score(model, final_states(model, w) if states is None else states[i], exact, i, w)
+        for i, w in enumerate(in_turn(ids, progress, "eval"))
+    ]
     nll, kl, agree = (torch.stack([s[i] for s in scores]) for i in range(3))
     ppl = math.exp(min(float(nll.mean()), 700.0))
     figures |= {"ppl": ppl, "ppl_stderr": None if (error := _stderr(nll)) is None else ppl * error}
@@ -292,9 +303,8 @@ def in_turn(items: Sequence[Any] | Tensor, progress: Progress | None, what: str)
 
 
 @torch.no_grad()
-def _score(model: Any, exact: Reference | None, index: int, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean NLL, KL and agreement of one window [L]; the last two are zero without a reference."""
-    hidden = final_states(model, window)
+def _score(model: Any, hidden: Tensor, exact: Reference | None, index: int, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean NLL, KL and agreement of one window [L] with final states [L, D]; the last two are zero without a reference."""
     nll, kl, agree = torch.zeros(3, dtype=torch.float64)
     for rows in torch.arange(len(window) - 1).split(_ROWS):
         logits = model.lm_head(hidden[rows])
