@@ -50,7 +50,6 @@ SHOWN += [
     "spinquant-w4a4kv4",
     "w4a4kv4 static: + prefix",
     "w4a4kv4 static: + tuning",
-    "w4a4kv4, centered but for keys",
     "w4a4kv4",
     "w4a8kv4",
 ]
