@@ -21,8 +21,8 @@ BOTH = 'moves=[{{move="tune", epochs=1}}, {{move="distill", epochs={}, windows=4
 # The same behind evened value channels (reshape/smooth.py).
 EVEN = BOTH.replace('[{{move="tune"', '[{{move="smooth", down=false}}, {{move="tune"')
 FINAL = 'moves=[{move="rotate"}, {move="mean-shift", always=true, final=true}]'
-# Behind a prefix of outlier tokens.
-PARKED = SHORT.replace("[", '[{move="prefix"}, ', 1)
+# The presets' training behind a prefix of outlier tokens.
+PARKED = f'[{{move="prefix"}}, {TUNED.format(4)}, {{move="distill", epochs=1, times=3.25, scales=0.003, gains=0.003}}]'
 # No tuning of blocks; the distillation sees 416 windows, most of the validation text, where the walk sees 128.
 MORE = 'moves=[{{move="distill", epochs={}, windows=416, scales=0.003, gains=0.003}}]'
 
@@ -82,7 +82,8 @@ def own(bits: int) -> Ladder:
         f"w{bits}, short": (best, [SHORT], SEEDS),
         **{f"w{bits}, tuned {a}, distilled {b}": (best, epochs(a, b), SEEDS) for a, b in others},
         f"w{bits}": (best, [], SEEDS),
-        f"w{bits}, prefix": (best, [PARKED], [0]),
+        f"w{bits}, prefix": (best, [f"moves={PARKED}"], [0]),
+        f"w{bits}, no training, prefix": (best, ['moves=[{move="prefix"}]'], [0]),
     }
 
 
