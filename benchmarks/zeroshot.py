@@ -28,8 +28,8 @@ LADDER: dict[str, tuple[str, list[str]]] = {
     **{name: (name, []) for name in ("w4", "w3", "w2")},
     "rotated gptq-w2": ("d2quant-w2", [*ROTATED, 'format.weights.solver={name="gptq"}']),
     **{name: (name, []) for name in ("d2quant-w2", "d2quant-paper-w2")},
-    **{name: (name, []) for name in ("quarot-w4a4kv4", "spinquant-w4a4kv4")},
-    **{f"prefixquant-w4a4kv4-{mode}-tuned": (f"prefixquant-w4a4kv4-{mode}-tuned", []) for mode in ("static", "dynamic")},
+    **{name: (name, ["guard=off"]) for name in ("quarot-w4a4kv4", "spinquant-w4a4kv4")},  # as in prefixquant.py
+    **{name: (name, ["guard=off"]) for name in (f"prefixquant-w4a4kv4-{mode}-tuned" for mode in ("static", "dynamic"))},
     "w4a4kv4": ("w4a4kv4", []),
 }
 # What the papers claim: the first one's mean over the second one's.
