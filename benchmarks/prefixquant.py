@@ -52,6 +52,7 @@ def ladder(bits: int) -> Ladder:
         f"{name} static: + prefix, smooth, center": (static, [OFF, MEANS], SEEDS),
         f"{name} static: + tuning": (f"{static}-tuned", [OFF], SEEDS),
         f"{name} static: + tuning, smooth": (f"{static}-tuned", [OFF, f"moves=[{EVEN}, {PREFIX}, {TUNE}]"], SEEDS),
+        f"{name} static: + tuning, smooth, center": (f"{static}-tuned", [OFF, f"{MEANS[:-1]}, {TUNE}]"], SEEDS),
     }
 
 
