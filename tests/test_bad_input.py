@@ -160,6 +160,8 @@ BAD_ARGUMENTS = [
     (_set("format.weights.group=48"), ["q_proj", "48", "64", "--set format.weights.group="]),
     (_set("format.weights.group=0"), ["format.weights.group"]),
     (_set("format.weights.bitz=3"), ["unknown key 'format.weights.bitz'", "did you mean 'bits'"]),
+    (_set("bits=3"), ["unknown key 'bits'", "did you mean 'format.weights.bits'"]),
+    (_set("moves.0.epochs=1"), ["'moves' has no entry 0"]),
     (_set("format.weights.bits=7"), ["format.weights.bits", "7"]),
     (_set("format.weights"), ["key=value"]),
     (_set("format.weights.solver=gtpq"), ["gtpq", "gptq"]),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import shutil
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,11 @@ def quantize(
     recipe: str | Path | Recipe,
     out: str | Path,
     *,
-    text: str = DEFAULT_TEXT,
+    text: str | Path = DEFAULT_TEXT,
     windows: int | None = None,
     seqlen: int | None = None,
     seed: int = 0,
-    overrides: tuple[str, ...] = (),
+    overrides: Sequence[str] = (),
     blocks: tuple[int, int] | None = None,
     fresh: bool = False,
     system_prompt: str | None = None,
@@ -102,11 +103,12 @@ def quantize(
     Example:
         >>> quantize("smollm2", "gptq-w4", "out")  # doctest: +SKIP
     """
-    cpu = _cpu_seconds()
+    cpu = time.process_time()
     keep_freed_memory()
     out = Path(out)
     source = open_source(str(model))
-    chosen = load_recipe(recipe, (*overrides, *_calibration(windows, seqlen)))
+    changes = [overrides] if isinstance(overrides, str) else overrides
+    chosen = load_recipe(recipe, (*changes, *_calibration(windows, seqlen)))
     _check_owner(out)
     plan = make_plan(source, chosen, blocks, out)
     prompt = None if system_prompt is None else prompt_of(system_prompt, source, plan)
@@ -120,10 +122,16 @@ def quantize(
         with claim(out):
             if fresh:  # not before everything given is known to be usable
                 _clear(out)
-            work = Work(out, fingerprint)
+            begun = (out / WORK / "state.json").is_file()
+            work = Work(out, fingerprint, cpu)
             work.save()
-            result = _run(source, plan, work, drawn, seed, out, progress or _silent, prompt)
-            run = _run_facts(work, _cpu_seconds() - cpu, plan)
+            try:
+                result = _run(source, plan, work, drawn, seed, out, progress or _silent, prompt)
+            except InputError:  # a tensor with NaN: there is nothing to go on with
+                if not begun:
+                    work.remove()
+                raise
+            run = _run_facts(work, plan)
             write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
             write_text(out / "report.html", quantize_page(out, str(model), result, run))
             publish(work, out)
@@ -313,11 +321,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
 def _samples(model: str, out: Path, result: dict[str, Any], progress: Progress) -> Any:
     """Answers of both models for the report, or why there are none."""
     from sordino.report.samples import samples  # which loads models by this file
@@ -328,10 +331,10 @@ def _samples(model: str, out: Path, result: dict[str, Any], progress: Progress) 
     return said
 
 
-def _run_facts(work: Work, cpu: float, plan: Plan) -> dict[str, Any]:
+def _run_facts(work: Work, plan: Plan) -> dict[str, Any]:
     return {
         "seconds": round(work.seconds, 2),
-        "cpu_seconds": round(cpu, 2),
+        "cpu_seconds": round(work.cpu_seconds, 2),
         "peak_memory_bytes": peak_memory(),
         "estimated_memory_bytes": plan.memory,
         "threads": torch.get_num_threads(),

@@ -6,6 +6,7 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 success, 1 a 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -130,6 +131,7 @@ def evaluate(
         options = {"against": against, "prefix_from": prefix_from, "dtype": _dtype(dtype)}
         options |= {"tasks": _tasks(tasks, task_data, limit), "text": text, "seqlen": seqlen, "windows": windows}
         result = run(model, progress=bars, **options)
+    _note_prompts([model], against)
     if json_:
         _write_json(json_, result.to_json())
     on = f" on {text or 'builtin:docstrings'}, {result.windows} windows of {result.seqlen}" if result.windows else ""
@@ -167,6 +169,7 @@ def compare(
         options: dict[str, Any] = {"against": against, "prefix_from": prefix_from, "text": text}
         options |= {"tasks": _tasks(tasks, task_data, limit) or None, "speed": speed}
         comparison = run(checkpoints, seqlen=seqlen, windows=windows, progress=bars, **options)
+    _note_prompts(checkpoints, against)
     for path, content in ((csv, comparison.to_csv()), (md, comparison.to_markdown())):
         if path:
             _write(path, content)
@@ -263,6 +266,8 @@ def bench(
     from sordino.measure.bench import bench as run
 
     _check_writable(json_)
+    if recipes and not shapes:
+        raise InputError("-r belongs to --shape; a model is quantized first, and its checkpoint named")
     with Bars() as bars:
         result = run(
             models or [],
@@ -345,6 +350,17 @@ def _tasks(names: str | None, data: Path | None, limit: int | None) -> Any:
     return open_tasks([n for name in names.split(",") if (n := name.strip())], data, limit)
 
 
+def _note_prompts(checkpoints: Sequence[str], against: str | None) -> None:
+    """Say where a distance from the reference is not the rounding's alone."""
+    from sordino.runtime.prefix import quantization_of
+    from sordino.walk.source import locate
+
+    prompted = [name for name in checkpoints if quantization_of(locate(name)).get("system_prompt")]
+    if prompted and against is not None:
+        known = "reads the text behind its protected system prompt, the reference without one: KL and agreement count both"
+        print(f"sordino: {', '.join(prompted)} {known}", file=sys.stderr)
+
+
 def _check_writable(*paths: Path | None) -> None:
     """Find out before minutes of measuring, not after."""
     for path in paths:
@@ -360,7 +376,16 @@ def _write(path: Path, content: str) -> None:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    _write(path, json.dumps(data, indent=1) + "\n")
+    _write(path, json.dumps(_strict(data), indent=1, allow_nan=False) + "\n")
+
+
+def _strict(data: Any) -> Any:
+    """With null for what JSON has no word for: NaN and infinity."""
+    if isinstance(data, dict):
+        return {k: _strict(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [_strict(v) for v in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _print_comparison(comparison: Any) -> None:

@@ -42,7 +42,7 @@ class Text:
     digest: str
 
 
-def load_text(spec: str | Text) -> Text:
+def load_text(spec: str | Path | Text) -> Text:
     """Read a text; one that has been read already comes back as it is.
 
     Args:
@@ -54,6 +54,7 @@ def load_text(spec: str | Text) -> Text:
     """
     if isinstance(spec, Text):
         return spec
+    spec = str(spec)
     if spec.startswith("builtin:"):
         if spec not in _BUILTIN:
             raise InputError(f"no built-in text '{spec}'; there are {', '.join(_BUILTIN)}")
@@ -84,6 +85,8 @@ def eval_windows(ids: Tensor, seqlen: int, windows: int | None) -> Tensor:
     Raises:
         InputError: if the text is shorter than one window.
     """
+    if seqlen < 2 or (windows is not None and windows < 1):
+        raise InputError(f"{windows} windows of {seqlen} tokens: at least one of two is needed")
     have = len(ids) // seqlen
     if have == 0:
         raise InputError(f"the text has {len(ids)} tokens, less than one window of {seqlen}; give more text or --seqlen")

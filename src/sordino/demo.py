@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from sordino.api import quantize
+from sordino.api import load, quantize
+from sordino.measure.bench import positions
 from sordino.measure.compare import compare
 from sordino.progress import Bars
-from sordino.runtime.generate import generate
+from sordino.runtime.generate import answer
 
 Show = Callable[[Any], None]
 
@@ -31,10 +32,12 @@ def run_demo(model: str, out: Path, console: Console, show_result: Show, show_co
     show_result(result)
     console.rule("2. measure against full precision")
     with Bars() as bars:
-        figures = compare([model, result.out], text="builtin:docstrings", against=model, seqlen=1024, windows=6, progress=bars)
+        options: dict[str, Any] = {"seqlen": min(1024, positions(model) or 1024), "windows": 6, "progress": bars}
+        figures = compare([model, result.out], text="builtin:docstrings", against=model, **options)
     show_comparison(figures)
     (out / "figures.json").write_text(json.dumps(figures.to_json(), indent=1) + "\n", encoding="utf-8")
     console.rule("3. generate")
     for name in (model, str(result.out)):
-        answer = generate(name, _PROMPT, 48, chat=True)
-        console.print(f"[bold]{escape(name)}[/bold]: {_PROMPT}\n  {escape(answer.strip())}\n", highlight=False)
+        loaded, tokenizer = load(name)
+        said = answer(loaded, tokenizer, _PROMPT, 48, chat=bool(getattr(tokenizer, "chat_template", None)))
+        console.print(f"[bold]{escape(name)}[/bold]: {_PROMPT}\n  {escape(said.strip())}\n", highlight=False)

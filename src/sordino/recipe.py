@@ -268,7 +268,7 @@ def load_recipe(spec: str | Path | Recipe, overrides: Iterable[str] = ()) -> Rec
         InputError: naming the key or file and the nearest known one.
     """
     raw = spec.model_dump(mode="json") if isinstance(spec, Recipe) else _read(str(spec))
-    for item in overrides:
+    for item in [overrides] if isinstance(overrides, str) else overrides:
         _override(raw, item)
     try:
         return Recipe.model_validate(raw)
@@ -308,7 +308,7 @@ def _override(raw: dict[str, Any], item: str) -> None:
                 raise InputError(f"--set {item}: '{'.'.join(parents[:depth])}' has no entry {part}")
             child = table[int(part)]
         else:
-            child = table.setdefault(part, {})
+            child = table.setdefault(part, [] if part in ("moves", "override") else {})
             if isinstance(child, str):  # `solver = "gptq"`, then `--set …solver.damp=…`
                 child = table[part] = {"name": child}
         if not isinstance(child, dict | list):
@@ -326,8 +326,19 @@ def _explain(error: ValidationError) -> str:
     path = ".".join(str(p) for p in first["loc"] if p not in ("rtn", "gptq", "gptaq") and not set(str(p)) & set("[-"))
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        return f"unknown key '{path}'{nearest(key, sorted(_known_keys()))}"
+        known = sorted(_known_keys())
+        whole = [p for p in _PATHS if p.rpartition(".")[2] == key]
+        return f"unknown key '{path}'" + (f"; did you mean '{whole[0]}'?" if key == path and whole else nearest(key, known))
     return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]} (got {first['input']!r})"
+
+
+# Where a key stands that was given without its table.
+_PATHS = [
+    *(f"format.weights.{key}" for key in WeightFormat.model_fields),
+    *(f"format.{key}" for key in Format.model_fields),
+    *(f"calibration.{key}" for key in Calibration.model_fields),
+    *(f"format.activations.{key}" for key in ActivationFormat.model_fields),
+]
 
 
 def _known_keys() -> set[str]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any, Protocol
 
 import psutil
@@ -283,7 +284,8 @@ class Worker:
             context.set_forkserver_preload([__name__])
         self._pipe, far = context.Pipe()
         self._process = context.Process(target=_serve, args=(far, order, threads, tokens), daemon=True)
-        self._process.start()
+        with _no_main_module():
+            self._process.start()
         far.close()
 
     def __enter__(self) -> Worker:
@@ -307,6 +309,17 @@ class Worker:
         if isinstance(found, SordinoError):
             raise found
         return found
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Keep new processes from running the caller's script again, which they need nothing of."""
+    real = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = real
 
 
 def _serve(pipe: Connection, order: Order, threads: int, tokens: tuple[int, int]) -> None:

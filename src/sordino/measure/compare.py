@@ -204,9 +204,9 @@ def _flat(row: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def compare(
-    checkpoints: Sequence[str | Path],
+    checkpoints: Sequence[str | Path] | str | Path,
     *,
-    text: str | None = None,
+    text: str | Path | None = None,
     seqlen: int = 2048,
     windows: int | None = None,
     against: str | Path | None = None,
@@ -220,6 +220,7 @@ def compare(
     ``prefix_from`` gives its prefix to full-precision models; checkpoints keep what they have. ``speed`` measures that too, all
     in turns (:func:`sordino.measure.bench.bench`).
     """
+    checkpoints = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
     # A mistyped name is found now, not after minutes of measuring the others.
     prefixes = [None if quantization_of(locate(name)) else prefix_from for name in checkpoints]
     if against is not None:

@@ -159,7 +159,7 @@ class Reference:
 def reference(
     model: str | Path,
     *,
-    text: str | Text | None = EVAL_TEXT,
+    text: str | Path | Text | None = EVAL_TEXT,
     seqlen: int = 2048,
     windows: int | None = None,
     tasks: Tasks | None = None,
@@ -181,7 +181,7 @@ def reference(
 def evaluate(
     model: str | Path,
     *,
-    text: str | Text | None = None,
+    text: str | Path | Text | None = None,
     seqlen: int = 2048,
     windows: int | None = None,
     against: str | Path | Reference | None = None,

@@ -127,7 +127,7 @@ def inspect(
     model: str | Path,
     *,
     against: str | Path | None = None,
-    text: str = DEFAULT_TEXT,
+    text: str | Path = DEFAULT_TEXT,
     windows: int = 4,
     seqlen: int = 512,
     progress: Progress | None = None,
@@ -165,7 +165,7 @@ def inspect(
     return Inspection(
         model=str(name),
         checkpoint=None if against is None else str(model),
-        text=text,
+        text=cut.text.spec,
         windows=len(ids),
         seqlen=seqlen,
         bits=BITS,

@@ -9,7 +9,7 @@ import torch
 
 from sordino.api import load
 from sordino.errors import InputError
-from sordino.runtime.prefix import already_there
+from sordino.runtime.prefix import already_there, prefix_length
 
 
 def generate(checkpoint: str | Path, prompt: str, max_new_tokens: int = 64, chat: bool = False) -> str:
@@ -66,6 +66,11 @@ def chat_inputs(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> d
 
 
 def _run(model: Any, inputs: Any, max_new_tokens: int) -> torch.Tensor:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    before, given = prefix_length(model), inputs["input_ids"].shape[1]
+    if limit is not None and before + given >= limit:
+        taken = f", of which its prefix takes {before}" if before else ""
+        raise InputError(f"the prompt has {given} tokens, the model {limit} positions{taken}; shorten it")
     out: torch.Tensor = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
     return out
 

@@ -8,6 +8,7 @@ O = out_features, I = in_features, G = groups, g = I/G, b = bits, V = vocabulary
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -291,12 +292,20 @@ def stored_basis(norm: nn.Module) -> Dense:
 
 def in_basis(embedding: nn.Module, basis: Basis | Dense) -> None:
     """Let an embedding hand out its rows in a rotated basis; the stored table stays as it is."""
-    embedding.register_forward_hook(lambda _, __, out: basis.apply(out))
+    embedding.register_forward_hook(partial(_into, basis))
 
 
 def out_of_basis(norm: nn.Module, basis: Basis | Dense) -> None:
     """Let the final norm take hidden states in a rotated basis; its gain and the head stay as they are."""
-    norm.register_forward_pre_hook(lambda _, args: (basis.undo(args[0]), *args[1:]))
+    norm.register_forward_pre_hook(partial(_out_of, basis))
+
+
+def _into(basis: Basis | Dense, _: Any, __: Any, out: Tensor) -> Tensor:
+    return basis.apply(out)
+
+
+def _out_of(basis: Basis | Dense, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (basis.undo(args[0]), *args[1:])
 
 
 class QuantEmbedding(_Packed):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -209,8 +210,16 @@ def _rotate(model: Any, given: dict[str, Any]) -> None:
         out_of_basis(norm, basis)
     else:  # its numbers are not there yet
         store_basis(norm, torch.empty(given["size"], given["size"], dtype=torch.float32, device="meta"))
-        embedding.register_forward_hook(lambda _, __, out: stored_basis(norm).apply(out))
-        norm.register_forward_pre_hook(lambda module, args: (stored_basis(module).undo(args[0]), *args[1:]))
+        embedding.register_forward_hook(partial(_into_stored, norm))
+        norm.register_forward_pre_hook(_out_of_stored)
+
+
+def _into_stored(norm: nn.Module, _: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+    return stored_basis(norm).apply(out)
+
+
+def _out_of_stored(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (stored_basis(norm).undo(args[0]), *args[1:])
 
 
 def _swap_embedding(model: Any, tied: bool) -> None:
@@ -218,11 +227,22 @@ def _swap_embedding(model: Any, tied: bool) -> None:
     with torch.device("meta"):
         table = QuantEmbedding(old.num_embeddings, old.embedding_dim, old.weight.dtype)
     model.set_input_embeddings(table)
+    model.resize_token_embeddings = partial(_same_size, table)
     if tied:
         model.set_output_embeddings(TiedHead(table))
         # One table, no second name: there is nothing left for transformers to tie.
         model._tied_weights_keys = None
         model.all_tied_weights_keys = {}
+
+
+def _same_size(table: QuantEmbedding, new_num_tokens: int | None = None, *_: Any, **__: Any) -> QuantEmbedding:
+    """In place of transformers' ``resize_token_embeddings``, which knows no rows of codes."""
+    if new_num_tokens not in (None, table.num_embeddings):
+        raise InputError(
+            f"the embeddings of this checkpoint have 8 bits and stay {table.num_embeddings}; "
+            "to pad, take a token that there is: tokenizer.pad_token = tokenizer.eos_token"
+        )
+    return table
 
 
 def compress_names(names: list[str], blocks: str, n_blocks: int) -> list[str]:

@@ -107,8 +107,9 @@ def _for_gguf(plan: Plan) -> None:
         if p.format.bits == 8 and not p.format.symmetric:
             raise InputError(f"gguf: {p.name}: 8 bits asymmetric fit no block type; --set format.weights.symmetric=true")
         if p.group is None or p.group % 32:
+            smaller = "" if p.linear.in_features % 32 else "--set format.weights.group=32, or "
             raise InputError(f"gguf: {p.name}: group {p.group} is no multiple of 32; "
-                             "--set format.weights.group=32, or add it to format.weights.ignore")  # fmt: skip
+                             f"{smaller}add it to format.weights.ignore")  # fmt: skip
 
 
 def _plain_ends(plan: Plan, engine: str) -> None:

@@ -6,6 +6,7 @@ headers, so nothing is loaded. Shapes: N windows of L tokens, D hidden size.
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import shutil
 from collections import Counter
@@ -19,7 +20,7 @@ from torch import nn
 
 from sordino.anatomy import Anatomy, anatomy_of, skeleton
 from sordino.contract import Move, having
-from sordino.errors import InputError, SordinoError, reason
+from sordino.errors import InputError, SordinoError, nearest, reason
 from sordino.moves import build_moves
 from sordino.numerics.basis import Basis, Dense
 from sordino.recipe import Recipe
@@ -163,6 +164,7 @@ def draft_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None) -
     model, anatomy = _structure(source)
     _check_tensors(source, model, anatomy)
     _check_format(recipe, anatomy, source)
+    _check_patterns(recipe, anatomy)
     moves = tuple(build_moves(recipe.moves))
     for move in moves:
         move.check(recipe.format, anatomy, None)
@@ -256,6 +258,17 @@ def _check_format(recipe: Recipe, anatomy: Anatomy, source: Source) -> None:
         raise InputError(
             f"--seqlen {recipe.calibration.seqlen} is longer than the model's {limit} positions; --seqlen {limit} fits"
         )
+
+
+def _check_patterns(recipe: Recipe, anatomy: Anatomy) -> None:
+    """Refuse patterns that no linear has the name of: most likely they are mistyped."""
+    weights = recipe.format.weights
+    names = [anatomy.full_name(i, x.name) for i in range(anatomy.n_blocks) for x in anatomy.linears]
+    patterns = [("override", o.match) for o in weights.override] + [("ignore", p) for p in weights.ignore]
+    for key, pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            meant = nearest(pattern.removeprefix("*."), [f"*.{x.name.rpartition('.')[2]}" for x in anatomy.linears])
+            raise InputError(f"format.weights.{key}: '{pattern}' matches none of the block linears{meant}, e.g. '{names[0]}'")
 
 
 def _check_blocks(blocks: tuple[int, int] | None, anatomy: Anatomy) -> tuple[int, int]:

@@ -37,7 +37,8 @@ class Work:
         state: what ``state.json`` says; ``done`` is the number of finished blocks.
     """
 
-    def __init__(self, out: Path, fingerprint: dict[str, Any]):
+    def __init__(self, out: Path, fingerprint: dict[str, Any], cpu: float | None = None):
+        """``cpu`` is what :func:`time.process_time` said when the run began; now if not given."""
         self.path = out / WORK
         self.fingerprint = fingerprint
         self.state: dict[str, Any] = {"fingerprint": fingerprint, "done": 0, "reports": [], "seconds": 0.0}
@@ -51,6 +52,7 @@ class Work:
                 )
             self.state = found
         self._started = time.time() - float(self.state["seconds"])
+        self._cpu = (time.process_time() if cpu is None else cpu) - float(self.state.get("cpu_seconds", 0.0))
 
     @property
     def done(self) -> int:
@@ -62,9 +64,14 @@ class Work:
         """Time spent on this run so far; of a killed process, what it had saved."""
         return time.time() - self._started
 
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time of it, likewise."""
+        return time.process_time() - self._cpu
+
     def save(self, **changes: Any) -> None:
         """Update the state file, atomically."""
-        self.state |= changes | {"seconds": self.seconds}
+        self.state |= changes | {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         write_text(self.path / "state.json", json.dumps(self.state, indent=1))
 
     def create(self, name: str, index: int, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
