@@ -82,7 +82,8 @@ def tokenize_prompt(text: str, tokenizer: Any, vocabulary: int, places: int) -> 
         raise InputError(f"--system-prompt: the tokenizer has token {max(ids)}, the model only {vocabulary} embeddings")
     if len(ids) > places:
         raise InputError(
-            f"--system-prompt: {len(ids)} tokens do not fit the {max(places, 0)} positions the model has left for it"
+            f"--system-prompt: {len(ids)} tokens do not fit the {max(places, 0)} positions the model has left for it "
+            "(calibration windows of fewer tokens, --seqlen, leave more)"
         )
     return Prompt(text, tuple(ids))
 
