@@ -16,6 +16,7 @@ import sordino
 from sordino.cli import _strict, app
 from sordino.errors import InputError
 from sordino.measure.compare import compare
+from sordino.measure.evaluate import reference
 from sordino.recipe import load_recipe
 from sordino.runtime.generate import generate
 from tiny import make_tiny, run
@@ -118,12 +119,17 @@ def test_the_demo_takes_a_base_model_with_few_positions(model: Path, tmp_path: P
     assert "Why is the sky blue?" in said and (tmp_path / "demo" / "figures.json").is_file()
 
 
-def test_a_distance_behind_a_system_prompt_is_told_as_such(model: Path, tmp_path: Path) -> None:
-    made = str(tmp_path / "made")
-    sordino.quantize(model, "rtn-w4", made, system_prompt="be brief")
-    args = ["eval", made, "--text", str(TEXT), "--seqlen", "32", "--windows", "1"]
-    assert "the reference without one" in CliRunner().invoke(app, [*args, "--against", str(model)]).stderr
-    assert not CliRunner().invoke(app, args).stderr
+def test_a_system_prompt_stands_before_the_reference_too(model: Path, tmp_path: Path) -> None:
+    """Nothing is rounded, so nothing is lost, and a checkpoint without a prompt beside it has its own reference."""
+    plain = load_recipe("rtn-w4", ["format.weights.bits=16"])
+    made = [
+        sordino.quantize(model, plain, tmp_path / n, system_prompt=p).out for n, p in (("with", "be brief"), ("without", None))
+    ]
+    options = {"text": TEXT, "seqlen": 32, "windows": 2}
+    assert sordino.evaluate(made[0], against=model, **options).kl < 1e-9
+    rows = dict(compare([made[1], *made], against=model, **options).rows)
+    assert all(figures.kl < 1e-9 for figures in rows.values())
+    assert sordino.evaluate(made[0], against=reference(model, **options), **options).kl > 1e-3
 
 
 def test_recipes_without_shapes_are_refused(checkpoint: Path) -> None:

@@ -131,7 +131,6 @@ def evaluate(
         options = {"against": against, "prefix_from": prefix_from, "dtype": _dtype(dtype)}
         options |= {"tasks": _tasks(tasks, task_data, limit), "text": text, "seqlen": seqlen, "windows": windows}
         result = run(model, progress=bars, **options)
-    _note_prompts([model], against)
     if json_:
         _write_json(json_, result.to_json())
     on = f" on {text or 'builtin:docstrings'}, {result.windows} windows of {result.seqlen}" if result.windows else ""
@@ -169,7 +168,6 @@ def compare(
         options: dict[str, Any] = {"against": against, "prefix_from": prefix_from, "text": text}
         options |= {"tasks": _tasks(tasks, task_data, limit) or None, "speed": speed}
         comparison = run(checkpoints, seqlen=seqlen, windows=windows, progress=bars, **options)
-    _note_prompts(checkpoints, against)
     for path, content in ((csv, comparison.to_csv()), (md, comparison.to_markdown())):
         if path:
             _write(path, content)
@@ -348,17 +346,6 @@ def _tasks(names: str | None, data: Path | None, limit: int | None) -> Any:
             raise InputError("--task-data and --limit belong to --tasks; name some, e.g. --tasks piqa,arc_easy")
         return ()
     return open_tasks([n for name in names.split(",") if (n := name.strip())], data, limit)
-
-
-def _note_prompts(checkpoints: Sequence[str], against: str | None) -> None:
-    """Say where a distance from the reference is not the rounding's alone."""
-    from sordino.runtime.prefix import quantization_of
-    from sordino.walk.source import locate
-
-    prompted = [name for name in checkpoints if quantization_of(locate(name)).get("system_prompt")]
-    if prompted and against is not None:
-        known = "reads the text behind its protected system prompt, the reference without one: KL and agreement count both"
-        print(f"sordino: {', '.join(prompted)} {known}", file=sys.stderr)
 
 
 def _check_writable(*paths: Path | None) -> None:

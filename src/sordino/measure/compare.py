@@ -15,7 +15,7 @@ from sordino.contract import Progress
 from sordino.corpus import EVAL_TEXT, load_text
 from sordino.errors import InputError
 from sordino.measure.bench import DECODED, PROMPT, bench, positions
-from sordino.measure.evaluate import Evaluation, evaluate, reference
+from sordino.measure.evaluate import Evaluation, Reference, evaluate, prompt_beside, reference
 from sordino.measure.tasks import Tasks
 from sordino.report.notebook import Figure, figure, table
 from sordino.report.svg import Series
@@ -231,9 +231,11 @@ def compare(
             raise InputError("a prefix is put before full-precision models, and there is none among these")
     content = load_text(text or EVAL_TEXT) if text is not None or tasks is None else None
     options: dict[str, Any] = {"text": content, "seqlen": seqlen, "windows": windows, "progress": progress}
-    exact = None if against is None else reference(against, tasks=tasks, **options)
+    exact: Reference | None = None
     rows = []
     for checkpoint, prefix in zip(checkpoints, prefixes, strict=True):
+        if against is not None and (exact is None or exact.behind != prompt_beside(checkpoint, against)):
+            exact = reference(against, tasks=tasks, behind=prompt_beside(checkpoint, against), **options)
         figures = evaluate(checkpoint, against=exact, prefix_from=prefix, tasks=tasks or (), **options)
         rows.append((str(checkpoint) if prefix is None else f"{checkpoint} + prefix", figures))
     return Comparison(tuple(rows), None if content is None else content.spec, _speeds(checkpoints, progress) if speed else ())

@@ -26,7 +26,7 @@ from sordino.measure.tasks import Tasks, TaskScores, open_tasks
 from sordino.numerics.divergence import token_kl
 from sordino.report.notebook import table
 from sordino.runtime.attention import attach
-from sordino.runtime.prefix import prefix_ids, prefix_length
+from sordino.runtime.prefix import prefix_ids, prefix_length, prompt_ids, quantization_of
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
 from sordino.walk.source import locate
 
@@ -146,6 +146,7 @@ class Reference:
         head: its output projection.
         tasks: its scores on tasks.
         dtype: what it was loaded in.
+        behind: ids of the tokens that stood before every text.
     """
 
     name: str | Path
@@ -154,6 +155,7 @@ class Reference:
     head: Any
     tasks: TaskScores | None
     dtype: torch.dtype | str
+    behind: tuple[int, ...] = ()
 
 
 def reference(
@@ -164,18 +166,24 @@ def reference(
     windows: int | None = None,
     tasks: Tasks | None = None,
     dtype: torch.dtype | str = "auto",
+    behind: tuple[int, ...] = (),
     progress: Progress | None = None,
 ) -> Reference:
-    """Run a reference model once; see :func:`evaluate` for the arguments and errors. A text of None reads none."""
+    """Run a reference model once; see :func:`evaluate` for the arguments and errors. A text of None reads none.
+
+    ``behind`` are ids of tokens before every text, as a system prompt: what a checkpoint that holds one is to be held against.
+    """
     cut = None if text is None else Windows(load_text(text), seqlen, windows)
     exact, tokenizer = load(model, dtype=dtype)
+    if behind:
+        attach(exact, list(behind))
     ids = None if cut is None else cut.of(tokenizer, exact, model)
     scores = None if tasks is None else tasks.run(exact, tokenizer, progress)
     if ids is None:
-        return Reference(model, None, None, None, scores, dtype)
+        return Reference(model, None, None, None, scores, dtype, behind)
     exact.set_attn_implementation(WINDOW_ATTENTION)
     hidden = [final_states(exact, w) for w in in_turn(ids, progress, "reference")]
-    return Reference(model, ids, torch.stack(hidden), exact.lm_head, scores, dtype)
+    return Reference(model, ids, torch.stack(hidden), exact.lm_head, scores, dtype, behind)
 
 
 def evaluate(
@@ -200,7 +208,8 @@ def evaluate(
         seqlen: tokens of a window.
         windows: how many windows from the start; None for all.
         against: reference for KL, agreement and differences on tasks, usually the full-precision model; of several models
-            that are held against the same one, run it once with :func:`reference`.
+            that are held against the same one, run it once with :func:`reference`. Named, and of full precision, it reads the
+            text behind the model's system prompt, if there is one.
         prefix_from: checkpoint whose prefix tokens are put before every text: what they alone do to a full-precision model.
         tasks: names of tasks, or what :func:`sordino.measure.tasks.open_tasks` made of them; its other arguments follow.
         task_data: folder of local task files.
@@ -226,11 +235,13 @@ def evaluate(
             windows=windows,
             tasks=suite,
             dtype=dtype,
+            behind=prompt_beside(model, against),
             progress=progress,
         )
     if against is not None and ids is not None:
         _check_same(model, ids, against.name, against.ids)
-    itself = against is not None and prefix_from is None and dtype == against.dtype and locate(model) == locate(against.name)
+    itself = against is not None and prefix_from is None and not against.behind
+    itself = itself and against is not None and dtype == against.dtype and locate(model) == locate(against.name)
     known = against.tasks if itself and against is not None else None
     scores = None if suite is None else known or suite.run(subject, tokenizer, progress)
     found, seconds = _on_text(subject, ids, against, itself, progress)
@@ -243,6 +254,11 @@ def evaluate(
         tasks_against=None if against is None else against.tasks,
         seconds=round(seconds + (scores.seconds if scores else 0.0), 2),
     )
+
+
+def prompt_beside(model: str | Path, against: str | Path) -> tuple[int, ...]:
+    """The tokens that a reference reads before every text beside a model: its system prompt, unless it is quantized itself."""
+    return () if quantization_of(locate(against)) else prompt_ids(locate(model))
 
 
 def _on_text(

@@ -83,6 +83,14 @@ def prefix_ids(folder: Path) -> list[int]:
     return found
 
 
+def prompt_ids(folder: Path) -> tuple[int, ...]:
+    """The tokens of a checkpoint's protected system prompt; none where it has none, or where loading will tell what is wrong."""
+    said = quantization_of(folder).get("system_prompt")
+    if not isinstance(said, dict) or type(said.get("tokens")) is not int:
+        return ()
+    return tuple(prefix_ids(folder)[-said["tokens"] :])
+
+
 def begins(ids: Sequence[int], start: Sequence[int]) -> bool:
     """Whether ids begin with others."""
     return list(ids[: len(start)]) == list(start)
