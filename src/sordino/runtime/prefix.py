@@ -84,7 +84,7 @@ def prefix_ids(folder: Path) -> list[int]:
 
 
 def prompt_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens of a checkpoint's protected system prompt; none where it has none, or where loading will tell what is wrong."""
+    """The tokens of a checkpoint's protected system prompt; none without one, and where loading will tell why."""
     said = quantization_of(folder).get("system_prompt")
     if not isinstance(said, dict) or type(said.get("tokens")) is not int:
         return ()
