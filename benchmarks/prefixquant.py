@@ -46,6 +46,7 @@ def ladder(bits: int) -> Ladder:
         f"{name} dynamic: + prefix, smooth": (dynamic, [OFF, SMOOTHED], SEEDS),
         f"{name} dynamic: + prefix, smooth, center": (dynamic, [OFF, MEANS], SEEDS),
         f"{name} dynamic: + tuning": (f"{dynamic}-tuned", [OFF], SEEDS),
+        f"{name} dynamic: + tuning, smooth, center": (f"{dynamic}-tuned", [OFF, f"{MEANS[:-1]}, {TUNE}]"], SEEDS),
         f"{name} static": (static, [OFF, f"moves=[{TURN}]"], [0]),
         f"{name} static: + prefix": (static, [OFF], SEEDS),
         f"{name} static: + prefix, smooth": (static, [OFF, SMOOTHED], SEEDS),
