@@ -203,21 +203,23 @@ def kv_memory() -> str:
 
 
 def equivalence(title: str = "") -> str:
-    """Divergences and equal greedy tokens of pairs, from the last row of each pair and dtype."""
-    rows = last("equivalence.jsonl", "pair", "dtype")
+    """Divergences and equal greedy tokens of pairs, from the last row of each recipe, pair and dtype."""
+    rows = last("equivalence.jsonl", "recipe", "pair", "dtype")
     if not rows:
         return ""
-    recipes = ", ".join(sorted({f"`{r['recipe']}`" for r in rows.values()}))
     lines = ["", *([title, ""] if title else [])]
     lines += [
-        f"Of {recipes}: mean divergence of the next token's distribution (nat), or how many of 64 greedy tokens agree",
-        "before the first difference, the worst of four prompts. The first two pairs round nothing. Moved by a millionth, fp32",
-        "shows how far apart two correct ways are bound to be; bf16 does not hold so small a change: its 0 bounds nothing.",
+        "Mean divergence of the next token's distribution (nat), or how many of 64 greedy tokens agree before the first",
+        "difference, the worst of four prompts. The first two pairs round nothing. Moved by a millionth, fp32 shows how far apart",
+        "two correct ways are bound to be: a code at a tie falls the other way, and what follows goes with it. bf16 hardly holds",
+        "so small a change.",
         "",
     ]
-    lines += ["| pair | fp32 | bf16 |", "|---|---|---|"]
-    for pair in dict.fromkeys(p for p, _ in rows):
-        found = [rows.get((pair, dtype)) for dtype in ("float32", "bfloat16")]
+    recipes, dtypes = list(dict.fromkeys(r for r, _, _ in rows)), ("float32", "bfloat16")
+    heads = [f"`{recipe}`, {short}" for recipe in recipes for short in ("fp32", "bf16")]
+    lines += [f"| pair | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for pair in dict.fromkeys(p for _, p, _ in rows):
+        found = [rows.get((recipe, pair, dtype)) for recipe in recipes for dtype in dtypes]
         shown = ["–" if r is None else f"{r['kl']:.1e}" if "kl" in r else f"{r['equal_tokens']} of {r['of']}" for r in found]
         lines.append(f"| {pair} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
