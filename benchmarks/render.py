@@ -210,9 +210,9 @@ def equivalence(title: str = "") -> str:
     lines = ["", *([title, ""] if title else [])]
     lines += [
         "Mean divergence of the next token's distribution (nat), or how many of 64 greedy tokens agree before the first",
-        "difference, the worst of four prompts. The first two pairs round nothing. Moved by a millionth, fp32 shows how far apart",
-        "two correct ways are bound to be: a code at a tie falls the other way, and what follows goes with it. bf16 hardly holds",
-        "so small a change.",
+        "difference, the worst of four prompts. The first two pairs round nothing. Moved by a millionth, fp32 shows how far",
+        "apart two correct ways are bound to be: a code at a tie falls the other way, and what follows goes with it. bf16",
+        "hardly holds so small a change.",
         "",
     ]
     recipes, dtypes = list(dict.fromkeys(r for r, _, _ in rows)), ("float32", "bfloat16")
