@@ -228,11 +228,11 @@ def equivalence(title: str = "") -> str:
 def prompt(title: str = "") -> str:
     """The controls of a protected prompt, from the last row of each model and recipe."""
     runs = last("prompt.jsonl", "model", "recipe")
+    link = f"[A protected system prompt]({'' if title else '../'}system_prompt.md)"
     lines: list[str] = []
     for (model, recipe), run in runs.items():
         lines += ["", *([title, ""] if title else [])]
-        lines += [f"{model}, `{recipe}`, a prompt of {run['prompt_tokens']} tokens; rows as in "]
-        lines[-1] += "[A protected system prompt](" + ("" if title else "../") + "system_prompt.md)."
+        lines += [f"{model}, `{recipe}`, a prompt of {run['prompt_tokens']} tokens; rows as in {link}."]
         lines += ["", "| row | PPL | KL |", "|---|---|---|"]
         for name, r in run["rows"].items():
             lines.append(f"| {name} | {r['ppl']:.3f} ± {r['ppl_stderr']:.3f} | {r['kl']:.4f} ± {r['kl_stderr']:.4f} |")
