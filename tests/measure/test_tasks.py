@@ -21,6 +21,7 @@ import sordino
 from sordino.cli import app
 from sordino.errors import InputError
 from sordino.measure.compare import compare
+from sordino.measure.evaluate import reference
 from sordino.measure.local_tasks import LOCAL_TASKS
 from sordino.measure.tasks import TaskScore, TaskScores, open_tasks
 from sordino.runtime.attention import attach
@@ -255,6 +256,14 @@ def test_one_reference_serves_a_comparison(model: Path, checkpoint: Path, data: 
     alone = sordino.evaluate(checkpoint, tasks=tasks, against=str(model))
     assert alone.to_json()["tasks"] == other.to_json()["tasks"]
     assert "piqa acc_norm" in table.header and "PPL" not in table.header
+
+
+def test_a_model_is_not_given_the_scores_that_its_reference_has_on_other_items(model: Path, data: Path) -> None:
+    more, fewer = open_tasks(["piqa"], data, 6), open_tasks(["piqa"], data, 4)
+    exact = reference(model, text=None, tasks=more)
+    found = {n: sordino.evaluate(model, tasks=t, against=exact).tasks for n, t in ((6, more), (4, fewer))}
+    assert found[6] is exact.tasks
+    assert found[4] is not None and found[4].tasks["piqa"].samples == 4
 
 
 @pytest.mark.parametrize(

@@ -15,40 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-import sordino
+from decoders import CENTER, RECIPES, tiny_checkpoint
 from levels import every_level, needs_kernels
 from sordino.errors import InputError
-from sordino.moves import MOVES
-from sordino.recipe import load_recipe
 from sordino.runtime import block, kernels
 from sordino.runtime.block import one_call
 from sordino.runtime.kernels import library
-from sordino.runtime.prefix import prefix_length
-from tiny import Fixed, make_tiny
 
 pytestmark = needs_kernels
-SMALL: dict[str, Any] = {"windows": 8, "seqlen": 48}
 PROMPT, NEW = 12, 14
-
-CENTER = "{move='center'}"
-RECIPES: dict[str, tuple[str, list[str]]] = {
-    "weights alone": ("rtn-w4", []),
-    "2 bits, a scale a row": ("rtn-w4", [f"format.weights.{x}" for x in ("bits=2", "symmetric=true", 'group="channel"')]),
-    "norms with a bias": ("d2quant-paper-w3", []),
-    "static, prefix, R3, R4": ("prefixquant-w4a4kv4-static", []),
-    "dynamic, prefix, R3, R4": ("prefixquant-w4a4kv4-dynamic", []),
-    "groups of weights, rounded inputs": ("w4a4kv4", ['moves=[{move="rotate-inner"}]']),
-    "groups of channels": ("quarot-w4a4", []),
-    "groups of channels, zero points": ("quarot-w4a4", ["format.activations.symmetric=false"]),
-    "zero points by token": ("prefixquant-w4a4kv4-dynamic", ["format.activations.symmetric=false"]),
-    "no means": ("w4a4kv4", [f"moves=[{CENTER}, {{move='rotate', size='full'}}, {{move='rotate-inner'}}, {{move='prefix'}}]"]),
-    "no means, unturned": ("w4a4kv4", [f"moves=[{CENTER}]"]),
-    "R3, plain cache": ("rtn-w4", ["moves=[{move='rotate-inner'}]"]),
-    "R3, no means, plain cache": ("rtn-w4", [f"moves=[{CENTER}, {{move='rotate-inner'}}]"]),
-    "integer products": ("w8a8", []),
-    "3-bit cache": ("rtn-w4", ['format.kv={bits=3, mode="dynamic", symmetric=true}']),
-}
-
 
 wholes: list[int] = []  # an entry for every layer that went through layers.py
 
@@ -80,18 +55,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted(monkeypatch)
 
 
-def quantized(
-    folder: Path, recipe: str, sets: list[str], family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
-) -> Any:
+def quantized(*args: Any, **options: Any) -> Any:
     """A tiny model, quantized and loaded."""
-    make_tiny(folder / "model", family, layers=2, **options)
-    made = load_recipe(recipe, [*sets, "guard=off"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MOVES, "prefix", Fixed)
-        sordino.quantize(str(folder / "model"), made, folder / "out", **SMALL)
+    model = tiny_checkpoint(*args, **options)
     wholes.clear()  # the walk's own blocks ask the kernels too (walk/fused.py)
-    model = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=dtype).eval()
-    assert prefix_length(model) == 3 * any(m.move == "prefix" for m in made.moves)
     return model
 
 
@@ -123,7 +90,8 @@ def test_logits_and_cache_equal_those_of_torch(recipe: str, tmp_path: Path, call
         assert float(apart(ours, theirs).median()) <= 1e-5 and float(apart(ours, theirs).max()) <= 2e-2
         assert cache.get_seq_length() == other.get_seq_length() == PROMPT + NEW
         for a, b in zip(cache.layers, other.layers, strict=True):
-            assert a.keys.shape == b.keys.shape and (a.values.float() - b.values.float()).ne(0).float().mean() < 0.9
+            near = torch.isclose(a.values.float(), b.values.float(), rtol=1e-3, atol=1e-4)
+            assert a.keys.shape == b.keys.shape and float(near.float().mean()) > 0.9
 
 
 @every_level
@@ -221,6 +189,23 @@ def test_prompts(recipe: str, family: str, tmp_path: Path, calls: list[int]) -> 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("recipe", ["static, prefix, R3, R4", "R3, plain cache"])
+def test_masks_and_positions_of_several_texts_in_a_row(recipe: str, tmp_path: Path, calls: list[int]) -> None:
+    model = quantized(tmp_path, *RECIPES[recipe])
+    ids = torch.randint(2, 300, (1, 24), generator=torch.Generator().manual_seed(4))
+    holes = torch.ones_like(ids)
+    holes[0, 5:8] = 0
+    for given in ({"position_ids": torch.cat([torch.arange(9), torch.arange(15)])[None]}, {"attention_mask": holes}):
+        outs = []
+        for on in (True, False):
+            with one_call(on):
+                outs.append(model(ids, use_cache=False, **given).logits[:, 8:])
+        alone = model(ids, use_cache=False).logits[:, 8:]
+        assert float(apart(*outs).median()) <= 1e-5 and float(apart(outs[0], alone).median()) > 1e-3
+    assert wholes
+
+
+@torch.no_grad()
 def test_prompts_in_half_precision_are_as_near_to_exact(tmp_path: Path, calls: list[int]) -> None:
     exact = quantized(tmp_path, *RECIPES["norms with a bias"])
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
@@ -246,8 +231,7 @@ def test_generate_batches_and_beams(tmp_path: Path, calls: list[int]) -> None:
             used = len(calls)
             with one_call(False):
                 assert torch.equal(ours, model.generate(ids, attention_mask=mask, **fixed, **options))
-            # Padding, and more than four texts at once, are not for the one call.
-            assert used == (15 if bool(mask.all()) and options != {"num_beams": 3} else 0)
+            assert used == (15 if options != {"num_beams": 3} else 0)  # more than four texts at once are not for the one call
 
 
 def test_a_cropped_cache_goes_on(tmp_path: Path, calls: list[int]) -> None:

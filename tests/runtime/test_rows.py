@@ -11,7 +11,7 @@ from levels import SEEDS, TYPES, every_level, examples, needs_kernels
 from sordino.numerics.hadamard import rotation
 from sordino.numerics.kv import KvGrid
 from sordino.runtime import kernels
-from sordino.runtime.kernels import rows
+from sordino.runtime.kernels import library, rows
 from sordino.runtime.modules import QuantLinear
 
 pytestmark = needs_kernels
@@ -96,6 +96,64 @@ def test_rotated_rows_are_those_of_rotated_keys() -> None:
         assert float((found[:, :, 1:] - grid.fake(exact, share)).abs().max()) <= 0.6
     for wrong in (mean.double(), mean[:, :63], torch.randn(64, 2).T):
         assert not rows.store(grid, share, wrong, turn, x, room, 1)
+
+
+@every_level
+@examples
+@given(
+    size=st.sampled_from([8, 64, 72, 128]), group=st.sampled_from([1, 3, 7, 16]), bits=st.sampled_from([0, 2, 4, 8]),
+    kind=st.sampled_from(["static", "symmetric", "asymmetric"]), tokens=st.integers(1, 40),
+    earlier=st.sampled_from([0, 1, 63, 64, 300]), prefix=st.integers(0, 3), dtype=TYPES, padded=st.booleans(), seed=SEEDS,
+)  # fmt: skip
+def test_attention_over_rows(
+    level: str,
+    size: int,
+    group: int,
+    bits: int,
+    kind: str,
+    tokens: int,
+    earlier: int,
+    prefix: int,
+    dtype: torch.dtype,
+    padded: bool,
+    seed: int,
+) -> None:
+    """Against sums in fp64, and to the bit against the last token, or the second text, alone."""
+    g = torch.Generator().manual_seed(seed)
+    heads, length = 2, earlier + tokens
+    query = torch.randn(2, heads * group, tokens, size, generator=g).to(dtype)
+    keys, values = (torch.randn(2, heads, length, size, generator=g).to(dtype) for _ in range(2))
+    before = [torch.randn(1, heads, prefix, size, generator=g).to(dtype) for _ in range(2)]
+    first = torch.randint(0, length, (2,), generator=g) if padded else None
+    how = library.Block(heads=heads * group, key_heads=heads, size=size, scaling=size**-0.5, type=rows.TYPES[dtype])
+    how.prefix, how.prefix_key, how.prefix_value = prefix, before[0].data_ptr(), before[1].data_ptr()
+    packed = [keys, values]
+    if bits:
+        grid, share = KvGrid(bits, kind != "asymmetric", kind == "static"), torch.full((heads,), 0.5)
+        packed = [grid.pack(x, share) for x in packed]
+        keys, values = (grid.unpack(x, share, size, torch.float32) for x in packed)
+        how.key = how.value = rows.format_of(grid, share)
+    with kernels.using(level):
+        found = rows.attend(how, query, packed[0], packed[1], length, first)
+        last = rows.attend(how, query[:, :, -1:], packed[0], packed[1], length, first)
+        ends = length if first is None else int(first[1])
+        own = [x[1:, :, 0 if first is None else ends :].contiguous() for x in packed]
+        seen = min(tokens, own[0].shape[2])
+        alone = rows.attend(how, query[1:, :, tokens - seen :], *own, own[0].shape[2], None)
+    assert found is not None and last is not None and alone is not None
+    assert torch.equal(found[:, -1:], last) and torch.equal(found[1:, tokens - seen :], alone)
+    k, v = (
+        torch.cat([b.expand(2, -1, -1, -1), x], 2).double().repeat_interleave(group, 1)
+        for b, x in zip(before, (keys, values), strict=True)
+    )
+    scores = query.double() @ k.mT * size**-0.5
+    places = torch.arange(prefix + length) - prefix
+    hidden = places > torch.arange(earlier, length)[:, None]
+    begins = torch.zeros(2, dtype=torch.long) if first is None else first
+    hidden = hidden | ((places >= 0) & (places < begins[:, None]))[:, None]
+    scores = scores.masked_fill(hidden[:, None], -torch.inf)
+    exact = (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2)
+    assert float((found - exact).abs().max()) <= {torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
 
 
 def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:

@@ -147,6 +147,7 @@ class Reference:
         tasks: its scores on tasks.
         dtype: what it was loaded in.
         behind: ids of the tokens that stood before every text.
+        suite: the tasks of those scores.
     """
 
     name: str | Path
@@ -156,6 +157,7 @@ class Reference:
     tasks: TaskScores | None
     dtype: torch.dtype | str
     behind: tuple[int, ...] = ()
+    suite: Tasks | None = None
 
 
 def reference(
@@ -180,10 +182,10 @@ def reference(
     ids = None if cut is None else cut.of(tokenizer, exact, model)
     scores = None if tasks is None else tasks.run(exact, tokenizer, progress)
     if ids is None:
-        return Reference(model, None, None, None, scores, dtype, behind)
+        return Reference(model, None, None, None, scores, dtype, behind, tasks)
     exact.set_attn_implementation(WINDOW_ATTENTION)
     hidden = [final_states(exact, w) for w in in_turn(ids, progress, "reference")]
-    return Reference(model, ids, torch.stack(hidden), exact.lm_head, scores, dtype, behind)
+    return Reference(model, ids, torch.stack(hidden), exact.lm_head, scores, dtype, behind, tasks)
 
 
 def evaluate(
@@ -242,7 +244,7 @@ def evaluate(
         _check_same(model, ids, against.name, against.ids)
     itself = against is not None and prefix_from is None and not against.behind
     itself = itself and against is not None and dtype == against.dtype and locate(model) == locate(against.name)
-    known = against.tasks if itself and against is not None else None
+    known = against.tasks if itself and against is not None and against.suite is suite else None
     scores = None if suite is None else known or suite.run(subject, tokenizer, progress)
     found, seconds = _on_text(subject, ids, against, itself, progress)
     figures: dict[str, Any] = found | asdict(size_of(subject, locate(model)))

@@ -1,10 +1,10 @@
 """A forward for decoders of known families that leaves as little as possible to single torch operations.
 
 It looks whether everything is as the kernels know it (known.py): no hook of anybody else's, nothing asked but the last hidden
-state. While text is being decoded (one new token of a few texts, none padded, a cache that grows) all layers are one native
-call: norms, linears, rotary embedding, R3, R4, the rounding of inputs, the cache's new rows and attention over them, the prefix
-included (kernels/block.h); embedding, rotary angles and the final norm stay torch's. Prompts, padded and larger batches go
-through layers.py. Everything else takes transformers' own forward. All round at the same places.
+state. While text is being decoded (one new token of a few texts, a cache that grows) all layers are one native call: norms,
+linears, rotary embedding, R3, R4, the rounding of inputs, the cache's new rows and attention over them, the prefix included
+(kernels/block.h); embedding, rotary angles and the final norm stay torch's. Prompts and larger batches go through layers.py.
+Everything else takes transformers' own forward. All round at the same places.
 
 The layers are looked at when the first token of a text is decoded, since that takes longer than the token's products: what is
 changed in the middle of a text counts from the next one. ``SORDINO_ONE_CALL=off`` switches all this off.
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from sordino.runtime.known import FAMILIES, Known
 
 VARIABLE = "SORDINO_ONE_CALL"
 FEW_TEXTS = 4  # kMaxRows of kernels.h
+LONG = 1024  # tokens from which torch's attention in half precision, by matrix products, is faster than the kernels'
 _LAYERS = {f"{family}DecoderLayer" for family in FAMILIES}
 
 _on = os.environ.get(VARIABLE) != "off"
@@ -87,10 +88,11 @@ def _forward(
     if cache is not None and (type(cache) is not DynamicCache or not use_cache):
         return None
     out = None
-    if ids.shape[1] == 1 and ids.shape[0] <= FEW_TEXTS and use_cache and _all_seen(attention_mask):
-        out = _step(decoder, ids, position_ids, cache)
+    seen = _Seen.by(attention_mask, position_ids)
+    if ids.shape[1] == 1 and ids.shape[0] <= FEW_TEXTS and use_cache and seen is not None:
+        out = _step(decoder, ids, position_ids, cache, seen)
     if out is None:
-        out = _whole(decoder, ids, attention_mask, position_ids, cache)
+        out = _whole(decoder, ids, attention_mask, position_ids, cache, seen)
     return None if out is None else BaseModelOutputWithPast(last_hidden_state=decoder.norm(out), past_key_values=cache)
 
 
@@ -112,14 +114,14 @@ def _plain_request(decoder: Any, mask: Any, others: dict[str, Any]) -> bool:
     return (mask is None or isinstance(mask, Tensor)) and not torch.is_autocast_enabled("cpu")
 
 
-def _step(decoder: Any, ids: Tensor, position_ids: Tensor | None, cache: Any) -> Tensor | None:
+def _step(decoder: Any, ids: Tensor, position_ids: Tensor | None, cache: Any, seen: _Seen) -> Tensor | None:
     """What the one call makes of one new token of each text; None if it cannot."""
     native = library.active()
     known = _looked_at(decoder, cache) if cache.layers else None
     if known is None or native is None:
         return None
     held = known.find(cache, ids.shape[0])
-    if held is None:
+    if held is None or not seen.fits(len(ids), held[0].length + 1):
         return None
     embedded = known.embed(decoder, ids, torch.tensor([[held[0].length]]) if position_ids is None else position_ids)
     if embedded is None:
@@ -128,7 +130,7 @@ def _step(decoder: Any, ids: Tensor, position_ids: Tensor | None, cache: Any) ->
     out = torch.empty_like(x)
     done = native.sordino_decode(
         known.blocks, held, len(held), x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), int(cos.shape[0] == 1),
-        len(x), torch.get_num_threads(),
+        seen.address(), len(x), torch.get_num_threads(),
     )  # fmt: skip
     if done != 0:
         return None
@@ -138,7 +140,7 @@ def _step(decoder: Any, ids: Tensor, position_ids: Tensor | None, cache: Any) ->
     return out
 
 
-def _whole(decoder: Any, ids: Tensor, mask: Any, position_ids: Tensor | None, cache: Any) -> Tensor | None:
+def _whole(decoder: Any, ids: Tensor, mask: Any, position_ids: Tensor | None, cache: Any, seen: _Seen | None) -> Tensor | None:
     """What layers.py makes of any tokens; None if a layer is not what it knows."""
     known = _known(decoder)
     if known.norms is None or known.window is not None or ids.numel() == 0:
@@ -149,15 +151,53 @@ def _whole(decoder: Any, ids: Tensor, mask: Any, position_ids: Tensor | None, ca
     if embedded is None:
         return None
     x, cos, sin = embedded
-    mask = create_causal_mask(
-        config=decoder.config, inputs_embeds=x, attention_mask=mask, past_key_values=cache, position_ids=places
-    )
-    return layers.run(list(decoder.layers), known.norms, x, cos, sin, mask, cache)
+    length = past + ids.shape[1]
+    short = length <= LONG or ids.shape[1] == 1 or x.dtype == torch.float32
+    if known.attentions is not None and seen is not None and seen.fits(len(ids), length) and short:
+        if cache is None and known.packed:
+            cache = DynamicCache(config=decoder.config)  # keys and values are rounded on their way in
+        attend = layers.by_rows(known.attentions, seen.first, cache)
+    else:
+        mask = create_causal_mask(
+            config=decoder.config, inputs_embeds=x, attention_mask=mask, past_key_values=cache, position_ids=places
+        )
+        attend = layers.by_torch(mask, cache)
+    return layers.run(list(decoder.layers), known.norms, x, cos, sin, attend)
 
 
-def _all_seen(mask: Tensor | None) -> bool:
-    """Whether a mask hides nothing: there is none, or it is [B, S], of ones."""
-    return mask is None or (mask.ndim == 2 and bool(mask.all()))
+class _Seen(NamedTuple):
+    """Tokens that a batch is about, where each text is one run of them.
+
+    Attributes:
+        length: of the mask; None without one.
+        first: int64 [B], where each text begins; None: at 0.
+    """
+
+    length: int | None
+    first: Tensor | None
+
+    @classmethod
+    def by(cls, mask: Tensor | None, places: Tensor | None) -> _Seen | None:
+        """What a mask leaves to see; None where that is more than one run a text, or nothing."""
+        if mask is None:
+            # transformers reads positions that begin again as several texts in one row.
+            return cls(None, None) if places is None or bool((places.diff(dim=-1) == 1).all()) else None
+        if mask.ndim != 2 or mask.device.type != "cpu":
+            return None
+        ones = mask != 0
+        if bool(ones.all()):
+            return cls(mask.shape[1], None)
+        first, behind = ones.int().argmax(1), ones.int().flip(1).argmax(1)  # what is behind the last token hides itself
+        whole = ones.any(1) & (ones.sum(1) == mask.shape[1] - behind - first)
+        return cls(mask.shape[1], first) if bool(whole.all()) else None
+
+    def fits(self, texts: int, length: int) -> bool:
+        """Whether it is about so many texts of so many tokens, those in a cache included."""
+        return self.length in (None, length) and (self.first is None or len(self.first) == texts)
+
+    def address(self) -> int | None:
+        """Of :attr:`first`, for the kernels."""
+        return None if self.first is None else self.first.data_ptr()
 
 
 def _looked_at(decoder: Any, cache: Any) -> Known | None:

@@ -143,13 +143,18 @@ class PackedLayer(RoomyLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Round and pack new keys and values [B, K, S, d]; returns the values of all, in their dtype."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._pack(key_states, value_states)
+        self.append(key_states, value_states)
         return self._unpacked(0, key_states), self._unpacked(1, value_states)
 
+    def append(self, keys: Tensor, values: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Round and pack new keys and values [B, K, n, d]; returns how many tokens there are, and :attr:`room`."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self._pack(keys, values)
+        assert self.room is not None
+        return self.length, *self.room
+
     def _pack(self, keys: Tensor, values: Tensor) -> None:
-        """Append rows of keys and values [B, K, n, d]."""
         more, (key_scale, value_scale) = keys.shape[2], self.scales
         room, length = self.make_room(more), self.length
         if rows.store(self.grid, key_scale, self.mean, self.turn, keys, room[0], length) and rows.store(

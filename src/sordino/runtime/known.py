@@ -32,6 +32,7 @@ class Known:
 
     Attributes:
         norms: of every layer; None if one of them is more than its family's, so that transformers has to run it.
+        attentions: of every layer, what the kernels have to know of its attention; None if they cannot do one of them.
         blocks: every layer for the one call; None if it cannot take one of them.
     """
 
@@ -51,12 +52,11 @@ class Known:
         usual = self.dtype in TYPES and all(_usual(layer, self.dtype) for layer in layers)
         usual = usual and does_all_of(self._attention, [layer.self_attn for layer in layers])
         self.norms = [_norms(layer) for layer in layers] if usual else None
-        found = [_describe(layer, self.dtype) for layer in layers] if usual else []
-        fit = [f for f in found if f is not None]
         self.size: int = layers[0].self_attn.head_dim
         self.packed = getattr(layers[0].self_attn, "kv_grid", None) is not None
-        same = all((getattr(x.self_attn, "kv_grid", None) is not None) == self.packed for x in layers)
-        self.blocks = (library.Block * len(layers))(*fit) if same and len(fit) == len(layers) else None
+        usual = usual and all((getattr(x.self_attn, "kv_grid", None) is not None) == self.packed for x in layers)
+        self.attentions = _all([_attention(layer.self_attn, self.dtype) for layer in layers] if usual else [None])
+        self.blocks = _all([_describe(layer, self.dtype) for layer in layers] if self.attentions else [None])
         self.window: int | None = getattr(decoder.config, "sliding_window", None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -163,23 +163,44 @@ def _norms(layer: Any) -> Norms:
     return before, between, query, key
 
 
+def _all(found: list[library.Block | None]) -> Any:
+    """Blocks in the kernels' words, if every one was found."""
+    fit = [f for f in found if f is not None]
+    return (library.Block * len(fit))(*fit) if len(fit) == len(found) else None
+
+
+def _attention(attention: Any, dtype: torch.dtype) -> library.Block | None:
+    """What the kernels have to know of attention over rows of a cache, in a block that tells of nothing else; or None."""
+    heads, key_heads, size = attention.config.num_attention_heads, attention.config.num_key_value_heads, attention.head_dim
+    if heads % key_heads or heads > _MOST_HEADS * key_heads or size > LARGEST_HEAD:
+        return None
+    block = library.Block(heads=heads, key_heads=key_heads, size=size, scaling=attention.scaling, type=TYPES[dtype])
+    if (grid := getattr(attention, "kv_grid", None)) is not None:
+        shares = [attention.get_buffer(n) for n in (KEY_SCALE, VALUE_SCALE)]
+        formats = [f for s in shares if (f := format_of(grid, s)) is not None]
+        if len(formats) < len(shares):
+            return None
+        block.key, block.value = formats
+    if (key := getattr(attention, KEY, None)) is not None:
+        value = attention.get_buffer(VALUE)
+        if not _ready(key, dtype) or not _ready(value, dtype):
+            return None
+        block.prefix_key, block.prefix_value, block.prefix = key.data_ptr(), value.data_ptr(), key.shape[2]
+    return block
+
+
 def _describe(layer: Any, dtype: torch.dtype) -> library.Block | None:
     """A usual layer as the one call sees it, or None."""
     attention, (linears, norms) = layer.self_attn, _parts(layer)
-    heads, key_heads, size = attention.config.num_attention_heads, attention.config.num_key_value_heads, attention.head_dim
-    if not all(isinstance(x, QuantLinear) for x in linears) or heads % key_heads or heads > _MOST_HEADS * key_heads:
-        return None
-    if not _hooks_are_ours(linears, linears[-1:]):
+    block = _attention(attention, dtype)
+    if block is None or not all(isinstance(x, QuantLinear) for x in linears) or not _hooks_are_ours(linears, linears[-1:]):
         return None
     weights = [w for x in linears if (w := _weight(x)) is not None]
     roundings = [r for x in linears if (r := _rounding(x)) is not None]
     if not len(weights) == len(roundings) == len(linears):
         return None
-    block = library.Block(
-        linear=(library.Weight * 7)(*weights), rounding=(library.Rounding * 7)(*roundings),
-        norm=(library.Norm * 4)(*(_norm(n) for n in norms)),
-        heads=heads, key_heads=key_heads, size=size, scaling=attention.scaling, type=TYPES[dtype],
-    )  # fmt: skip
+    block.linear, block.rounding = (library.Weight * 7)(*weights), (library.Rounding * 7)(*roundings)
+    block.norm = (library.Norm * 4)(*(_norm(n) for n in norms))
     turn, mean = getattr(attention, "key_rotation", None), getattr(attention, KEY_MEAN, None)
     if getattr(attention, "kv_grid", None) is None and (turn is not None or mean is not None):
         # A plain cache holds keys neither centered nor turned. Attention needs neither, but beside a prefix, which is both.
@@ -190,21 +211,10 @@ def _describe(layer: Any, dtype: torch.dtype) -> library.Block | None:
         block.keys = turn_of(turn)
     if any(isinstance(h, RotateInput) for h in linears[-1]._forward_pre_hooks.values()):
         block.down = turn_of(rotation(linears[-1].in_features))
-    if (grid := getattr(attention, "kv_grid", None)) is not None:
-        shares = [attention.get_buffer(n) for n in (KEY_SCALE, VALUE_SCALE)]
-        formats = [f for s in shares if (f := format_of(grid, s)) is not None]
-        if len(formats) < len(shares):
-            return None
-        block.key, block.value = formats
     if mean is not None:
         if not _ready(mean, dtype):
             return None
         block.key_mean = mean.data_ptr()
-    if (key := getattr(attention, KEY, None)) is not None:
-        value = attention.get_buffer(VALUE)
-        if not _ready(key, dtype) or not _ready(value, dtype):
-            return None
-        block.prefix_key, block.prefix_value, block.prefix = key.data_ptr(), value.data_ptr(), key.shape[2]
     return block
 
 

@@ -1,13 +1,55 @@
 // Attention over rows of a cache with AVX-512, for heads whose size is a multiple of 64; others take pieces.h's own.
 //
-// Codes are multiplied as they are: q · (c - z) s = s (q · c - z Σq), and Σ w s (c - z) = Σ (w s) c - Σ (w s) z. Up to four query heads share
-// what is decoded of a key head's row.
+// Codes are multiplied as they are: q · (c - z) s = s (q · c - z Σq), and Σ w s (c - z) = Σ (w s) c - Σ (w s) z. Up to six queries share what
+// is decoded of a key head's row.
+#include <algorithm>
+#include <type_traits>
+
 #include "block.h"
+#include "products.h"
 
 namespace sordino {
 namespace {
 
-constexpr int kQueries = 4;  // query heads at once
+// exponential() of pieces.h.
+__m512 exponential(__m512 x) {
+  const auto all = [](float v) { return _mm512_set1_ps(v); };
+  x = _mm512_min_ps(all(kLargest), _mm512_max_ps(all(kLeast), x));  // NaN stays: the second operand is taken then
+  const __m512 shifted = _mm512_add_ps(_mm512_mul_ps(x, all(kLog2e)), all(kMagic));
+  const __m512 k = _mm512_sub_ps(shifted, all(kMagic));
+  const __m512 r = _mm512_sub_ps(_mm512_sub_ps(x, _mm512_mul_ps(k, all(kLn2High))), _mm512_mul_ps(k, all(kLn2Low)));
+  __m512 p = all(kPowers[0]);
+  for (int i = 1; i < 6; ++i) p = _mm512_add_ps(_mm512_mul_ps(p, r), all(kPowers[i]));
+  p = _mm512_add_ps(_mm512_add_ps(_mm512_mul_ps(p, _mm512_mul_ps(r, r)), r), all(1.0f));
+  const __m512i power = _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23), _mm512_set1_epi32(0x3f800000));
+  return _mm512_mul_ps(p, _mm512_castsi512_ps(power));
+}
+
+// renew() of pieces.h.
+void renew512(float* scores, int64_t rows, int64_t n, float* mine) {
+  static_assert(kTogether % 16 == 0);
+  __m512 most = _mm512_set1_ps(mine[0]), sums = _mm512_setzero_ps();
+  for (int64_t i = 0; i < rows; i += 16) {
+    const __m512 x = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), static_cast<__mmask16>(first(rows - i)), scores + i);
+    most = _mm512_max_ps(x, most);
+  }
+  const float largest = _mm512_reduce_max_ps(most);
+  for (int64_t i = 0; i < kTogether; i += 16) {
+    const __mmask16 seen = static_cast<__mmask16>(first(rows - i));
+    const __m512 x = _mm512_maskz_loadu_ps(seen, scores + i);
+    const __m512 weight = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(x, _mm512_set1_ps(largest))));
+    _mm512_storeu_ps(scores + i, weight);
+    sums = _mm512_add_ps(sums, weight);
+  }
+  const float before = mine[0] == largest ? 1.0f : exponential(mine[0] - largest);
+  mine[0] = largest, mine[1] = mine[1] * before + _mm512_reduce_add_ps(sums);
+  if (before == 1.0f) return;
+  for (int64_t k = 0; k < n; k += 16) {  // n is a multiple of 64 here
+    _mm512_storeu_ps(mine + 2 + k, _mm512_mul_ps(_mm512_loadu_ps(mine + 2 + k), _mm512_set1_ps(before)));
+  }
+}
+
+constexpr int kQueries = 6;  // at once: 4 registers each
 
 // 64 numbers of a row, from its entry `at` on: fp32 [4][16], codes without zero point and scale.
 struct Reader {
@@ -44,9 +86,54 @@ struct Reader {
   }
 };
 
+// Rows of a cache, decoded whenever they are looked at: for few queries.
+struct Passing {
+  const Reader read;
+  const int64_t n;
+  int64_t from = 0;
+  float scale[kTogether], zero[kTogether];
+
+  Passing(const Span& span, int64_t size) : read(span), n(size) {}
+
+  void begin(int64_t row, int64_t rows) {
+    from = row;
+    for (int64_t i = 0; i < rows; ++i) read.fixed(this->row(i), n, &scale[i], &zero[i]);
+  }
+  const uint8_t* row(int64_t i) const { return read.s.data + (from + i) * read.s.stride; }
+  void numbers(int64_t i, int64_t at, __m512 x[4]) const {
+    _mm_prefetch(reinterpret_cast<const char*>(row(i)) + kAhead, _MM_HINT_T0);
+    read(row(i), at, x);
+  }
+};
+
+// The same numbers, decoded once for many queries.
+struct Kept {
+  const Reader read;
+  const int64_t n;
+  float* const all;  // [kTogether, n]
+  float scale[kTogether], zero[kTogether];
+
+  Kept(const Span& span, int64_t size, float* memory) : read(span), n(size), all(memory) {}
+
+  void begin(int64_t from, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const uint8_t* row = read.s.data + (from + i) * read.s.stride;
+      for (int64_t at = 0; at < n; at += kBlock) {
+        __m512 x[4];
+        read(row, at, x);
+        for (int k = 0; k < 4; ++k) _mm512_store_ps(all + i * n + at + 16 * k, x[k]);
+      }
+      read.fixed(row, n, &scale[i], &zero[i]);
+    }
+  }
+  void numbers(int64_t i, int64_t at, __m512 x[4]) const {
+    for (int k = 0; k < 4; ++k) x[k] = _mm512_load_ps(all + i * n + at + 16 * k);
+  }
+};
+
 // Scores of some rows: scores[h][i], i < rows <= kTogether.
-template <int H>
-void scores_of(const float* query, int64_t n, const Reader& read, int64_t from, int64_t rows, float (*scores)[kTogether]) {
+template <int H, class Source>
+void scores_of(const float* query, int64_t n, const Source& keys, int64_t rows, float (*scores)[kTogether]) {
   __m512 total[H];
   for (int h = 0; h < H; ++h) {
     total[h] = _mm512_setzero_ps();
@@ -57,22 +144,19 @@ void scores_of(const float* query, int64_t n, const Reader& read, int64_t from, 
   // Four rows at a time; behind the last one it is read again.
   for (int64_t i = 0; i < rows; i += 4) {
     __m512 here[H][4];
-    float scale[4], zero[4];
     for (int r = 0; r < 4; ++r) {
-      const uint8_t* row = read.s.data + (from + (i + r < rows ? i + r : rows - 1)) * read.s.stride;
-      _mm_prefetch(reinterpret_cast<const char*>(row) + kAhead, _MM_HINT_T0);
+      const int64_t row = i + r < rows ? i + r : rows - 1;
       for (int h = 0; h < H; ++h) here[h][r] = _mm512_setzero_ps();
       for (int64_t at = 0; at < n; at += kBlock) {
         __m512 x[4];
-        read(row, at, x);
+        keys.numbers(row, at, x);
         for (int h = 0; h < H; ++h)
           for (int k = 0; k < 4; ++k) {
             here[h][r] = _mm512_fmadd_ps(x[k], _mm512_loadu_ps(query + h * n + at + 16 * k), here[h][r]);
           }
       }
-      read.fixed(row, n, &scale[r], &zero[r]);
     }
-    const __m128 scales = _mm_loadu_ps(scale), zeros = _mm_loadu_ps(zero);
+    const __m128 scales = _mm_loadu_ps(keys.scale + i), zeros = _mm_loadu_ps(keys.zero + i);
     for (int h = 0; h < H; ++h) {
       const __m128 found = totals(here[h][0], here[h][1], here[h][2], here[h][3]);
       _mm_storeu_ps(scores[h] + i, _mm_mul_ps(scales, _mm_sub_ps(found, _mm_mul_ps(zeros, _mm_set1_ps(sums[h])))));
@@ -80,26 +164,31 @@ void scores_of(const float* query, int64_t n, const Reader& read, int64_t from, 
   }
 }
 
-// Adds weights[h][i] times rows of values to out[h], 64 entries from `at` on.
-template <int H>
-void add_values(const Reader& read, int64_t n, int64_t at, int64_t from, int64_t rows, const float (*weights)[kTogether],
+// Weights [kTogether] of rows times their scales; returns the sum of those times the rows' zero points.
+template <class Source>
+float scale_weights(const Source& values, int64_t rows, float* weights) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < rows; i += 16) {
+    const __mmask16 there = static_cast<__mmask16>(first(rows - i));
+    const __m512 scaled = _mm512_maskz_mul_ps(there, _mm512_loadu_ps(weights + i), _mm512_loadu_ps(values.scale + i));
+    _mm512_storeu_ps(weights + i, scaled);
+    sum = _mm512_add_ps(sum, _mm512_maskz_mul_ps(there, scaled, _mm512_loadu_ps(values.zero + i)));
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// Adds weights[h][i] times rows of values, less zeros[h], to out[h], 64 entries from `at` on.
+template <int H, class Source>
+void add_values(const Source& values, int64_t n, int64_t at, int64_t rows, const float (*weights)[kTogether], const float* zeros,
                 float* out) {
   __m512 sums[H][4];
-  float zeros[H] = {};
   for (int h = 0; h < H; ++h)
     for (int k = 0; k < 4; ++k) sums[h][k] = _mm512_loadu_ps(out + h * (n + 2) + at + 16 * k);
   for (int64_t i = 0; i < rows; ++i) {
-    const uint8_t* row = read.s.data + (from + i) * read.s.stride;
-    _mm_prefetch(reinterpret_cast<const char*>(row) + kAhead, _MM_HINT_T0);
     __m512 x[4];
-    read(row, at, x);
-    float scale, zero;
-    read.fixed(row, n, &scale, &zero);
-    for (int h = 0; h < H; ++h) {
-      const float weight = weights[h][i] * scale;
-      zeros[h] += weight * zero;
-      for (int k = 0; k < 4; ++k) sums[h][k] = _mm512_fmadd_ps(_mm512_set1_ps(weight), x[k], sums[h][k]);
-    }
+    values.numbers(i, at, x);
+    for (int h = 0; h < H; ++h)
+      for (int k = 0; k < 4; ++k) sums[h][k] = _mm512_fmadd_ps(_mm512_set1_ps(weights[h][i]), x[k], sums[h][k]);
   }
   for (int h = 0; h < H; ++h)
     for (int k = 0; k < 4; ++k) {
@@ -107,32 +196,57 @@ void add_values(const Reader& read, int64_t n, int64_t at, int64_t from, int64_t
     }
 }
 
-template <int H>
-void attend_some(const float* query, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end, float* out) {
-  const Reader key(keys), value(values);
-  float scores[H][kTogether];
-  begin_sums(H, n, out);
-  for (int64_t from = begin; from < end; from += kTogether) {
-    const int64_t some = end - from < kTogether ? end - from : kTogether;
-    scores_of<H>(query, n, key, from, some, scores);
-    for (int h = 0; h < H; ++h) renew(scores[h], some, n, out + h * (n + 2));
-    for (int64_t at = 0; at < n; at += kBlock) add_values<H>(value, n, at, from, some, scores, out + 2);
+// body(number of queries, first one) for some of them at once, as even as can be.
+template <class Body>
+void over_queries(int count, Body body) {
+  for (int left = count, passes = (count + kQueries - 1) / kQueries; left > 0; --passes) {
+    const int now = (left + passes - 1) / passes, h = count - left;
+    switch (now) {
+      case 1: body(std::integral_constant<int, 1>{}, h); break;
+      case 2: body(std::integral_constant<int, 2>{}, h); break;
+      case 3: body(std::integral_constant<int, 3>{}, h); break;
+      case 4: body(std::integral_constant<int, 4>{}, h); break;
+      case 5: body(std::integral_constant<int, 5>{}, h); break;
+      default: body(std::integral_constant<int, kQueries>{}, h);
+    }
+    left -= now;
   }
 }
 
-void attend512(const float* query, int heads, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
-               float* out) {
-  if (n % kBlock != 0) return attend_to(query, heads, n, keys, values, begin, end, out);
-  for (int h = 0; h < heads; h += kQueries) {
-    const float* q = query + h * n;
-    float* to = out + h * (n + 2);
-    switch (heads - h) {
-      case 1: attend_some<1>(q, n, keys, values, begin, end, to); break;
-      case 2: attend_some<2>(q, n, keys, values, begin, end, to); break;
-      case 3: attend_some<3>(q, n, keys, values, begin, end, to); break;
-      default: attend_some<kQueries>(q, n, keys, values, begin, end, to);
+template <class Source>
+void attend_by(Source& keys, Source& values, const float* query, int count, int64_t n, int64_t begin, int64_t end,
+               const int64_t* ends, float* out) {
+  float scores[kMaxQueries][kTogether], zeros[kMaxQueries];
+  begin_sums(count, n, out);
+  end = last_seen(ends, count, end);
+  for (int64_t from = begin; from < end; from += kTogether) {
+    const int64_t some = end - from < kTogether ? end - from : kTogether;
+    keys.begin(from, some);
+    over_queries(count, [&](auto some_h, int h) { scores_of<some_h()>(query + h * n, n, keys, some, scores + h); });
+    for (int h = 0; h < count; ++h) {
+      const int64_t left = ends == nullptr ? some : ends[h] - from;
+      if (left > 0) renew512(scores[h], left < some ? left : some, n, out + h * (n + 2));
+      else std::fill_n(scores[h], some, 0.0f);
+    }
+    values.begin(from, some);
+    for (int h = 0; h < count; ++h) zeros[h] = scale_weights(values, some, scores[h]);
+    for (int64_t at = 0; at < n; at += kBlock) {
+      over_queries(count, [&](auto some_h, int h) { add_values<some_h()>(values, n, at, some, scores + h, zeros + h, out + h * (n + 2) + 2); });
     }
   }
+}
+
+void attend512(const float* query, int count, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
+               const int64_t* ends, float* out) {
+  if (n % kBlock != 0) return attend_to(query, count, n, keys, values, begin, end, ends, out);
+  if (count > kQueries) {
+    thread_local Scratch memory;
+    float* numbers = static_cast<float*>(memory.get(2 * kTogether * n * 4));
+    Kept key(keys, n, numbers), value(values, n, numbers + kTogether * n);
+    return attend_by(key, value, query, count, n, begin, end, ends, out);
+  }
+  Passing key(keys, n), value(values, n);
+  attend_by(key, value, query, count, n, begin, end, ends, out);
 }
 
 }  // namespace

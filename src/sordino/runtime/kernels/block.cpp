@@ -3,13 +3,11 @@
 // Every intermediate is rounded to the model's dtype where torch's operations round it; what is summed is summed in fp32.
 #include <cmath>
 
-#include "block.h"
+#include "attention.h"
 #include "products.h"
 
 namespace sordino {
 namespace {
-
-constexpr int64_t kChunk = 256;  // rows of a cache that one piece of attention looks at
 
 // Memory of one call, handed out piece by piece; a first pass without memory adds up what is needed.
 struct Arena {
@@ -159,48 +157,27 @@ struct Call {
     }
   }
 
-  Span span(const Format& f, const void* data, int64_t head) const {
-    return span_of(f, static_cast<const uint8_t*>(data), head, type, b.size);
-  }
-
   // Attention over the prefix and length + 1 rows of the cache, pieces of it side by side, then put together.
   void attention(const char* query, char* out, float* wide_query, float* parts) const {
-    const int64_t group = b.heads / b.key_heads, rows = held.length + 1, one = group * (b.size + 2);
-    const int64_t pieces = (b.prefix > 0) + (rows + kChunk - 1) / kChunk;
+    const int64_t group = b.heads / b.key_heads, one = part_size(b) * group, pieces = pieces_of(b, most_rows());
     for (int64_t i = 0; i < s.texts * b.heads * b.size; ++i) wide_query[i] = read(query, type, i) * b.scaling;
-    const Format plain{nullptr, 0, 0, 0, 0};
     parallel_for(s.texts * b.key_heads * pieces, s.threads, [&](int64_t i) {
-      const int64_t pair = i / pieces, piece = i % pieces, head = pair % b.key_heads;
-      const float* q = wide_query + pair * group * b.size;
-      const int heads = static_cast<int>(group);
-      if (b.prefix > 0 && piece == 0) {
-        const int64_t at = head * b.prefix * b.size * wide;
-        const Span keys = span(plain, static_cast<const char*>(b.prefix_key) + at, head);
-        const Span values = span(plain, static_cast<const char*>(b.prefix_value) + at, head);
-        return k.pieces->attend(q, heads, b.size, keys, values, 0, b.prefix, parts + i * one);
-      }
-      const int64_t begin = (piece - (b.prefix > 0)) * kChunk, end = begin + kChunk < rows ? begin + kChunk : rows;
-      const Span keys = span(b.key, held.keys + pair * held.room * row_bytes(b.key, type, b.size), head);
-      const Span values = span(b.value, held.values + pair * held.room * row_bytes(b.value, type, b.size), head);
-      k.pieces->attend(q, heads, b.size, keys, values, begin, end, parts + i * one);
+      const int64_t pair = i / pieces;
+      const Rows rows{b, held, pair, first_of(pair / b.key_heads), held.length + 1};
+      rows.attend(k, i % pieces, wide_query + pair * group * b.size, static_cast<int>(group), nullptr, parts + i * one);
     });
     for (int64_t i = 0; i < s.texts * b.heads; ++i) {
-      const float* mine = parts + i / group * pieces * one + i % group * (b.size + 2);
-      merge(mine, pieces, one, out + i * b.size * wide);
+      merge(b, parts + i / group * pieces * one + i % group * part_size(b), pieces, one, out + i * b.size * wide);
     }
   }
 
-  void merge(const float* parts, int64_t pieces, int64_t stride, char* out) const {
-    float largest = parts[0], total = 0;
-    for (int64_t p = 1; p < pieces; ++p) largest = parts[p * stride] > largest ? parts[p * stride] : largest;
-    float sums[kMaxSize] = {};
-    for (int64_t p = 0; p < pieces; ++p) {
-      const float* part = parts + p * stride;
-      const float weight = std::exp(part[0] - largest);
-      total += weight * part[1];
-      for (int64_t i = 0; i < b.size; ++i) sums[i] += weight * part[2 + i];
-    }
-    for (int64_t i = 0; i < b.size; ++i) write(out, type, i, sums[i] / total);
+  int64_t first_of(int64_t text) const { return s.first == nullptr ? 0 : s.first[text]; }
+
+  // Rows that the text with the most of them sees.
+  int64_t most_rows() const {
+    int64_t least = first_of(0);
+    for (int64_t m = 1; m < s.texts; ++m) least = first_of(m) < least ? first_of(m) : least;
+    return held.length + 1 - least;
   }
 
   void store(const char* x, const Format& f, uint8_t* data) const {
@@ -215,7 +192,7 @@ struct Call {
   void run(Arena& arena) const {
     const int64_t hidden = linear(kQuery).inputs, middle = linear(kDown).inputs;
     const int64_t queries = linear(kQuery).outputs, keys = linear(kKey).outputs;
-    const int64_t pieces = (b.prefix > 0) + (held.length + kChunk) / kChunk;
+    const int64_t pieces = pieces_of(b, most_rows());
     char* normed = arena.take(s.texts * hidden * wide);
     char *query = arena.take(s.texts * queries * wide), *key = arena.take(s.texts * keys * wide);
     char *value = arena.take(s.texts * keys * wide), *seen = arena.take(s.texts * queries * wide);
@@ -223,7 +200,7 @@ struct Call {
     char *gate = arena.take(s.texts * middle * wide), *up = arena.take(s.texts * middle * wide);
     char* work = arena.take((middle > b.size ? middle : b.size) * 4);
     float* wide_query = reinterpret_cast<float*>(arena.take(s.texts * queries * 4));
-    float* parts = reinterpret_cast<float*>(arena.take(s.texts * b.heads * pieces * (b.size + 2) * 4));
+    float* parts = reinterpret_cast<float*>(arena.take(s.texts * b.heads * pieces * part_size(b) * 4));
     Ready ready[kLinears];
     for (int i = 0; i < kLinears; ++i) ready[i] = reserve(arena, i);
     if (arena.data == nullptr) return;
@@ -266,7 +243,10 @@ struct Call {
 };
 
 bool takes(const Block& b, const Held& held, const Token& s) {
-  return s.texts >= 1 && s.texts <= kMaxRows && b.heads <= kMaxHeads * b.key_heads && b.size <= kMaxSize && held.length < held.room;
+  if (s.texts < 1 || s.texts > kMaxRows || !attends(b) || held.length >= held.room) return false;
+  for (int64_t m = 0; s.first != nullptr && m < s.texts; ++m)
+    if (s.first[m] < 0 || s.first[m] > held.length) return false;
+  return true;
 }
 
 }  // namespace

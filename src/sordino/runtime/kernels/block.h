@@ -8,6 +8,7 @@ enum Which { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLinears };
 enum Where { kBefore, kBetween, kOfQuery, kOfKey, kNorms };  // norms: before attention, before the MLP, of heads
 
 constexpr int kMaxHeads = 16;      // query heads that share a key head
+constexpr int kMaxQueries = 48;    // that Pieces::attend takes at once
 constexpr int64_t kMaxSize = 512;  // of a head
 
 struct Norm {
@@ -88,6 +89,7 @@ struct Token {
   const void* x;          // [texts, hidden]
   void* out;              // likewise
   const void *cos, *sin;  // [texts, size], or [1, size] if `one_place`
+  const int64_t* first;   // [texts], the rows of the cache where texts begin; null: all at 0
   int64_t texts;
   int32_t one_place, threads;
 };

@@ -166,8 +166,8 @@ SORDINO_API int sordino_centred(const Linear* w, int64_t begin, int64_t end, int
 
 // One token of each of `texts` texts through n layers (block.h); -1 for shapes it does not take. Every cache gets a row.
 SORDINO_API int sordino_decode(const Block* blocks, const Held* held, int n, const void* x, void* out, const void* cos,
-                               const void* sin, int one_place, int64_t texts, int threads) {
-  return decode(in_use(), blocks, held, n, {x, out, cos, sin, texts, one_place, threads});
+                               const void* sin, int one_place, const int64_t* first, int64_t texts, int threads) {
+  return decode(in_use(), blocks, held, n, {x, out, cos, sin, first, texts, one_place, threads});
 }
 
 // Scaled products of input codes and weight codes (Kernels::many); -1 where the instruction set has nothing for it.

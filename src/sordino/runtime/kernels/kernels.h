@@ -59,10 +59,11 @@ struct Pieces {
   void (*rescale)(const int32_t* sums, const Linear&, int64_t begin, int64_t n, float scale, Type, void* out);
   // The same of products that are numbers already.
   void (*finish)(const float* sums, const Linear&, int64_t begin, int64_t n, Type, void* out);
-  // Softmax attention over rows begin … end of one key head: for `heads` queries fp32 [heads, n], out [heads, n + 2] is the
-  // largest score, the sum of exp(score - largest), and the sum of exp(score - largest) times values.
-  void (*attend)(const float* query, int heads, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
-                 float* out);
+  // Softmax attention over rows begin … end of one key head: for `count` queries fp32 [count, n], out [count, n + 2] is the
+  // largest score, the sum of exp(score - largest), and the sum of exp(score - largest) times values. Query h does not see
+  // rows from ends[h] on, if there are `ends`; what it gets does not depend on the queries beside it.
+  void (*attend)(const float* query, int count, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
+                 const int64_t* ends, float* out);
 };
 
 // Small steps of training one, forward and backward (training.h): of a group of weights, a token, entries, or a row of scores.

@@ -2,6 +2,7 @@
 // torch's operations do, one after another, in the model's dtype. A unit includes this after it has defined
 //   void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t* codes)
 // which writes codes of a bit stream, one a byte; `codes` has room for a whole last block of 64.
+#include <algorithm>
 #include <cmath>
 
 #include "block.h"
@@ -325,22 +326,35 @@ inline void renew(float* scores, int64_t rows, int64_t n, float* mine) {
     for (int64_t k = 0; k < n; ++k) mine[2 + k] *= before;
 }
 
-void attend_to(const float* query, int heads, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
-               float* out) {
+// The first row that none of the queries sees.
+inline int64_t last_seen(const int64_t* ends, int count, int64_t end) {
+  if (ends == nullptr) return end;
+  int64_t most = ends[0];
+  for (int h = 1; h < count; ++h) most = ends[h] > most ? ends[h] : most;
+  return most < end ? most : end;
+}
+
+void attend_to(const float* query, int count, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
+               const int64_t* ends, float* out) {
   alignas(64) float numbers[kMaxSize];
   alignas(64) uint8_t codes[kMaxSize + kBlock];
-  float scores[kMaxHeads][kTogether];
-  begin_sums(heads, n, out);
+  float scores[kMaxQueries][kTogether];
+  begin_sums(count, n, out);
+  end = last_seen(ends, count, end);
   for (int64_t from = begin; from < end; from += kTogether) {
     const int64_t some = end - from < kTogether ? end - from : kTogether;
     for (int64_t i = 0; i < some; ++i) {
       load_row(keys, from + i, n, numbers, codes);
-      for (int h = 0; h < heads; ++h) scores[h][i] = dot(query + h * n, numbers, n);
+      for (int h = 0; h < count; ++h) scores[h][i] = dot(query + h * n, numbers, n);
     }
-    for (int h = 0; h < heads; ++h) renew(scores[h], some, n, out + h * (n + 2));
+    for (int h = 0; h < count; ++h) {
+      const int64_t left = ends == nullptr ? some : ends[h] - from;
+      if (left > 0) renew(scores[h], left < some ? left : some, n, out + h * (n + 2));
+      else std::fill_n(scores[h], some, 0.0f);
+    }
     for (int64_t i = 0; i < some; ++i) {
       load_row(values, from + i, n, numbers, codes);
-      for (int h = 0; h < heads; ++h) {
+      for (int h = 0; h < count; ++h) {
         float *mine = out + h * (n + 2) + 2, weight = scores[h][i];
         for (int64_t k = 0; k < n; ++k) mine[k] += weight * numbers[k];
       }

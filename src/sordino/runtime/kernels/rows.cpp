@@ -1,7 +1,7 @@
 // What many tokens go through beside linears and attention: norms, rotary embedding, SiLU, rotations, rows of a cache.
 //
 // C functions like those of dispatch.cpp; tokens are shared among threads.
-#include "block.h"
+#include "attention.h"
 #include "products.h"
 
 namespace sordino {
@@ -115,6 +115,43 @@ SORDINO_API int sordino_load(const Format* f, const uint8_t* rows, int64_t room,
     const Span span = span_of(*f, rows + pair * room * bytes, head, type, size);
     for (int64_t s = i % pieces * step; s < tokens && s < (i % pieces + 1) * step; ++s) {
       k.pieces->load(span, s, size, static_cast<Type>(type), static_cast<char*>(out) + (pair * tokens + s) * size * wide);
+    }
+  });
+  return 0;
+}
+
+// Causal attention of the last `tokens` of the rows of a cache, for query [texts, heads, tokens, size], out [texts, tokens, heads,
+// size]. Of the block only what tells of attention is read. `first` [texts]: the row where each text begins; null: 0.
+SORDINO_API int sordino_attend(const Block* block, const void* query, const Held* held, const int64_t* first, int64_t texts,
+                               int64_t tokens, void* out, int threads) {
+  const Block& b = *block;
+  if (!attends(b) || held->length > held->room || tokens > held->length) return -1;
+  const Kernels& k = in_use();
+  const Type type = static_cast<Type>(b.type);
+  const int64_t group = b.heads / b.key_heads, wide = width(type), least = kMaxHeads / group, most = kMaxQueries / group;
+  const int64_t step = tokens / 8 < least ? least : tokens / 8 > most ? most : tokens / 8;  // shares of a prompt for every thread
+  const int64_t blocks = (tokens + step - 1) / step, before = held->length - tokens;
+  parallel_for(texts * b.key_heads * blocks, threads, [&](int64_t i) {
+    const int64_t pair = i / blocks, text = pair / b.key_heads, from = i % blocks * step;
+    const int64_t some = tokens - from < step ? tokens - from : step, count = some * group, begin = first == nullptr ? 0 : first[text];
+    const int64_t end = before + from + some, pieces = pieces_of(b, end > begin ? end - begin : 0);
+    thread_local Scratch memory;
+    float* queries = static_cast<float*>(memory.get(count * (b.size + (pieces + 1) * part_size(b)) * 4));
+    float* parts = queries + count * b.size;
+    int64_t ends[kMaxQueries];
+    const auto at = [&](int64_t n) { return ((text * b.heads + pair % b.key_heads * group + n % group) * tokens + from + n / group) * b.size; };
+    for (int64_t n = 0; n < count; ++n) {
+      ends[n] = before + from + n / group + 1;
+      for (int64_t j = 0; j < b.size; ++j) queries[n * b.size + j] = read(query, type, at(n) + j) * b.scaling;
+    }
+    const int64_t one = count * part_size(b);
+    const Rows rows{b, *held, pair, begin, end};
+    for (int64_t p = 0; p < pieces; ++p) rows.attend(k, p, queries, static_cast<int>(count), ends, parts + p * one);
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t to = ((text * tokens + from + n / group) * b.heads + pair % b.key_heads * group + n % group) * b.size;
+      char* mine = static_cast<char*>(out) + to * wide;
+      if (pieces > 0) merge(b, parts + n * part_size(b), pieces, one, mine);
+      else std::memset(mine, 0, static_cast<size_t>(b.size * wide));
     }
   });
   return 0;

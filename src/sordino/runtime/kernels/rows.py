@@ -152,6 +152,40 @@ def store(grid: KvGrid, share: Tensor, mean: Tensor | None, turn: Rotation | Non
     return bool(done == 0)
 
 
+def attend(how: library.Block, query: Tensor, keys: Tensor, values: Tensor, length: int, first: Tensor | None) -> Tensor | None:
+    """Causal attention [B, S, H, d] of queries [B, H, S, d], the last S of ``length`` rows; None where the kernels cannot.
+
+    Sums are the same to the bit for a text alone and in a batch, with a cache and without one (kernels/attention.h).
+
+    Args:
+        how: of the layer, what tells of attention; the queries are rotated as its keys are.
+        query: in the layer's dtype.
+        keys: rows [B, K, room, w] of a cache, packed or numbers.
+        values: likewise.
+        length: how many of them are filled.
+        first: int64 [B], the row where each text begins; None: 0.
+    """
+    native = library.active()
+    if native is None or not able(query) or TYPES[query.dtype] != how.type or not (_rowwise(keys) and _rowwise(values)):
+        return None
+    query = query.contiguous()
+    texts, heads, tokens, size = query.shape
+    if keys.shape[:3] != values.shape[:3] or keys.shape[:2] != (texts, how.key_heads) or (heads, size) != (how.heads, how.size):
+        return None
+    held = library.Held(keys.data_ptr(), values.data_ptr(), length, keys.shape[2])
+    out = query.new_empty((texts, tokens, heads, size))
+    begin = None if first is None else first.data_ptr()
+    done = native.sordino_attend(
+        ctypes.addressof(how), query.data_ptr(), ctypes.addressof(held), begin, texts, tokens, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out if done == 0 else None
+
+
+def _rowwise(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.is_contiguous()
+
+
 def load(grid: KvGrid, share: Tensor, room: Tensor, tokens: int, size: int, dtype: torch.dtype) -> Tensor | None:
     """Values [B, K, S, d] of the first S rows of room uint8 [B, K, room, bytes]."""
     native, how = library.active(), format_of(grid, share)
