@@ -32,7 +32,7 @@ demo: $(READY)
 
 # Most tests are about models too small to share between threads, so two processes of one thread each are faster than one of two.
 test: check docs chromium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
 # Warnings are errors. The variable silences an advertisement.
 docs: $(TESTS)

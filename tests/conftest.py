@@ -3,9 +3,13 @@
 import os
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+settings.register_profile("no hurry", deadline=None)  # how long an example takes is the machine's business
+settings.load_profile("no hurry")
 
 
 @pytest.fixture(autouse=True)
