@@ -61,7 +61,7 @@ sanitize: $(READY)
 	sys.exit(pytest.main(['tests/runtime/test_kernels.py', 'tests/runtime/test_block.py', \
 	'tests/runtime/test_rows.py', 'tests/runtime/test_training.py', '-k', \
 	'product or unpacked or head or overflow or threads or logits or instruction or cropped or ' \
-	'rotat or packed_rows or side_by_side or grids or gradients or weights or rounding']))"
+	'rotat or packed_rows or attention or side_by_side or grids or gradients or weights or rounding']))"
 
 fix: $(READY)
 	$(BIN)/ruff check --fix .
