@@ -136,8 +136,8 @@ def test_attention_over_rows(
     with kernels.using(level):
         found = rows.attend(how, query, packed[0], packed[1], length, first)
         last = rows.attend(how, query[:, :, -1:], packed[0], packed[1], length, first)
-        ends = length if first is None else int(first[1])
-        own = [x[1:, :, 0 if first is None else ends :].contiguous() for x in packed]
+        begin = 0 if first is None else int(first[1])
+        own = [x[1:, :, begin:].contiguous() for x in packed]
         seen = min(tokens, own[0].shape[2])
         alone = rows.attend(how, query[1:, :, tokens - seen :], *own, own[0].shape[2], None)
     assert found is not None and last is not None and alone is not None

@@ -242,11 +242,10 @@ def evaluate(
         )
     if against is not None and ids is not None:
         _check_same(model, ids, against.name, against.ids)
-    itself = against is not None and prefix_from is None and not against.behind
-    itself = itself and against is not None and dtype == against.dtype and locate(model) == locate(against.name)
-    known = against.tasks if itself and against is not None and against.suite is suite else None
+    itself = against if prefix_from is None and against is not None and _is_of(against, model, dtype) else None
+    known = itself.tasks if itself is not None and itself.suite is suite else None
     scores = None if suite is None else known or suite.run(subject, tokenizer, progress)
-    found, seconds = _on_text(subject, ids, against, itself, progress)
+    found, seconds = _on_text(subject, ids, against, None if itself is None else itself.hidden, progress)
     figures: dict[str, Any] = found | asdict(size_of(subject, locate(model)))
     return Evaluation(
         **figures,
@@ -264,11 +263,11 @@ def prompt_beside(model: str | Path, against: str | Path) -> tuple[int, ...]:
 
 
 def _on_text(
-    model: Any, ids: Tensor | None, exact: Reference | None, itself: bool, progress: Progress | None
+    model: Any, ids: Tensor | None, exact: Reference | None, states: Tensor | None, progress: Progress | None
 ) -> tuple[dict[str, float | None], float]:
     """Figures on windows [N, L] of text by their names in :class:`Evaluation`, None without windows; and the seconds.
 
-    Where the model is the reference ``itself``, it is not run again.
+    Its final ``states`` [N, L, D], where they are known, are not made again.
     """
     names = ("ppl", "kl", "top1_agreement")
     figures: dict[str, float | None] = {name + end: None for name in names for end in ("", "_stderr")}
@@ -276,7 +275,6 @@ def _on_text(
         return figures, 0.0
     started = time.time()
     model.set_attn_implementation(WINDOW_ATTENTION)
-    states = exact.hidden if itself and exact is not None else None
     scores = [
         _score(model, final_states(model, w) if states is None else states[i], exact, i, w)
         for i, w in enumerate(in_turn(ids, progress, "eval"))
@@ -287,6 +285,11 @@ def _on_text(
     for name, values in (("kl", kl), ("top1_agreement", agree)) if exact is not None else ():
         figures |= {name: float(values.mean()), f"{name}_stderr": _stderr(values)}
     return figures, time.time() - started
+
+
+def _is_of(exact: Reference, model: str | Path, dtype: torch.dtype | str) -> bool:
+    """Whether a reference is this very model, in this dtype, with nothing before its texts."""
+    return not exact.behind and dtype == exact.dtype and locate(model) == locate(exact.name)
 
 
 def _check_same(name: str | Path, ids: Tensor, other: str | Path, theirs: Tensor | None) -> None:

@@ -42,6 +42,12 @@ def center_keys(attention: nn.Module, mean: Tensor) -> None:
     attention.register_buffer(KEY_MEAN, mean)
 
 
+def turned_queries(module: nn.Module, query: Tensor) -> Tensor:
+    """Queries [B, H, L, d] rotated as the keys are (R3)."""
+    turn: Rotation | None = getattr(module, "key_rotation", None)
+    return query if turn is None else rotate(turn, query)
+
+
 def placed_keys(module: nn.Module, key: Tensor) -> Tensor:
     """Keys [B, K, S, d] as they are rounded: behind the rotary embedding, without their mean, rotated (R3)."""
     return placed(getattr(module, KEY_MEAN, None), getattr(module, "key_rotation", None), key)
@@ -71,10 +77,9 @@ def treat(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Center, rotate, round, put the prefix in front: query [B, H, L, d], key and value [B, K, S, d], mask [B, 1, L, S]."""
-    turn: Rotation | None = getattr(module, "key_rotation", None)
     grid: KvGrid | None = getattr(module, "kv_grid", None)
     packed = grid is not None and getattr(module, "packed_cache", False)
-    query = query if turn is None else rotate(turn, query)
+    query = turned_queries(module, query)
     key = key if packed else placed_keys(module, key)
     if grid is not None and not packed:
         trained = getattr(module, "trained_scales", {})

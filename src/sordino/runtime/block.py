@@ -184,9 +184,9 @@ class _Seen(NamedTuple):
             return cls(None, None) if places is None or bool((places.diff(dim=-1) == 1).all()) else None
         if mask.ndim != 2 or mask.device.type != "cpu":
             return None
-        ones = mask != 0
-        if bool(ones.all()):
+        if bool(mask.all()):
             return cls(mask.shape[1], None)
+        ones = mask != 0
         first, behind = ones.int().argmax(1), ones.int().flip(1).argmax(1)  # what is behind the last token hides itself
         whole = ones.any(1) & (ones.sum(1) == mask.shape[1] - behind - first)
         return cls(mask.shape[1], first) if bool(whole.all()) else None

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sordino.runtime.attention import placed_keys
+from sordino.runtime.attention import placed_keys, turned_queries
 from sordino.runtime.cache import enter
 from sordino.runtime.kernels import library, rows
 from sordino.runtime.kernels.linear import unwritten
@@ -93,8 +93,7 @@ def by_rows(blocks: Any, first: Tensor | None, cache: Any) -> Seen:
     """
 
     def seen(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        turn = getattr(attention, "key_rotation", None)
-        q = q if turn is None else rows.rotate(turn, q)
+        q = turned_queries(attention, q)
         if getattr(attention, "kv_grid", None) is not None:
             enter(attention, (), {"past_key_values": cache})
             length, k, v = cache.layers[attention.layer_idx].append(k, v)

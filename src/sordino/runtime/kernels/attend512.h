@@ -2,11 +2,9 @@
 //
 // Codes are multiplied as they are: q · (c - z) s = s (q · c - z Σq), and Σ w s (c - z) = Σ (w s) c - Σ (w s) z. Up to six queries share what
 // is decoded of a key head's row.
-#include <algorithm>
 #include <type_traits>
 
 #include "block.h"
-#include "products.h"
 
 namespace sordino {
 namespace {
@@ -51,13 +49,16 @@ void renew512(float* scores, int64_t rows, int64_t n, float* mine) {
 
 constexpr int kQueries = 6;  // at once: 4 registers each
 
-// 64 numbers of a row, from its entry `at` on: fp32 [4][16], codes without zero point and scale.
+// Rows of one key head: codes without zero point and scale, and those, which are 0 and 1 for plain numbers.
 struct Reader {
   const Span& s;
+  const int64_t n;  // entries of a row
   const Bytes unpack;
   __m512i spread[4];
+  int64_t from = 0;
+  float scale[kTogether], zero[kTogether];
 
-  explicit Reader(const Span& span) : s(span), unpack(span.bits == 0 ? 8 : span.bits) {
+  Reader(const Span& span, int64_t size) : s(span), n(size), unpack(span.bits == 0 ? 8 : span.bits) {
     for (int k = 0; k < 4; ++k) {
       alignas(64) uint8_t at[64] = {};
       for (int i = 0; i < 16; ++i) at[4 * i] = static_cast<uint8_t>(16 * k + i);
@@ -65,7 +66,21 @@ struct Reader {
     }
   }
 
-  void operator()(const uint8_t* row, int64_t at, __m512 out[4]) const {
+  // Rows are counted from `row` on; the next `rows` of them have their units looked up.
+  void begin(int64_t row, int64_t rows) {
+    from = row;
+    for (int64_t i = 0; i < rows; ++i) {
+      scale[i] = 1, zero[i] = 0;
+      if (s.bits != 0) unit_of(s, data(i), n, &scale[i], &zero[i]);
+    }
+  }
+
+  const uint8_t* data(int64_t i) const { return s.data + (from + i) * s.stride; }
+
+  // Entries at … at + 64 of row i: fp32 [4][16].
+  void numbers(int64_t i, int64_t at, __m512 out[4]) const {
+    const uint8_t* row = data(i);
+    _mm_prefetch(reinterpret_cast<const char*>(row) + kAhead, _MM_HINT_T0);
     if (s.bits == 0 && s.type == kFloat) {
       for (int k = 0; k < 4; ++k) out[k] = _mm512_loadu_ps(reinterpret_cast<const float*>(row) + at + 16 * k);
     } else if (s.bits == 0) {
@@ -78,62 +93,11 @@ struct Reader {
       }
     }
   }
-
-  // Scale and zero point of a row of n entries; 1 and 0 for plain numbers.
-  void fixed(const uint8_t* row, int64_t n, float* scale, float* zero) const {
-    *scale = 1, *zero = 0;
-    if (s.bits != 0) unit_of(s, row, n, scale, zero);
-  }
-};
-
-// Rows of a cache, decoded whenever they are looked at: for few queries.
-struct Passing {
-  const Reader read;
-  const int64_t n;
-  int64_t from = 0;
-  float scale[kTogether], zero[kTogether];
-
-  Passing(const Span& span, int64_t size) : read(span), n(size) {}
-
-  void begin(int64_t row, int64_t rows) {
-    from = row;
-    for (int64_t i = 0; i < rows; ++i) read.fixed(this->row(i), n, &scale[i], &zero[i]);
-  }
-  const uint8_t* row(int64_t i) const { return read.s.data + (from + i) * read.s.stride; }
-  void numbers(int64_t i, int64_t at, __m512 x[4]) const {
-    _mm_prefetch(reinterpret_cast<const char*>(row(i)) + kAhead, _MM_HINT_T0);
-    read(row(i), at, x);
-  }
-};
-
-// The same numbers, decoded once for many queries.
-struct Kept {
-  const Reader read;
-  const int64_t n;
-  float* const all;  // [kTogether, n]
-  float scale[kTogether], zero[kTogether];
-
-  Kept(const Span& span, int64_t size, float* memory) : read(span), n(size), all(memory) {}
-
-  void begin(int64_t from, int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const uint8_t* row = read.s.data + (from + i) * read.s.stride;
-      for (int64_t at = 0; at < n; at += kBlock) {
-        __m512 x[4];
-        read(row, at, x);
-        for (int k = 0; k < 4; ++k) _mm512_store_ps(all + i * n + at + 16 * k, x[k]);
-      }
-      read.fixed(row, n, &scale[i], &zero[i]);
-    }
-  }
-  void numbers(int64_t i, int64_t at, __m512 x[4]) const {
-    for (int k = 0; k < 4; ++k) x[k] = _mm512_load_ps(all + i * n + at + 16 * k);
-  }
 };
 
 // Scores of some rows: scores[h][i], i < rows <= kTogether.
-template <int H, class Source>
-void scores_of(const float* query, int64_t n, const Source& keys, int64_t rows, float (*scores)[kTogether]) {
+template <int H>
+void scores_of(const float* query, int64_t n, const Reader& keys, int64_t rows, float (*scores)[kTogether]) {
   __m512 total[H];
   for (int h = 0; h < H; ++h) {
     total[h] = _mm512_setzero_ps();
@@ -165,8 +129,7 @@ void scores_of(const float* query, int64_t n, const Source& keys, int64_t rows, 
 }
 
 // Weights [kTogether] of rows times their scales; returns the sum of those times the rows' zero points.
-template <class Source>
-float scale_weights(const Source& values, int64_t rows, float* weights) {
+float scale_weights(const Reader& values, int64_t rows, float* weights) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < rows; i += 16) {
     const __mmask16 there = static_cast<__mmask16>(first(rows - i));
@@ -178,8 +141,8 @@ float scale_weights(const Source& values, int64_t rows, float* weights) {
 }
 
 // Adds weights[h][i] times rows of values, less zeros[h], to out[h], 64 entries from `at` on.
-template <int H, class Source>
-void add_values(const Source& values, int64_t n, int64_t at, int64_t rows, const float (*weights)[kTogether], const float* zeros,
+template <int H>
+void add_values(const Reader& values, int64_t n, int64_t at, int64_t rows, const float (*weights)[kTogether], const float* zeros,
                 float* out) {
   __m512 sums[H][4];
   for (int h = 0; h < H; ++h)
@@ -213,40 +176,24 @@ void over_queries(int count, Body body) {
   }
 }
 
-template <class Source>
-void attend_by(Source& keys, Source& values, const float* query, int count, int64_t n, int64_t begin, int64_t end,
+void attend512(const float* query, int count, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
                const int64_t* ends, float* out) {
+  if (n % kBlock != 0) return attend_to(query, count, n, keys, values, begin, end, ends, out);
+  Reader key(keys, n), value(values, n);
   float scores[kMaxQueries][kTogether], zeros[kMaxQueries];
   begin_sums(count, n, out);
   end = last_seen(ends, count, end);
   for (int64_t from = begin; from < end; from += kTogether) {
     const int64_t some = end - from < kTogether ? end - from : kTogether;
-    keys.begin(from, some);
-    over_queries(count, [&](auto some_h, int h) { scores_of<some_h()>(query + h * n, n, keys, some, scores + h); });
-    for (int h = 0; h < count; ++h) {
-      const int64_t left = ends == nullptr ? some : ends[h] - from;
-      if (left > 0) renew512(scores[h], left < some ? left : some, n, out + h * (n + 2));
-      else std::fill_n(scores[h], some, 0.0f);
-    }
-    values.begin(from, some);
-    for (int h = 0; h < count; ++h) zeros[h] = scale_weights(values, some, scores[h]);
+    key.begin(from, some);
+    over_queries(count, [&](auto now, int h) { scores_of<now()>(query + h * n, n, key, some, scores + h); });
+    renew_all(renew512, scores, count, from, some, ends, n, out);
+    value.begin(from, some);
+    for (int h = 0; h < count; ++h) zeros[h] = scale_weights(value, some, scores[h]);
     for (int64_t at = 0; at < n; at += kBlock) {
-      over_queries(count, [&](auto some_h, int h) { add_values<some_h()>(values, n, at, some, scores + h, zeros + h, out + h * (n + 2) + 2); });
+      over_queries(count, [&](auto now, int h) { add_values<now()>(value, n, at, some, scores + h, zeros + h, out + h * (n + 2) + 2); });
     }
   }
-}
-
-void attend512(const float* query, int count, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
-               const int64_t* ends, float* out) {
-  if (n % kBlock != 0) return attend_to(query, count, n, keys, values, begin, end, ends, out);
-  if (count > kQueries) {
-    thread_local Scratch memory;
-    float* numbers = static_cast<float*>(memory.get(2 * kTogether * n * 4));
-    Kept key(keys, n, numbers), value(values, n, numbers + kTogether * n);
-    return attend_by(key, value, query, count, n, begin, end, ends, out);
-  }
-  Passing key(keys, n), value(values, n);
-  attend_by(key, value, query, count, n, begin, end, ends, out);
 }
 
 }  // namespace

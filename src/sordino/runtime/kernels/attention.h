@@ -19,6 +19,9 @@ inline bool attends(const Block& b) {
 // Pieces of so many rows; the first one is the prefix, if there is one.
 inline int64_t pieces_of(const Block& b, int64_t rows) { return (b.prefix > 0) + (rows + kChunk - 1) / kChunk; }
 
+// The row of a cache where a text begins.
+inline int64_t first_of(const int64_t* first, int64_t text) { return first == nullptr ? 0 : first[text]; }
+
 inline int64_t part_size(const Block& b) { return b.size + 2; }  // what Pieces::attend writes of a query
 
 // What queries of one text and key head see.
@@ -46,8 +49,8 @@ struct Rows {
 
 // Puts the pieces of one query together, each `stride` numbers behind the one before it; out [size] of the model's dtype.
 inline void merge(const Block& b, const float* parts, int64_t pieces, int64_t stride, char* out) {
-  float largest = parts[0], total = 0;
-  for (int64_t p = 1; p < pieces; ++p) largest = parts[p * stride] > largest ? parts[p * stride] : largest;
+  float largest = -INFINITY, total = 0;
+  for (int64_t p = 0; p < pieces; ++p) largest = parts[p * stride] > largest ? parts[p * stride] : largest;
   float sums[kMaxSize] = {};
   for (int64_t p = 0; largest != -INFINITY && p < pieces; ++p) {
     const float* part = parts + p * stride;

@@ -163,7 +163,7 @@ struct Call {
     for (int64_t i = 0; i < s.texts * b.heads * b.size; ++i) wide_query[i] = read(query, type, i) * b.scaling;
     parallel_for(s.texts * b.key_heads * pieces, s.threads, [&](int64_t i) {
       const int64_t pair = i / pieces;
-      const Rows rows{b, held, pair, first_of(pair / b.key_heads), held.length + 1};
+      const Rows rows{b, held, pair, first_of(s.first, pair / b.key_heads), held.length + 1};
       rows.attend(k, i % pieces, wide_query + pair * group * b.size, static_cast<int>(group), nullptr, parts + i * one);
     });
     for (int64_t i = 0; i < s.texts * b.heads; ++i) {
@@ -171,12 +171,10 @@ struct Call {
     }
   }
 
-  int64_t first_of(int64_t text) const { return s.first == nullptr ? 0 : s.first[text]; }
-
   // Rows that the text with the most of them sees.
   int64_t most_rows() const {
-    int64_t least = first_of(0);
-    for (int64_t m = 1; m < s.texts; ++m) least = first_of(m) < least ? first_of(m) : least;
+    int64_t least = held.length;
+    for (int64_t m = 0; m < s.texts; ++m) least = first_of(s.first, m) < least ? first_of(s.first, m) : least;
     return held.length + 1 - least;
   }
 
@@ -244,8 +242,8 @@ struct Call {
 
 bool takes(const Block& b, const Held& held, const Token& s) {
   if (s.texts < 1 || s.texts > kMaxRows || !attends(b) || held.length >= held.room) return false;
-  for (int64_t m = 0; s.first != nullptr && m < s.texts; ++m)
-    if (s.first[m] < 0 || s.first[m] > held.length) return false;
+  for (int64_t m = 0; m < s.texts; ++m)
+    if (first_of(s.first, m) < 0 || first_of(s.first, m) > held.length) return false;
   return true;
 }
 

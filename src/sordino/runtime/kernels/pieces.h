@@ -334,6 +334,17 @@ inline int64_t last_seen(const int64_t* ends, int count, int64_t end) {
   return most < end ? most : end;
 }
 
+// renew() or its like for every query, of `rows` rows from `from` on; rows that a query does not see have no weight.
+template <class Renew>
+void renew_all(Renew renewing, float (*scores)[kTogether], int count, int64_t from, int64_t rows, const int64_t* ends, int64_t n,
+               float* out) {
+  for (int h = 0; h < count; ++h) {
+    const int64_t left = ends == nullptr ? rows : ends[h] - from;
+    if (left > 0) renewing(scores[h], left < rows ? left : rows, n, out + h * (n + 2));
+    else std::fill_n(scores[h], rows, 0.0f);
+  }
+}
+
 void attend_to(const float* query, int count, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
                const int64_t* ends, float* out) {
   alignas(64) float numbers[kMaxSize];
@@ -347,11 +358,7 @@ void attend_to(const float* query, int count, int64_t n, const Span& keys, const
       load_row(keys, from + i, n, numbers, codes);
       for (int h = 0; h < count; ++h) scores[h][i] = dot(query + h * n, numbers, n);
     }
-    for (int h = 0; h < count; ++h) {
-      const int64_t left = ends == nullptr ? some : ends[h] - from;
-      if (left > 0) renew(scores[h], left < some ? left : some, n, out + h * (n + 2));
-      else std::fill_n(scores[h], some, 0.0f);
-    }
+    renew_all(renew, scores, count, from, some, ends, n, out);
     for (int64_t i = 0; i < some; ++i) {
       load_row(values, from + i, n, numbers, codes);
       for (int h = 0; h < count; ++h) {

@@ -133,25 +133,25 @@ SORDINO_API int sordino_attend(const Block* block, const void* query, const Held
   const int64_t blocks = (tokens + step - 1) / step, before = held->length - tokens;
   parallel_for(texts * b.key_heads * blocks, threads, [&](int64_t i) {
     const int64_t pair = i / blocks, text = pair / b.key_heads, from = i % blocks * step;
-    const int64_t some = tokens - from < step ? tokens - from : step, count = some * group, begin = first == nullptr ? 0 : first[text];
-    const int64_t end = before + from + some, pieces = pieces_of(b, end > begin ? end - begin : 0);
+    const int64_t some = tokens - from < step ? tokens - from : step, count = some * group;
+    const int64_t begin = first_of(first, text), end = before + from + some, pieces = pieces_of(b, end > begin ? end - begin : 0);
+    const auto head = [&](int64_t n) { return pair % b.key_heads * group + n % group; };
+    const auto token = [&](int64_t n) { return from + n / group; };
     thread_local Scratch memory;
-    float* queries = static_cast<float*>(memory.get(count * (b.size + (pieces + 1) * part_size(b)) * 4));
+    float* queries = static_cast<float*>(memory.get(count * (b.size + pieces * part_size(b)) * 4));
     float* parts = queries + count * b.size;
     int64_t ends[kMaxQueries];
-    const auto at = [&](int64_t n) { return ((text * b.heads + pair % b.key_heads * group + n % group) * tokens + from + n / group) * b.size; };
     for (int64_t n = 0; n < count; ++n) {
-      ends[n] = before + from + n / group + 1;
-      for (int64_t j = 0; j < b.size; ++j) queries[n * b.size + j] = read(query, type, at(n) + j) * b.scaling;
+      const int64_t at = ((text * b.heads + head(n)) * tokens + token(n)) * b.size;
+      for (int64_t j = 0; j < b.size; ++j) queries[n * b.size + j] = read(query, type, at + j) * b.scaling;
+      ends[n] = before + token(n) + 1;
     }
-    const int64_t one = count * part_size(b);
     const Rows rows{b, *held, pair, begin, end};
+    const int64_t one = count * part_size(b);
     for (int64_t p = 0; p < pieces; ++p) rows.attend(k, p, queries, static_cast<int>(count), ends, parts + p * one);
     for (int64_t n = 0; n < count; ++n) {
-      const int64_t to = ((text * tokens + from + n / group) * b.heads + pair % b.key_heads * group + n % group) * b.size;
-      char* mine = static_cast<char*>(out) + to * wide;
-      if (pieces > 0) merge(b, parts + n * part_size(b), pieces, one, mine);
-      else std::memset(mine, 0, static_cast<size_t>(b.size * wide));
+      const int64_t to = ((text * tokens + token(n)) * b.heads + head(n)) * b.size;
+      merge(b, parts + n * part_size(b), pieces, one, static_cast<char*>(out) + to * wide);
     }
   });
   return 0;

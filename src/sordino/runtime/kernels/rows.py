@@ -35,9 +35,14 @@ def _left(turn: Rotation) -> Tensor:
         return (turn.left / sqrt(1 << turn.power)).float().contiguous()
 
 
+def _rowwise(x: Tensor) -> bool:
+    """Whether the kernels find entries of x one behind another."""
+    return x.device.type == "cpu" and x.is_contiguous()
+
+
 def format_of(grid: KvGrid, share: Tensor) -> library.Format | None:
     """How a cache stores rows, as the kernels see it; None where they cannot read the scales [K]."""
-    if share.dtype not in TYPES or share.device.type != "cpu" or not share.is_contiguous():
+    if share.dtype not in TYPES or not _rowwise(share):
         return None
     return library.Format(share.data_ptr(), grid.bits, grid.symmetric, grid.static, TYPES[share.dtype])
 
@@ -137,7 +142,7 @@ def glu(gate: Tensor, up: Tensor) -> Tensor:
 def store(grid: KvGrid, share: Tensor, mean: Tensor | None, turn: Rotation | None, x: Tensor, room: Tensor, place: int) -> bool:
     """Take a mean [K, d] off x [B, K, S, d], rotate, round, pack into rows ``place`` … of room uint8 [B, K, room, bytes]."""
     native, how = library.active(), format_of(grid, share)
-    if native is None or how is None or not able(x) or not room.is_contiguous() or x.shape[-1] > LARGEST_HEAD:
+    if native is None or how is None or not able(x) or not _rowwise(room) or x.shape[-1] > LARGEST_HEAD:
         return False
     if mean is not None and (mean.dtype != x.dtype or not mean.is_contiguous() or mean.shape != (x.shape[1], x.shape[3])):
         return False
@@ -182,14 +187,10 @@ def attend(how: library.Block, query: Tensor, keys: Tensor, values: Tensor, leng
     return out if done == 0 else None
 
 
-def _rowwise(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.is_contiguous()
-
-
 def load(grid: KvGrid, share: Tensor, room: Tensor, tokens: int, size: int, dtype: torch.dtype) -> Tensor | None:
     """Values [B, K, S, d] of the first S rows of room uint8 [B, K, room, bytes]."""
     native, how = library.active(), format_of(grid, share)
-    if native is None or how is None or dtype not in TYPES or room.device.type != "cpu" or not room.is_contiguous():
+    if native is None or how is None or dtype not in TYPES or not _rowwise(room):
         return None
     texts, heads = room.shape[:2]
     out = torch.empty((texts, heads, tokens, size), dtype=dtype)
