@@ -71,6 +71,8 @@ SWEEPS: dict[str, list[str]] = {
     "smoothing's start": [f'{CLIP}, {RANK}, {SMOOTH}, smooth_start="{s}"' for s in ("one", "search")],
     "target": [f'{CLIP}, {RANK}, target="{t}"' for t in ("full", "quantized")],
     "epochs": [f"{CLIP}, {RANK}, epochs={n}" for n in (1, 2, 5)],
+    "clips' rate": [f"clips={rate}, {RANK}" for rate in (0.003, 0.01, 0.03)],
+    "updates' rate": [f"{CLIP}, {RANK}, updates={rate}" for rate in (0.003, 0.01, 0.03)],
 }
 WINDOWS = (8, 32, 128)  # amounts of data
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from decoders import RECIPES, tiny_checkpoint
 from levels import every_level, needs_kernels
 from sordino.runtime import kernels
+from sordino.runtime.block import LONG
+from sordino.runtime.kernels import library
 from sordino.runtime.modules import QuantLinear
 
 pytestmark = needs_kernels
@@ -33,6 +35,16 @@ def test_every_code_is_the_same(recipe: str, dtype: torch.dtype, level: str, tmp
     most = {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype]
     apart = {name: float(((a - b).abs() / (1 + b.abs())).max()) for name, a, b in several_ways(model, level)}
     assert len(apart) > 10 and max(apart.values()) <= most, apart
+
+
+@every_level
+def test_so_is_every_code_of_a_long_text(level: str, tmp_path: Path) -> None:
+    """No length sends half precision to torch's attention where the kernels make theirs of products of bf16."""
+    with kernels.using(level):
+        dtype = torch.bfloat16 if library.multiplies_bf16(64) else torch.float32
+    model = tiny_checkpoint(tmp_path, *RECIPES[ROUNDED[0]], dtype=dtype, head_dim=64, max_position_embeddings=2048)
+    apart = [float(((a - b).abs() / (1 + b.abs())).max()) for _, a, b in several_ways(model, level, (LONG + 70, 40))]
+    assert max(apart) <= {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype]
 
 
 def several_ways(model: Any, level: str, lengths: tuple[int, ...] = (9, 300, 21)) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -93,7 +93,9 @@ def random_checkpoint(config: dict[str, Any], storage: dict[str, Any]) -> nn.Mod
             if held is not None and held.is_meta:
                 if id(held) not in filled:
                     fresh = _content(key, held)
-                    filled[id(held)] = nn.Parameter(fresh, requires_grad=False) if key in module._parameters else fresh
+                    # As loading leaves them: a frozen one takes another, slower way through torch's matmul.
+                    kept = nn.Parameter(fresh, requires_grad=fresh.is_floating_point())
+                    filled[id(held)] = kept if key in module._parameters else fresh
                 setattr(module, key, filled[id(held)])
     result: nn.Module = model.eval()
     return result

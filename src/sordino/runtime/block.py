@@ -35,7 +35,7 @@ from sordino.runtime.known import FAMILIES, Known
 
 VARIABLE = "SORDINO_ONE_CALL"
 FEW_TEXTS = 4  # kMaxRows of kernels.h
-LONG = 1024  # tokens from which torch's attention in half precision, by matrix products, is faster than the kernels'
+LONG = 1024  # tokens from which torch's attention in half precision is faster than kernels without products of bf16
 _LAYERS = {f"{family}DecoderLayer" for family in FAMILIES}
 
 _on = os.environ.get(VARIABLE) != "off"
@@ -152,8 +152,8 @@ def _whole(decoder: Any, ids: Tensor, mask: Any, position_ids: Tensor | None, ca
         return None
     x, cos, sin = embedded
     length = past + ids.shape[1]
-    short = length <= LONG or ids.shape[1] == 1 or x.dtype == torch.float32
-    if known.attentions is not None and seen is not None and seen.fits(len(ids), length) and short:
+    fast = length <= LONG or ids.shape[1] == 1 or x.dtype == torch.float32 or library.multiplies_bf16(known.size)
+    if known.attentions is not None and seen is not None and seen.fits(len(ids), length) and fast:
         if cache is None and known.packed:
             cache = DynamicCache(config=decoder.config)  # keys and values are rounded on their way in
         attend = layers.by_rows(known.attentions, seen.first, cache)

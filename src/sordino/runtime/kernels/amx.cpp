@@ -1,4 +1,5 @@
-// Integer products of many rows by matrix tiles (AMX: Sapphire Rapids and later), everything else as with AVX-512.
+// Integer products of many rows, and attention in half precision, by matrix tiles (AMX: Sapphire Rapids and later), everything else
+// as with AVX-512.
 //
 // A tile is 16 rows of 64 bytes. One instruction adds the products of 16 rows of input codes and 16 rows of a weight, 64 inputs
 // long, to 16 x 16 sums. Weight codes are unpacked and laid out for it once for all rows of the input, as many outputs as the
@@ -7,6 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "attend_half.h"
 #include "products.h"
 
 namespace sordino {
@@ -22,33 +24,18 @@ struct alignas(64) Config {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Holds the tiles of this thread as above.
+struct InUse {
+  InUse() {
+    const Config config;
+    __asm__ volatile("" : : "r"(&config) : "memory");
+    _tile_loadconfig(&config);
+  }
+  ~InUse() { _tile_release(); }
+};
+
 // What tile instructions read and write is not told to every compiler: memory is as it should be from here on.
 void written(const void* what) { __asm__ volatile("" : : "r"(what) : "memory"); }
-
-// 16 rows of 16 quads of bytes, `stride` apart, to 16 x 16 quads, contiguous.
-void transpose(const int8_t* from, int64_t stride, int8_t* to) {
-  __m512i row[kTile], pair[kTile];
-  for (int i = 0; i < kTile; ++i) row[i] = _mm512_loadu_si512(from + i * stride);
-  for (int i = 0; i < kTile; i += 2) {
-    pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-    pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-  }
-  for (int i = 0; i < kTile; i += 4) {  // row[i + k]: column 4j + k of rows i … i + 3, in lane j
-    row[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
-    row[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
-    row[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
-    row[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
-  }
-  for (int k = 0; k < 4; ++k) {
-    const __m512i even = _mm512_shuffle_i32x4(row[k], row[k + 4], 0x88), odd = _mm512_shuffle_i32x4(row[k], row[k + 4], 0xdd);
-    const __m512i last_even = _mm512_shuffle_i32x4(row[k + 8], row[k + 12], 0x88);
-    const __m512i last_odd = _mm512_shuffle_i32x4(row[k + 8], row[k + 12], 0xdd);
-    _mm512_storeu_si512(to + k * 64, _mm512_shuffle_i32x4(even, last_even, 0x88));
-    _mm512_storeu_si512(to + (k + 4) * 64, _mm512_shuffle_i32x4(odd, last_odd, 0x88));
-    _mm512_storeu_si512(to + (k + 8) * 64, _mm512_shuffle_i32x4(even, last_even, 0xdd));
-    _mm512_storeu_si512(to + (k + 12) * 64, _mm512_shuffle_i32x4(odd, last_odd, 0xdd));
-  }
-}
 
 // Outputs o … o + 31 (those that are there) as tiles: for every 64 inputs two tiles [16 quads of inputs, 16 outputs, 4]; `plain` has room
 // for 16 rows of codes.
@@ -153,9 +140,7 @@ void many(const Linear& w, const int8_t* x, const float* scale, bool one_scale, 
         scaled[i].scale[j] = widen(w.scale[o + j]), scaled[i].bias[j] = bias_at(w, o + j);
       }
     }
-    const Config config;
-    written(&config);
-    _tile_loadconfig(&config);
+    const InUse tiles_in_use;
     for (int64_t m = 0; m < rows; m += kWide) {
       for (int64_t i = 0; i < n; ++i) {
         alignas(64) int32_t sums[2][kTile * kWide];
@@ -165,8 +150,77 @@ void many(const Linear& w, const int8_t* x, const float* scale, bool one_scale, 
         if (m + kTile < rows) put_rows(sums[1], scaled[i], scale, one_scale, m + kTile, rows, o, type, out);
       }
     }
-    _tile_release();
   });
+}
+
+// Products of attention (attend_half.h).
+struct Tiles {
+  const InUse in_use;
+
+  static void scores(const uint16_t* keys, int64_t blocks, int64_t n, const uint16_t* query, float* to) {
+    int64_t block = 0;
+    for (; block + 4 <= blocks; block += 4) some_scores<4>(keys + block * kTile * n, n, query, to + block * kTile * kTile);
+    for (; block < blocks; block += 2) some_scores<2>(keys + block * kTile * n, n, query, to + block * kTile * kTile);
+    written(to);
+  }
+
+  // Of 4 or 2 blocks of rows.
+  template <int kBlocks>
+  static void some_scores(const uint16_t* keys, int64_t n, const uint16_t* query, float* to) {
+    constexpr int64_t kSums = kTile * kTile;
+    const int64_t next = kTile * n, stride = 2 * n;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (kBlocks > 2) _tile_zero(2);
+    if (kBlocks > 2) _tile_zero(3);
+    for (int64_t i = 0; i < n; i += 2 * kTile) {
+      _tile_loadd(4, query + i * kTile, 64);
+      _tile_loadd(5, keys + i, stride);
+      _tile_dpbf16ps(0, 5, 4);
+      _tile_loadd(6, keys + next + i, stride);
+      _tile_dpbf16ps(1, 6, 4);
+      if (kBlocks > 2) _tile_loadd(5, keys + 2 * next + i, stride);
+      if (kBlocks > 2) _tile_dpbf16ps(2, 5, 4);
+      if (kBlocks > 2) _tile_loadd(6, keys + 3 * next + i, stride);
+      if (kBlocks > 2) _tile_dpbf16ps(3, 6, 4);
+    }
+    _tile_stored(0, to, 64);
+    _tile_stored(1, to + kSums, 64);
+    if (kBlocks > 2) _tile_stored(2, to + 2 * kSums, 64);
+    if (kBlocks > 2) _tile_stored(3, to + 3 * kSums, 64);
+  }
+
+  static void weigh(const uint16_t* weights, int64_t blocks, int64_t n, const uint16_t* values, int, float* to) {
+    for (int64_t at = 0; at < n; at += 4 * kTile) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const uint16_t* here = values + 2 * (b * kTile * n + at);
+        _tile_loadd(4, weights + b * kPairs, 64);
+        _tile_loadd(5, here, 4 * n);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, here + 2 * kTile, 4 * n);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(5, here + 4 * kTile, 4 * n);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, here + 6 * kTile, 4 * n);
+        _tile_dpbf16ps(3, 4, 6);
+      }
+      _tile_stored(0, to + at, 4 * n);
+      _tile_stored(1, to + at + kTile, 4 * n);
+      _tile_stored(2, to + at + 2 * kTile, 4 * n);
+      _tile_stored(3, to + at + 3 * kTile, 4 * n);
+    }
+    written(to);
+  }
+};
+
+void attend(const float* query, int count, int64_t n, float scaling, const Span& keys, const Span& values, int64_t begin, int64_t end,
+            const int64_t* ends, float* out) {
+  if (keys.type == kBfloat && n % kBlock == 0) attend_half<Tiles>(query, count, n, scaling, keys, values, begin, end, ends, out);
+  else kAvx512.pieces->attend(query, count, n, scaling, keys, values, begin, end, ends, out);
 }
 
 }  // namespace
@@ -177,9 +231,14 @@ bool allowed_tiles() {
 }
 
 const Kernels& tiled() {
+  static const Pieces pieces = [] {
+    Pieces p = *kAvx512.pieces;
+    p.attend = attend;
+    return p;
+  }();
   static const Kernels all = [] {
     Kernels k = kAvx512;
-    k.name = "amx", k.many = many;
+    k.name = "amx", k.many = many, k.pieces = &pieces;
     return k;
   }();
   return all;

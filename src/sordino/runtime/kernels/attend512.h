@@ -4,7 +4,9 @@
 // is decoded of a key head's row.
 #include <type_traits>
 
+#include "attend_half.h"
 #include "block.h"
+#include "reader512.h"
 
 namespace sordino {
 namespace {
@@ -48,52 +50,6 @@ void renew512(float* scores, int64_t rows, int64_t n, float* mine) {
 }
 
 constexpr int kQueries = 6;  // at once: 4 registers each
-
-// Rows of one key head: codes without zero point and scale, and those, which are 0 and 1 for plain numbers.
-struct Reader {
-  const Span& s;
-  const int64_t n;  // entries of a row
-  const Bytes unpack;
-  __m512i spread[4];
-  int64_t from = 0;
-  float scale[kTogether], zero[kTogether];
-
-  Reader(const Span& span, int64_t size) : s(span), n(size), unpack(span.bits == 0 ? 8 : span.bits) {
-    for (int k = 0; k < 4; ++k) {
-      alignas(64) uint8_t at[64] = {};
-      for (int i = 0; i < 16; ++i) at[4 * i] = static_cast<uint8_t>(16 * k + i);
-      spread[k] = _mm512_load_si512(at);
-    }
-  }
-
-  // Rows are counted from `row` on; the next `rows` of them have their units looked up.
-  void begin(int64_t row, int64_t rows) {
-    from = row;
-    for (int64_t i = 0; i < rows; ++i) {
-      scale[i] = 1, zero[i] = 0;
-      if (s.bits != 0) unit_of(s, data(i), n, &scale[i], &zero[i]);
-    }
-  }
-
-  const uint8_t* data(int64_t i) const { return s.data + (from + i) * s.stride; }
-
-  // Entries at … at + 64 of row i: fp32 [4][16].
-  void numbers(int64_t i, int64_t at, __m512 out[4]) const {
-    const uint8_t* row = data(i);
-    _mm_prefetch(reinterpret_cast<const char*>(row) + kAhead, _MM_HINT_T0);
-    if (s.bits == 0 && s.type == kFloat) {
-      for (int k = 0; k < 4; ++k) out[k] = _mm512_loadu_ps(reinterpret_cast<const float*>(row) + at + 16 * k);
-    } else if (s.bits == 0) {
-      const uint16_t* half = reinterpret_cast<const uint16_t*>(row) + at;
-      for (int k = 0; k < 4; ++k) out[k] = widen16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + 16 * k)));
-    } else {
-      const __m512i code = unpack(_mm512_maskz_loadu_epi8(first(8 * s.bits), row + at * s.bits / 8));
-      for (int k = 0; k < 4; ++k) {
-        out[k] = _mm512_cvtepi32_ps(_mm512_maskz_permutexvar_epi8(0x1111111111111111ull, spread[k], code));
-      }
-    }
-  }
-};
 
 // Scores of some rows: scores[h][i], i < rows <= kTogether.
 template <int H>
@@ -176,10 +132,11 @@ void over_queries(int count, Body body) {
   }
 }
 
-void attend512(const float* query, int count, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
-               const int64_t* ends, float* out) {
-  if (n % kBlock != 0) return attend_to(query, count, n, keys, values, begin, end, ends, out);
-  Reader key(keys, n), value(values, n);
+void attend512(const float* query, int count, int64_t n, float scaling, const Span& keys, const Span& values, int64_t begin,
+               int64_t end, const int64_t* ends, float* out) {
+  if (n % kBlock != 0) return attend_to(query, count, n, scaling, keys, values, begin, end, ends, out);
+  if (keys.type == kBfloat) return attend_half<Dots>(query, count, n, scaling, keys, values, begin, end, ends, out);
+  Reader key(keys, n, scaling), value(values, n, 1);
   float scores[kMaxQueries][kTogether], zeros[kMaxQueries];
   begin_sums(count, n, out);
   end = last_seen(ends, count, end);

@@ -1,9 +1,5 @@
 // AVX-512 with VBMI, VNNI and BF16 (Zen 4, Sapphire Rapids and later).
 //
-// Eight codes of b bits fill b bytes. One byte permutation puts the units of a block of 64 codes into eight 64-bit words,
-// one multishift takes the fields out of every word: the same few instructions for every width, read straight from the
-// stored bit stream.
-//
 // Products with floating activations: a group's activations are written as integers times a unit, a power of two that the
 // largest of them decides, and the integers as a few digits of 8 bits; `dpbusd` multiplies codes and digits exactly.
 // With two digits the largest is 2^13 to 2^14 units, so a bf16 number down to a 64th of it is exact, and no other is off by
@@ -15,56 +11,19 @@
 #include <cmath>
 #include <type_traits>
 
+#include "codes512.h"
 #include "kernels.h"
 
 namespace sordino {
 namespace {
-
-constexpr int kAhead = 4096;  // bytes: the processor's own prefetching ends at every page
 
 template <int n>
 using Constant = std::integral_constant<int, n>;
 
 bool fits(const Linear& w) { return w.group % 8 == 0 || w.group == w.inputs; }
 
-// Control bytes of the unpacking: where the bytes of a unit of eight codes are, and where its fields begin.
-__m512i unit_bytes(int bits) {
-  alignas(64) uint8_t at[64];
-  for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(i / 8 * bits + i % 8);
-  return _mm512_load_si512(at);
-}
-
-__m512i fields(int bits) {
-  alignas(64) uint8_t shift[64];
-  for (int i = 0; i < 64; ++i) shift[i] = static_cast<uint8_t>(i % 8 * bits);
-  return _mm512_load_si512(shift);
-}
-
-__mmask64 first(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : _bzhi_u64(~0ull, static_cast<unsigned>(n)); }
-
-__m512 widen16(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
-
 // Rows of a matrix behind whose codes a register's width may be read.
 int64_t whole_rows(const Linear& w) { return w.outputs - 1 - 64 / (w.row_bytes() > 0 ? w.row_bytes() : 1); }
-
-// Codes of a block as bytes, in their order.
-struct Bytes {
-  __m512i bytes, all, mask;
-  int64_t size;  // bytes of a block
-
-  explicit Bytes(int bits)
-      : bytes(unit_bytes(bits)), all(fields(bits)), mask(_mm512_set1_epi8(static_cast<char>((1 << bits) - 1))), size(8 * bits) {}
-
-  __m512i operator()(__m512i block) const {
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(all, _mm512_permutexvar_epi8(bytes, block)), mask);
-  }
-
-  // Of the block at p, where `left` bytes of the row remain. `kWhole`: a register's width may be read.
-  template <bool kWhole = false>
-  __m512i at(const uint8_t* p, int64_t left) const {
-    return (*this)(kWhole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(first(left < size ? left : size), p));
-  }
-};
 
 // ---- activations: of every group a register for each digit, where its accumulator begins, then blocks of digits ----
 

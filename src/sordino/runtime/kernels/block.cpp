@@ -160,14 +160,14 @@ struct Call {
   // Attention over the prefix and length + 1 rows of the cache, pieces of it side by side, then put together.
   void attention(const char* query, char* out, float* wide_query, float* parts) const {
     const int64_t group = b.heads / b.key_heads, one = part_size(b) * group, pieces = pieces_of(b, most_rows());
-    for (int64_t i = 0; i < s.texts * b.heads * b.size; ++i) wide_query[i] = read(query, type, i) * b.scaling;
+    for (int64_t i = 0; i < s.texts * b.heads * b.size; ++i) wide_query[i] = read(query, type, i);
     parallel_for(s.texts * b.key_heads * pieces, s.threads, [&](int64_t i) {
       const int64_t pair = i / pieces;
       const Rows rows{b, held, pair, first_of(s.first, pair / b.key_heads), held.length + 1};
       rows.attend(k, i % pieces, wide_query + pair * group * b.size, static_cast<int>(group), nullptr, parts + i * one);
     });
     for (int64_t i = 0; i < s.texts * b.heads; ++i) {
-      merge(b, parts + i / group * pieces * one + i % group * part_size(b), pieces, one, out + i * b.size * wide);
+      k.pieces->merge(parts + i / group * pieces * one + i % group * part_size(b), pieces, one, type, b.size, out + i * b.size * wide);
     }
   }
 

@@ -8,7 +8,9 @@ enum Which { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLinears };
 enum Where { kBefore, kBetween, kOfQuery, kOfKey, kNorms };  // norms: before attention, before the MLP, of heads
 
 constexpr int kMaxHeads = 16;      // query heads that share a key head
-constexpr int kMaxQueries = 48;    // that Pieces::attend takes at once
+constexpr int kMaxQueries = 192;   // that Pieces::attend takes at once
+constexpr int64_t kChunk = 256;    // rows of a cache that it takes at once
+constexpr int64_t kTogether = 64;  // rows whose scores are made before their values are read
 constexpr int64_t kMaxSize = 512;  // of a head
 
 struct Norm {
@@ -74,6 +76,17 @@ inline int64_t row_bytes(const Format& f, int32_t type, int64_t n) {
 // The rows of key head `head` that begin at `data`.
 inline Span span_of(const Format& f, const uint8_t* data, int64_t head, int32_t type, int64_t n) {
   return {data, row_bytes(f, type, n), f.bits, type, f.symmetric, f.fixed, f.bits == 0 ? 0 : share_of(f, head)};
+}
+
+// Scale and zero point of a row of n codes.
+inline void unit_of(const Span& s, const uint8_t* row, int64_t n, float* scale, float* zero) {
+  *scale = s.share, *zero = static_cast<float>(1 << (s.bits - 1));
+  if (s.fixed) return;
+  const uint8_t* behind = row + code_bytes(n, s.bits);
+  uint16_t kept;
+  std::memcpy(&kept, behind, 2);
+  *scale = widen(kept);
+  if (!s.symmetric) *zero = static_cast<float>(behind[2]);
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ const Kernels* available(int level) {
 #ifdef SORDINO_AVX512
 #ifdef SORDINO_AMX
   if (level == 3 && available(2) != nullptr) {
-    constexpr unsigned kTiles = 1u << 24 | 1u << 25;  // AMX-TILE, AMX-INT8
+    constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) == kTiles && allowed_tiles()) return &tiled();
   }

@@ -59,11 +59,14 @@ struct Pieces {
   void (*rescale)(const int32_t* sums, const Linear&, int64_t begin, int64_t n, float scale, Type, void* out);
   // The same of products that are numbers already.
   void (*finish)(const float* sums, const Linear&, int64_t begin, int64_t n, Type, void* out);
-  // Softmax attention over rows begin … end of one key head: for `count` queries fp32 [count, n], out [count, n + 2] is the
-  // largest score, the sum of exp(score - largest), and the sum of exp(score - largest) times values. Query h does not see
-  // rows from ends[h] on, if there are `ends`; what it gets does not depend on the queries beside it.
-  void (*attend)(const float* query, int count, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
-                 const int64_t* ends, float* out);
+  // Softmax attention over rows begin … end (kChunk at most) of one key head: for `count` queries of the model's dtype, widened, [count,
+  // n], out [count, n + 2] is the largest score (`scaling` times the product), the sum of exp(score - largest), and the sum of
+  // exp(score - largest) times values. Query h does not see rows from ends[h] on, if there are `ends`; what it gets does not
+  // depend on the queries beside it.
+  void (*attend)(const float* query, int count, int64_t n, float scaling, const Span& keys, const Span& values, int64_t begin,
+                 int64_t end, const int64_t* ends, float* out);
+  // Puts what it wrote of one query's pieces together, each `stride` numbers behind the one before it: T [n].
+  void (*merge)(const float* parts, int64_t pieces, int64_t stride, Type, int64_t n, void* out);
 };
 
 // Small steps of training one, forward and backward (training.h): of a group of weights, a token, entries, or a row of scores.

@@ -230,6 +230,11 @@ def present() -> ctypes.CDLL:
     return found
 
 
+def multiplies_bf16(size: int) -> bool:
+    """Whether attention of heads of some size is made of products of bf16 (attend_half.h)."""
+    return _State.name in ("avx512", "amx") and size % 64 == 0
+
+
 def status() -> str:
     """Which path linears take on the CPU, in words."""
     if active() is not None:

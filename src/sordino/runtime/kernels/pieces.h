@@ -19,8 +19,6 @@ namespace {
 #define SORDINO_APART
 #endif
 
-constexpr int64_t kTogether = 64;  // rows of the cache whose scores are made before their values are read
-
 inline float get(const float* x, int64_t i) { return x[i]; }
 inline float get(const uint16_t* x, int64_t i) { return widen(x[i]); }
 inline void put(float* x, int64_t i, float v) { x[i] = v; }
@@ -231,17 +229,6 @@ void store_row(const T* x, const Format& f, int64_t head, int64_t n, uint8_t* ro
   if (!f.symmetric) row[words + 2] = static_cast<uint8_t>(zero);
 }
 
-// Scale and zero point of a row of n codes.
-inline void unit_of(const Span& s, const uint8_t* row, int64_t n, float* scale, float* zero) {
-  *scale = s.share, *zero = static_cast<float>(1 << (s.bits - 1));
-  if (s.fixed) return;
-  const uint8_t* behind = row + code_bytes(n, s.bits);
-  uint16_t kept;
-  std::memcpy(&kept, behind, 2);
-  *scale = widen(kept);
-  if (!s.symmetric) *zero = static_cast<float>(behind[2]);
-}
-
 // A row of a cache as fp32 numbers.
 inline void load_row(const Span& s, int64_t i, int64_t n, float* out, uint8_t* codes) {
   const uint8_t* row = s.data + i * s.stride;
@@ -345,8 +332,8 @@ void renew_all(Renew renewing, float (*scores)[kTogether], int count, int64_t fr
   }
 }
 
-void attend_to(const float* query, int count, int64_t n, const Span& keys, const Span& values, int64_t begin, int64_t end,
-               const int64_t* ends, float* out) {
+void attend_to(const float* query, int count, int64_t n, float scaling, const Span& keys, const Span& values, int64_t begin,
+               int64_t end, const int64_t* ends, float* out) {
   alignas(64) float numbers[kMaxSize];
   alignas(64) uint8_t codes[kMaxSize + kBlock];
   float scores[kMaxQueries][kTogether];
@@ -356,7 +343,7 @@ void attend_to(const float* query, int count, int64_t n, const Span& keys, const
     const int64_t some = end - from < kTogether ? end - from : kTogether;
     for (int64_t i = 0; i < some; ++i) {
       load_row(keys, from + i, n, numbers, codes);
-      for (int h = 0; h < count; ++h) scores[h][i] = dot(query + h * n, numbers, n);
+      for (int h = 0; h < count; ++h) scores[h][i] = scaling * dot(query + h * n, numbers, n);
     }
     renew_all(renew, scores, count, from, some, ends, n, out);
     for (int64_t i = 0; i < some; ++i) {
@@ -367,6 +354,23 @@ void attend_to(const float* query, int count, int64_t n, const Span& keys, const
       }
     }
   }
+}
+
+// Puts pieces of one query's sums together, each `stride` numbers behind the one before it.
+template <class T>
+void merge_to(const float* parts, int64_t pieces, int64_t stride, int64_t n, T* out) {
+  float largest = -INFINITY, total = 0, sums[kMaxSize];
+  for (int64_t p = 0; p < pieces; ++p) largest = parts[p * stride] > largest ? parts[p * stride] : largest;
+  for (int64_t i = 0; i < n; ++i) sums[i] = 0;
+  for (int64_t p = 0; largest != -INFINITY && p < pieces; ++p) {
+    const float* part = parts + p * stride;
+    if (part[0] == -INFINITY) continue;  // sees nothing there
+    const float weight = std::exp(part[0] - largest);
+    total += weight * part[1];
+    for (int64_t i = 0; i < n; ++i) sums[i] += weight * part[2 + i];
+  }
+  if (total == 0) total = 1;  // a query that sees nothing: zeros
+  for (int64_t i = 0; i < n; ++i) put(out, i, sums[i] / total);
 }
 
 // ---- for either dtype ----
@@ -429,7 +433,11 @@ void any_finish(const float* sums, const Linear& w, int64_t begin, int64_t n, Ty
   either(type, [&](auto t) { finish_to(sums, w, begin, n, static_cast<decltype(t)*>(out)); });
 }
 
-constexpr Pieces kPieces = {any_norm, any_rope, any_turn, any_glu, any_add, any_store, any_load, any_extremes, any_rescale, any_finish, attend_to};
+void any_merge(const float* parts, int64_t pieces, int64_t stride, Type type, int64_t n, void* out) {
+  either(type, [&](auto t) { merge_to(parts, pieces, stride, n, static_cast<decltype(t)*>(out)); });
+}
+
+constexpr Pieces kPieces = {any_norm, any_rope, any_turn, any_glu, any_add, any_store, any_load, any_extremes, any_rescale, any_finish, attend_to, any_merge};
 
 }  // namespace
 }  // namespace sordino

@@ -143,7 +143,7 @@ SORDINO_API int sordino_attend(const Block* block, const void* query, const Held
     int64_t ends[kMaxQueries];
     for (int64_t n = 0; n < count; ++n) {
       const int64_t at = ((text * b.heads + head(n)) * tokens + token(n)) * b.size;
-      for (int64_t j = 0; j < b.size; ++j) queries[n * b.size + j] = read(query, type, at + j) * b.scaling;
+      for (int64_t j = 0; j < b.size; ++j) queries[n * b.size + j] = read(query, type, at + j);
       ends[n] = before + token(n) + 1;
     }
     const Rows rows{b, *held, pair, begin, end};
@@ -151,7 +151,7 @@ SORDINO_API int sordino_attend(const Block* block, const void* query, const Held
     for (int64_t p = 0; p < pieces; ++p) rows.attend(k, p, queries, static_cast<int>(count), ends, parts + p * one);
     for (int64_t n = 0; n < count; ++n) {
       const int64_t to = ((text * tokens + token(n)) * b.heads + head(n)) * b.size;
-      merge(b, parts + n * part_size(b), pieces, one, static_cast<char*>(out) + to * wide);
+      k.pieces->merge(parts + n * part_size(b), pieces, one, type, b.size, static_cast<char*>(out) + to * wide);
     }
   });
   return 0;
