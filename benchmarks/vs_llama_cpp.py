@@ -74,6 +74,9 @@ class Llama:
         self._process.stdin.flush()
         return self.answer()
 
+    def shares(self) -> None:
+        """Not known of this engine."""
+
     def answer(self) -> Any:
         """The next line it writes."""
         assert self._process.stdout is not None

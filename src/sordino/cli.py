@@ -279,6 +279,13 @@ def bench(
     if json_:
         _write_json(json_, result.to_json())
     _print_table(result.header, result.cells())
+    _print_table(result.where_header, result.where_cells())
+    if result.ceilings is not None:
+        best = result.ceilings.to_json()
+        print(
+            f"this machine, {result.threads} threads: reads {best['read_gb_per_s']:.1f} GB/s, torch multiplies "
+            f"{best['int8_gop_per_s']:.0f} GOP/s in int8, {best['bf16_gop_per_s']:.0f} in bf16"
+        )
 
 
 @app.command()

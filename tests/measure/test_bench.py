@@ -12,6 +12,8 @@ import sordino
 from sordino.cli import app
 from sordino.errors import InputError
 from sordino.measure.bench import PRECISIONS, Bench, Speed, bench
+from sordino.measure.roofline import weight_bytes
+from sordino.runtime import kernels
 from tiny import make_tiny
 
 
@@ -33,9 +35,29 @@ def test_bench_measures_checkpoint_and_full_precision(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     figures = json.loads(file.read_text())
     assert [m["model"] for m in figures["models"]] == [str(out), str(model), *(f"{p} twin" for p in PRECISIONS)]
+    packed, full = figures["models"][0], figures["models"][2]
+    assert packed["load_s"] > 0 and full["load_s"] is None
+    assert 0 < packed["weight_bytes_per_token"] < full["weight_bytes_per_token"]
+    assert 0 < figures["decode_share_of_read"] < 1 and 0 < figures["prefill_share_of_int8"] < 1
+    assert set(figures["machine"]) == {"read_gb_per_s", "int8_gop_per_s", "bf16_gop_per_s"}
+    assert full["kernel_share"] == {"prefill": 0, "decode": 0}
+    assert all((0 < share < 1) == (kernels.active() is not None) for share in packed["kernel_share"].values())
+    assert "this machine, 1 threads: reads" in result.output
     for row in figures["models"]:
         assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0 and row["peak_memory_bytes"] > 1e7
     assert figures["threads"] == 1 and set(figures["ratio_to_bf16"]) == {"prefill", "decode"}
+
+
+@pytest.mark.parametrize(("tied", "packed"), [(True, True), (False, True), (True, False), (False, False)])
+def test_a_token_reads_every_weight_but_a_table_that_is_not_the_head(tied: bool, packed: bool, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=1, tie_word_embeddings=tied)
+    if packed:
+        sordino.quantize(str(model), "rtn-w4", tmp_path / "out", overrides=("format.weights.group=32", "format.embeddings=8"))
+    loaded = sordino.load(tmp_path / "out" if packed else str(model))[0]
+    every = {t.data_ptr(): t.numel() * t.element_size() for t in (*loaded.parameters(), *loaded.buffers())}
+    table = loaded.get_input_embeddings()
+    apart = [] if tied else [*table.parameters(), *table.buffers()]
+    assert weight_bytes(loaded) == sum(every.values()) - sum(t.numel() * t.element_size() for t in apart)
 
 
 def test_too_long_a_prompt_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -31,6 +31,7 @@ from sordino.api import load
 from sordino.contract import Progress
 from sordino.errors import InputError, SordinoError
 from sordino.heap import keep_freed_memory, peak_memory
+from sordino.measure.roofline import Ceilings, Shares, ceilings, shares
 from sordino.measure.shapes import config_of, random_checkpoint, shape, stored
 from sordino.progress import quiet_libraries
 from sordino.report.notebook import Figure, figure, table
@@ -52,12 +53,16 @@ class Speed:
         prefill: of the whole prompt, up to the first token's logits.
         decode: of all new tokens.
         peak_memory_bytes: of the model's process, loading included.
+        load: seconds until a checkpoint was there; None for random weights.
+        shares: of one more run, where its time went.
     """
 
     name: str
     prefill: list[float]
     decode: list[float]
     peak_memory_bytes: int
+    load: float | None = None
+    shares: Shares | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Bench:
     prompt_tokens: int
     new_tokens: int
     threads: int
+    ceilings: Ceilings | None = None
 
     header = (
         "model",
@@ -80,6 +86,17 @@ class Bench:
         "× fp32",
         "first token s",
         "peak MiB",
+    )
+    where_header = (
+        "model",
+        "load s",
+        "MB read a token",
+        "GB/s",
+        "of memory's",
+        "linears of the prompt, GOP/s",
+        "of int8's",
+        "kernels' share of the prompt",
+        "of a token",
     )
 
     def row(self, speed: Speed) -> dict[str, Any]:
@@ -98,13 +115,30 @@ class Bench:
             )
         out["time_to_first_token_s"] = median(speed.prefill)
         out["peak_memory_bytes"] = speed.peak_memory_bytes
+        out["load_s"] = speed.load
+        if speed.shares is not None:
+            out |= self._where(speed, speed.shares)
         return out
+
+    def _where(self, speed: Speed, found: Shares) -> dict[str, Any]:
+        """What a token reads and a prompt multiplies, at which rates, and the kernels' share of the time."""
+        read, rate = found.weight_bytes * self.new_tokens / median(speed.decode), found.operations / found.linears
+        best = self.ceilings
+        return {
+            "weight_bytes_per_token": found.weight_bytes,
+            "decode_gb_per_s": read / 1e9,
+            "decode_share_of_read": None if best is None else read / best.read,
+            "prefill_linears_gop_per_s": rate / 1e9,
+            "prefill_share_of_int8": None if best is None else rate / best.int8,
+            "kernel_share": {"prefill": found.native[0] / found.prefill, "decode": found.native[1] / found.decode},
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The first model's figures, and those of all under ``models``."""
         every = [*self.models, *{t.name: t for twins in self.twins.values() for t in twins.values()}.values()]
         rows = [self.row(s) for s in every]
-        run = {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "threads": self.threads}
+        run: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "threads": self.threads}
+        run["machine"] = None if self.ceilings is None else self.ceilings.to_json()
         return rows[0] | run | {"rounds": ROUNDS, "kernels": status(), "torch": torch.__version__, "models": rows}
 
     def cells(self) -> list[tuple[str, ...]]:
@@ -116,6 +150,27 @@ class Bench:
             )
             for row in self.to_json()["models"]
         ]  # fmt: skip
+
+    def where_cells(self) -> list[tuple[str, ...]]:
+        """A second table's cells: what was read and multiplied, and how fast, beside what the machine can do."""
+
+        def share(value: float | None) -> str:
+            return "–" if value is None else f"{100 * value:.0f} %"
+
+        return [
+            (
+                row["model"],
+                "–" if row["load_s"] is None else f"{row['load_s']:.2f}",
+                f"{row['weight_bytes_per_token'] / 1e6:.0f}",
+                f"{row['decode_gb_per_s']:.1f}",
+                share(row["decode_share_of_read"]),
+                f"{row['prefill_linears_gop_per_s']:.0f}",
+                share(row["prefill_share_of_int8"]),
+                *(share(part) for part in row["kernel_share"].values()),
+            )
+            for row in self.to_json()["models"]
+            if "kernel_share" in row
+        ]
 
     def figure(self) -> Figure:
         """Decoded tokens a second over peak memory, full precision included."""
@@ -196,7 +251,8 @@ def bench(
         order.name: {p: speeds[twins[kind, p].name] for p in PRECISIONS if (kind, p) in twins}
         for order, kind in subjects.items()
     }
-    return Bench([speeds[order.name] for order in subjects], beside, prompt_tokens, new_tokens, threads)
+    best = ceilings(threads)
+    return Bench([speeds[order.name] for order in subjects], beside, prompt_tokens, new_tokens, threads, best)
 
 
 def _twins(kinds: list[str]) -> dict[tuple[str, str], Order]:
@@ -222,15 +278,19 @@ class Subject(Protocol):
         """For "run": seconds of a prompt and of the tokens after it; for "memory": bytes at most."""
 
     def answer(self) -> Any:
-        """Wait until it is loaded."""
+        """Wait until it is loaded; seconds that took, if they mean something."""
+
+    def shares(self) -> Shares | None:
+        """Where the time of one more run goes."""
 
 
 def in_turns(workers: Sequence[Subject], progress: Progress | None = None) -> list[Speed]:
     """Measure workers one after another, round after round."""
+    loads: dict[str, Any] = {}
     for i, worker in enumerate(workers):
         if progress is not None:
             progress("load", i, len(workers))
-        worker.answer()
+        loads[worker.name] = worker.answer()
     seconds: dict[str, list[tuple[float, float]]] = {w.name: [] for w in workers}
     steps = [w for _ in range(ROUNDS + 1) for w in workers]
     for i, worker in enumerate(steps):
@@ -240,7 +300,8 @@ def in_turns(workers: Sequence[Subject], progress: Progress | None = None) -> li
     out = []
     for worker in workers:
         prefill, decode = map(list, zip(*seconds[worker.name][1:], strict=True))
-        out.append(Speed(worker.name, prefill, decode, worker.ask("memory")))
+        load, peak = loads[worker.name], worker.ask("memory")  # before anything that is not the model's own
+        out.append(Speed(worker.name, prefill, decode, peak, load if isinstance(load, float) else None, worker.shares()))
     return out
 
 
@@ -300,6 +361,11 @@ class Worker:
         self._pipe.send(what)
         return self.answer()
 
+    def shares(self) -> Shares | None:
+        """Where the time of one more run goes."""
+        found: Shares = self.ask("shares")
+        return found
+
     def answer(self) -> Any:
         """Wait for the answer; the worker's errors become the caller's."""
         try:
@@ -328,10 +394,16 @@ def _serve(pipe: Connection, order: Order, threads: int, tokens: tuple[int, int]
     keep_freed_memory()
     torch.set_num_threads(threads)
     try:
+        started = time.perf_counter()
         model = _open(order)
-        pipe.send("ready")
+        pipe.send(time.perf_counter() - started if order.shape is None else "ready")
+        answers: dict[str, Callable[[], Any]] = {
+            "run": lambda: tuple(_phases(model, *tokens)),
+            "shares": lambda: shares(model, lambda: _phases(model, *tokens), tokens[0]),
+            "memory": peak_memory,
+        }
         while True:
-            pipe.send(_measure(model, *tokens) if pipe.recv() == "run" else peak_memory())
+            pipe.send(answers[pipe.recv()]())
     except SordinoError as error:
         pipe.send(error)
     except EOFError:
@@ -350,16 +422,18 @@ def _open(order: Order) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config_of(config), dtype=dtype).eval()
 
 
-@torch.inference_mode()
-def _measure(model: Any, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds of a prompt and of the tokens after it."""
+def _phases(model: Any, prompt_tokens: int, new_tokens: int) -> Iterator[float]:
+    """Seconds of a prompt, then of the tokens after it."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=generator)
-    started = time.perf_counter()
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1:].argmax(-1)
-    filled = time.perf_counter()
-    for _ in range(new_tokens):
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+    with torch.inference_mode():
+        started = time.perf_counter()
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
-    return filled - started, time.perf_counter() - filled
+    yield time.perf_counter() - started
+    with torch.inference_mode():
+        started = time.perf_counter()
+        for _ in range(new_tokens):
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+    yield time.perf_counter() - started
