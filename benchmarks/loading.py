@@ -2,7 +2,7 @@
 
     python benchmarks/loading.py [--shapes smollm2-135m llama-3.2-1b] [--recipes rtn-w4 prefixquant-w4a8kv4-static]
 
-Random weights, written as a bf16 model and quantized from it with 8-bit embeddings; files lie in the page cache, as after a first start. One
+Random weights, written as a bf16 model and quantized from it with 8-bit embeddings; files lie in the page cache. One
 JSON row a shape goes to benchmarks/rows/loading.jsonl.
 """
 
