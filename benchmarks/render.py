@@ -75,11 +75,15 @@ def main() -> None:
     body += prompt("## A protected system prompt (`benchmarks/prompt.py`)")
     body += zeroshot.rendered() + solver_options() + analyses() + large_shape() + speeds("## Speed (`benchmarks/speed.py`)")
     body += beside_llama_cpp("## Speed beside llama.cpp (`benchmarks/vs_llama_cpp.py`)")
+    body += loading("## Loading (`benchmarks/loading.py`)") + two_paths("## Two paths (`benchmarks/native_vs_torch.py`)")
     (ROOT / "docs" / "results.md").write_text(body)
     fill(ROOT / "README.md", table(first | second | third, SHOWN, 4))
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 8))
     fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + means() + prefix() + equivalence())
-    fill(ROOT / "docs" / "kernels.md", speeds() + beside_llama_cpp() or "Nothing yet: `benchmarks/speed.py` was not run.\n")
+    fill(
+        ROOT / "docs" / "kernels.md",
+        speeds() + beside_llama_cpp() + loading() + two_paths() or "Nothing yet: `benchmarks/speed.py` was not run.\n",
+    )
     fill(ROOT / "docs" / "howto" / "cost.md", costs())
     none = "Nothing yet: `benchmarks/bisup.py` is written and was not run.\n"
     fill(ROOT / "docs" / "methods" / "bisup.md", (hosts or none) + together + prompt())
@@ -342,6 +346,60 @@ def speeds(title: str = "") -> str:
                 ratios = [model[f"ratio_to_{p}"] for p in ("bf16", "fp32")]
                 shown += ["–" if r is None else f"{r[phase]:.2f}" for r in ratios]
             lines.append("| " + " | ".join([*shown, f"{model['peak_memory_bytes'] / 2**20:.0f}"]) + " |")
+        lines += where(found)
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def where(bench: dict[str, Any]) -> list[str]:
+    """What was read and multiplied at which rate, where a run has it."""
+    machine = bench.get("machine")
+    if machine is None:
+        return []
+    lines = [
+        "",
+        f"The machine reads {machine['read_gb_per_s']:.1f} GB/s; torch multiplies {machine['int8_gop_per_s']:.0f} GOP/s in int8,",
+    ]
+    lines[-1] += f" {machine['bf16_gop_per_s']:.0f} in bf16."
+    lines += [
+        "",
+        "| model | MB read a token | GB/s | of memory's | linears of the prompt, GOP/s | of int8's | kernels' share: prompt | token |",
+    ]
+    lines.append("|---" * 8 + "|")
+    for m in bench["models"]:
+        shown = [m["model"], f"{m['weight_bytes_per_token'] / 1e6:.0f}", f"{m['decode_gb_per_s']:.1f}"]
+        shown += [
+            f"{m['decode_share_of_read']:.0%}",
+            f"{m['prefill_linears_gop_per_s']:.0f}",
+            f"{m['prefill_share_of_int8']:.0%}",
+        ]
+        shown += [f"{m['kernel_share'][phase]:.0%}" for phase in ("prefill", "decode")]
+        lines.append("| " + " | ".join(shown) + " |")
+    return lines
+
+
+def loading(title: str = "") -> str:
+    """Seconds until a checkpoint is there, from the last row of each shape."""
+    rows = last("loading.jsonl", "subject")
+    lines = ["", title] if title and rows else []
+    if rows:
+        lines += ["", "Seconds of `sordino.load` in a new process, files in the page cache, median and range of five:", ""]
+        lines += ["| shape | checkpoint | s |", "|---|---|---|"]
+    for subject, row in rows.items():
+        for what, seconds in row["seconds"].items():
+            lines.append(f"| {subject} | {what} | {statistics.median(seconds):.2f} ({min(seconds):.2f} … {max(seconds):.2f}) |")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def two_paths(title: str = "") -> str:
+    """Perplexity by the kernels and by torch, from the last row of each recipe."""
+    rows = last("native_vs_torch.jsonl", "recipe")
+    lines = ["", title] if title and rows else []
+    if rows:
+        lines += ["", "Perplexity of one checkpoint by the kernels and by torch alone (smollm2, bf16, WikiText-2 test):", ""]
+        lines += ["| recipe | windows | kernels | torch | apart |", "|---" * 5 + "|"]
+    for recipe, r in rows.items():
+        apart = r["native"]["ppl"] / r["torch"]["ppl"] - 1
+        lines.append(f"| {recipe} | {r['windows']} | {r['native']['ppl']:.3f} | {r['torch']['ppl']:.3f} | {apart:+.2%} |")
     return "\n".join(lines) + "\n" if lines else ""
 
 

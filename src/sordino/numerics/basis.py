@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sordino.numerics.hadamard import hadamard, has_hadamard, rotation
+from sordino.runtime.kernels.rows import rotate
 
 _DENSE = 512  # larger groups go through the fast transform
 
@@ -70,13 +71,14 @@ class Basis:
     def apply(self, x: Tensor) -> Tensor:
         """``x Q`` for x [..., D], in fp32 (float64 for float64), given back in x's dtype."""
         if self.size > _DENSE:
-            return rotation(self.size).apply(x.unflatten(-1, (-1, self.size)) * self._row(x)).flatten(-2)
+            return rotate(rotation(self.size), x.unflatten(-1, (-1, self.size)) * self._row(x)).flatten(-2)
         return self._multiply(x, self.matrix)
 
     def undo(self, x: Tensor) -> Tensor:
         """``x Q^T``, the inverse of :meth:`apply`."""
         if self.size > _DENSE:
-            return (rotation(self.size).apply_transpose(x.unflatten(-1, (-1, self.size))) * self._row(x)).flatten(-2)
+            back = rotation(self.size).transposed()
+            return (rotate(back, x.unflatten(-1, (-1, self.size))) * self._row(x)).flatten(-2)
         return self._multiply(x, self.matrix.T)
 
     def _row(self, x: Tensor) -> Tensor:
