@@ -355,16 +355,11 @@ def where(bench: dict[str, Any]) -> list[str]:
     machine = bench.get("machine")
     if machine is None:
         return []
-    lines = [
-        "",
-        f"The machine reads {machine['read_gb_per_s']:.1f} GB/s; torch multiplies {machine['int8_gop_per_s']:.0f} GOP/s in int8,",
-    ]
-    lines[-1] += f" {machine['bf16_gop_per_s']:.0f} in bf16."
-    lines += [
-        "",
-        "| model | MB read a token | GB/s | of memory's | linears of the prompt, GOP/s | of int8's | kernels' share: prompt | token |",
-    ]
-    lines.append("|---" * 8 + "|")
+    lines = ["", f"The machine reads {machine['read_gb_per_s']:.1f} GB/s; torch multiplies"]
+    lines[-1] += f" {machine['int8_gop_per_s']:.0f} GOP/s in int8, {machine['bf16_gop_per_s']:.0f} in bf16."
+    names = ["model", "MB read a token", "GB/s", "of memory's", "linears of the prompt, GOP/s", "of int8's"]
+    names += ["kernels' share of the prompt", "of a token"]
+    lines += ["", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for m in bench["models"]:
         shown = [m["model"], f"{m['weight_bytes_per_token'] / 1e6:.0f}", f"{m['decode_gb_per_s']:.1f}"]
         shown += [
