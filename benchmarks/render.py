@@ -400,12 +400,12 @@ def two_paths(title: str = "") -> str:
 
 def beside_llama_cpp(title: str = "") -> str:
     """Both engines, from the last row of each shape; ratios are medians of those within a round."""
-    rows = last("vs_llama_cpp.jsonl", "subject")
+    rows = last("vs_llama_cpp.jsonl", "subject", "prompt_tokens")
     lines: list[str] = ["", title] if title and rows else []
     if rows:
         lines += ["", "llama.cpp was built for AVX-512 with VNNI and BF16, without matrix tiles: its own path for them died of"]
         lines += ["an illegal instruction on this virtual machine."]
-    for subject, row in rows.items():
+    for (subject, _), row in rows.items():
         by = {m["model"]: m for m in row["models"]}
         lines += ["", f"{subject}, {row['threads']} threads, after {row['prompt_tokens']} tokens, beside llama.cpp"]
         lines[-1] += f" (llama-cpp-python {row['llama_cpp_python']}; one thread's bf16 matmul: {row['gflops']} GFLOP/s):"

@@ -1,8 +1,9 @@
 """Prefill and decode of random checkpoints beside full precision in transformers, in one run each (`sordino bench --shape`).
 
-    python benchmarks/speed.py [--threads 2] [--shapes smollm2-135m llama-3.2-1b] [--parts short "no call" long]
+    python benchmarks/speed.py [--threads 2] [--shapes smollm2-135m llama-3.2-1b] [--parts short 2048 "no call" long]
 
 short    after 512 tokens
+2048     after 2048 tokens
 no call  the same without the one native call a token (SORDINO_ONE_CALL=off)
 long     after 8128 tokens, keys and values in bf16 and in 4 bits
 
@@ -37,6 +38,7 @@ CHECKPOINTS: dict[str, tuple[str, list[str]]] = {
 # part -> (checkpoints, tokens of the prompt, environment)
 PARTS: dict[str, tuple[list[str], int, dict[str, str]]] = {
     "short": (["W4", *(n for n in CHECKPOINTS if n.endswith("ic"))], 512, {}),
+    "2048": (["W4A8KV4 static"], 2048, {}),
     "no call": (["W4", "W4A8KV4 static"], 512, {"SORDINO_ONE_CALL": "off"}),
     "long": (["W4", "W4KV4"], 8128, {}),
 }

@@ -43,9 +43,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=["smollm2-135m", "llama-3.2-1b"])
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--no-f16", action="store_true", help="leave llama.cpp in F16 out, which takes longest")
     args = parser.parse_args()
     for name in args.shapes:
-        row = compare(name, args.python, args.threads, (args.prompt_tokens, args.new_tokens))
+        row = compare(name, args.python, args.threads, (args.prompt_tokens, args.new_tokens), args.no_f16)
         keep(ROWS / "vs_llama_cpp.jsonl", row)
         print(json.dumps(row, indent=1), flush=True)
 
@@ -86,7 +87,7 @@ class Llama:
         return json.loads(line)
 
 
-def compare(name: str, python: str, threads: int, tokens: tuple[int, int]) -> dict[str, Any]:
+def compare(name: str, python: str, threads: int, tokens: tuple[int, int], no_f16: bool) -> dict[str, Any]:
     """One shape: both engines, and transformers in bf16."""
     config = shape(name)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -101,7 +102,7 @@ def compare(name: str, python: str, threads: int, tokens: tuple[int, int]) -> di
             size[subject] = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in state}.values())
             workers.append(Worker(Order(subject, json.dumps(config), storage=storage), threads, tokens))
         workers.append(Worker(Order("bf16 twin", json.dumps(config), "bf16"), threads, tokens))
-        for subject, file in (("llama.cpp Q4_0", four), ("llama.cpp F16", half)):
+        for subject, file in (("llama.cpp Q4_0", four), ("llama.cpp F16", half))[: 1 if no_f16 else 2]:
             workers.append(Llama(subject, python, file, threads, tokens))
         for worker in workers:
             stack.enter_context(worker)
