@@ -34,7 +34,7 @@ HOSTS = {
     "atom": '{move="channels"}',
 }
 NONE = "weights=0, scales=0, inputs=0, gains=0"
-CLIP, RANK, SMOOTH = "clips=0.01", "rank=16", "smooth=0.002"
+CLIP, RANK, SMOOTH = "clips=0.1", "rank=16", "smooth=0.002"
 
 
 def tuned(host: str, options: str) -> str:
@@ -71,7 +71,7 @@ SWEEPS: dict[str, list[str]] = {
     "smoothing's start": [f'{CLIP}, {RANK}, {SMOOTH}, smooth_start="{s}"' for s in ("one", "search")],
     "target": [f'{CLIP}, {RANK}, target="{t}"' for t in ("full", "quantized")],
     "epochs": [f"{CLIP}, {RANK}, epochs={n}" for n in (1, 2, 5)],
-    "clips' rate": [f"clips={rate}, {RANK}" for rate in (0.003, 0.01, 0.03)],
+    "clips' rate": [f"clips={rate}, {RANK}" for rate in (0.01, 0.03, 0.1, 0.3)],
     "updates' rate": [f"{CLIP}, {RANK}, updates={rate}" for rate in (0.003, 0.01, 0.03)],
 }
 WINDOWS = (8, 32, 128)  # amounts of data

@@ -5,10 +5,11 @@ python benchmarks/joined.py --calibrate wiki.valid.raw --evaluate wiki.test.raw 
 
 from __future__ import annotations
 
-from bisup import CLIP, NONE, RANK, TELL
+from bisup import NONE, RANK, TELL
 from ladder import Ladder, climb
 from prefixquant import EVEN, PREFIX
 
+CLIP = "clips=0.01"
 NO_R4 = EVEN.replace('"rotate-inner"', '"rotate-inner", down=false')
 CLIPS = f'{{move="tune", epochs=1, {NONE}, {CLIP}, {RANK}}}'
 TUNE, TUNE_4, SHIFT = '{move="tune", epochs=1}', '{move="tune", epochs=4}', '{move="mean-shift"}'

@@ -75,6 +75,7 @@ def main() -> None:
     body += prompt("## A protected system prompt (`benchmarks/prompt.py`)")
     body += zeroshot.rendered() + solver_options() + analyses() + large_shape() + speeds("## Speed (`benchmarks/speed.py`)")
     body += beside_llama_cpp("## Speed beside llama.cpp (`benchmarks/vs_llama_cpp.py`)")
+    body += beside_torch("## One linear beside torch's int4 (`benchmarks/vs_torch_int4.py`)")
     body += loading("## Loading (`benchmarks/loading.py`)") + two_paths("## Two paths (`benchmarks/native_vs_torch.py`)")
     (ROOT / "docs" / "results.md").write_text(body)
     fill(ROOT / "README.md", table(first | second | third, SHOWN, 4))
@@ -382,6 +383,19 @@ def loading(title: str = "") -> str:
     for subject, row in rows.items():
         for what, seconds in row["seconds"].items():
             lines.append(f"| {subject} | {what} | {statistics.median(seconds):.2f} ({min(seconds):.2f} … {max(seconds):.2f}) |")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def beside_torch(title: str = "") -> str:
+    """One linear beside torch's own int4 product, from the last row."""
+    rows = last("vs_torch_int4.jsonl", "threads")
+    lines = ["", title] if title and rows else []
+    for row in rows.values():
+        names = list(next(iter(row["microseconds"].values())))
+        lines += ["", f"One linear, {row['threads']} threads ({row['kernels']}), microseconds, median and range of 15:", ""]
+        lines += ["| linear, rows of inputs | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+        for what, times in row["microseconds"].items():
+            lines.append(f"| {what} | " + " | ".join(f"{m:.0f} ({a:.0f} … {b:.0f})" for m, a, b in times.values()) + " |")
     return "\n".join(lines) + "\n" if lines else ""
 
 

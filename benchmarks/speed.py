@@ -30,6 +30,7 @@ KV4 = 'format.kv={bits=4, mode="dynamic", symmetric=false}'
 CHECKPOINTS: dict[str, tuple[str, list[str]]] = {
     "W4": ("rtn-w4", []),
     "W4KV4": ("rtn-w4", [KV4]),
+    "W2 additive": ("d2quant-w2", []),
     "W4A8KV4 static": ("prefixquant-w4a8kv4-static", []),
     "W4A8KV4 dynamic": ("prefixquant-w4a8kv4-dynamic", []),
     "W4A4KV4 static": ("prefixquant-w4a4kv4-static", []),
@@ -37,7 +38,7 @@ CHECKPOINTS: dict[str, tuple[str, list[str]]] = {
 }
 # part -> (checkpoints, tokens of the prompt, environment)
 PARTS: dict[str, tuple[list[str], int, dict[str, str]]] = {
-    "short": (["W4", *(n for n in CHECKPOINTS if n.endswith("ic"))], 512, {}),
+    "short": (["W4", "W2 additive", *(n for n in CHECKPOINTS if n.endswith("ic"))], 512, {}),
     "2048": (["W4A8KV4 static"], 2048, {}),
     "no call": (["W4", "W4A8KV4 static"], 512, {"SORDINO_ONE_CALL": "off"}),
     "long": (["W4", "W4KV4"], 8128, {}),

@@ -22,6 +22,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "weights alone": ("rtn-w4", []),
     "2 bits, a scale a row": ("rtn-w4", [f"format.weights.{x}" for x in ("bits=2", "symmetric=true", 'group="channel"')]),
     "norms with a bias": ("d2quant-paper-w3", []),
+    "additive grids": ("d2quant-w3", []),
     "static, prefix, R3, R4": ("prefixquant-w4a4kv4-static", []),
     "dynamic, prefix, R3, R4": ("prefixquant-w4a4kv4-dynamic", []),
     "groups of weights, rounded inputs": ("w4a4kv4", ['moves=[{move="rotate-inner"}]']),

@@ -151,7 +151,6 @@ def test_long_texts_and_threads(tmp_path: Path, calls: list[int]) -> None:
 
 
 OTHERS = {
-    "additive grids": ("d2quant-w3", []),
     "8-bit columns": ("atom-w4a4", []),
     "side branches": ("bisup-quarot-w4a4", []),
     "R3, no means, prefix, plain cache": ("rtn-w4", [f"moves=[{CENTER}, {{move='rotate-inner'}}, {{move='prefix'}}]"]),

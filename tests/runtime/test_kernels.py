@@ -20,6 +20,7 @@ import sordino
 from draws import normal
 from levels import LEVELS, SEEDS, TYPES, every_level, examples, needs_kernels
 from sordino.errors import InputError
+from sordino.numerics.packing import pack
 from sordino.runtime import kernels
 from sordino.runtime.kernels import library
 from sordino.runtime.kernels import linear as native
@@ -63,7 +64,7 @@ def check_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s
     exact = x.double() @ weight.double().T
     parts = weight.double().abs() if shift is None else (weight - shift).double().abs() + shift.double().abs()
     size = x.double().abs() @ parts.T
-    coarse = 2.0**-14 * x.double().abs().amax(1, keepdim=True) * weight.double().abs().sum(1)
+    coarse = 2.0**-13 * x.double().abs().amax(1, keepdim=True) * weight.double().abs().sum(1)
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
     step = 2.0**-8 if out.dtype == torch.bfloat16 else 2.0**-24
@@ -117,6 +118,32 @@ def test_unpacked_weights_are_bit_equal(
         expected = module.dequantize(dtype, rows)
     with kernels.using(level):
         assert torch.equal(module.dequantize(dtype, rows), expected)
+
+
+@every_level
+@given(layout=layouts(), outputs=st.integers(1, 70), bits=st.integers(1, 4), rows=ROWS, dtype=TYPES, seed=SEEDS)
+@examples
+def test_additive_grids(
+    level: str, layout: tuple[int, int], outputs: int, bits: int, rows: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Values to the bit; products as near as sums of signed inputs, one for every scale, can be."""
+    (inputs, group), g = layout, torch.Generator().manual_seed(seed)
+    module = QuantLinear(inputs, outputs, False, bits, group, True, grid="additive")
+    codes = torch.randint(0, 1 << bits, (outputs, inputs), generator=g, dtype=torch.uint8)
+    scale = torch.randn(outputs, inputs // group, bits, generator=g).exp()
+    module.load_state_dict({"weight_packed": pack(codes, bits), "weight_scale": scale.bfloat16()})
+    x = normal(rows, inputs, seed=seed + 1).to(dtype)
+    with kernels.using("off"):
+        weight, expected = module.dequantize(torch.float32), module.dequantize(dtype)
+    with kernels.using(level):
+        out = native.product(module._native_weight(), x)
+        assert torch.equal(module.dequantize(dtype), expected)
+    assert out is not None and out.dtype == dtype
+    exact, largest = x.double() @ weight.double().T, scale.bfloat16().double().sum(-1).repeat_interleave(group, 1)
+    coarse = 2.0**-13 * x.double().abs().amax(1, keepdim=True) * largest.sum(1) if dtype == torch.bfloat16 else 0.0
+    step = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-24
+    allowed = 1e-6 * 3 * x.double().abs() @ largest.T + step * exact.abs() + coarse
+    assert ((out.double() - exact).abs() <= allowed + 1e-30).all()
 
 
 @every_level

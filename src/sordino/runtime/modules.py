@@ -206,9 +206,9 @@ class QuantLinear(_Packed):
         return out if bias is None else out + bias
 
     def _native_weight(self) -> native.Packed | None:
-        """The weight for the kernels, which know affine grids and no gradients."""
+        """The weight for the kernels, which know no gradients."""
         bias = self._parameters["bias"]
-        if self.additive or (bias is not None and bias.requires_grad and torch.is_grad_enabled()):
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             return None
         return native.packed(self, bias, self.in_features, self.group, self.bits)
 

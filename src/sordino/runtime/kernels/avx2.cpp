@@ -24,7 +24,7 @@ int32_t total(__m256i v) {
 }
 
 // Every group must begin on a unit of eight codes.
-bool fits(const Linear& w) { return w.group % 8 == 0 || w.group == w.inputs; }
+bool fits(const Linear& w) { return w.additive == 0 && (w.group % 8 == 0 || w.group == w.inputs); }
 
 // fp32, every group padded with zeros to whole blocks.
 void arrange(const Linear& w, const void* x, Type type, int64_t rows, const Arranged& to) {

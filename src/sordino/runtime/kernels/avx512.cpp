@@ -209,7 +209,75 @@ void product_of(const Linear& w, const Arranged& x, int rows, int64_t begin, int
   });
 }
 
+// One row of an additive grid for M tokens. Bit k of the codes, as 0 or 1, is multiplied: sum_i ± x_i = 2 sum_i bit_i x_i - sum_i x_i.
+template <int kPlanes, int kDigits, int M>
+void additive_row(const Linear& w, const Arranged& x, const Bytes& unpack, int64_t o, float* y) {
+  const int64_t groups = w.groups(), bytes = w.row_bytes(), blocks = padded(w.group) / kBlock;
+  const char* part = static_cast<const char*>(x.values);
+  const uint8_t* row = w.codes + o * bytes;
+  const __m512i one = _mm512_set1_epi8(1);
+  __m512 sums[M];
+  float less[M] = {};
+  for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512i digit[kPlanes][M][kDigits];
+    for (auto& of_plane : digit)
+      for (auto& of_token : of_plane)
+        for (__m512i& d : of_token) d = _mm512_setzero_si512();
+    part += 64 * kDigits;  // what makes affine codes signed
+    int64_t at = g * w.group * w.bits / 8;
+    for (int64_t i = 0; i < blocks; ++i, at += unpack.size, part += 64 * kDigits) {
+      _mm_prefetch(reinterpret_cast<const char*>(row + at) + kAhead, _MM_HINT_T0);
+      const __m512i code = unpack.at(row + at, bytes - at);
+      for (int k = 0; k < kPlanes; ++k) {
+        const __m512i bit = _mm512_and_si512(_mm512_srli_epi16(code, static_cast<unsigned>(k)), one);
+        for (int m = 0; m < M; ++m)
+          for (int d = 0; d < kDigits; ++d) {
+            digit[k][m][d] = _mm512_dpbusd_epi32(digit[k][m][d], bit, _mm512_load_si512(part + m * x.stride + 64 * d));
+          }
+      }
+    }
+    for (int k = 0; k < kPlanes; ++k) {
+      const float scale = widen(w.scale[(o * groups + g) * kPlanes + k]);
+      for (int m = 0; m < M; ++m) {
+        const __m512 factor = _mm512_set1_ps(2 * scale * x.units[m * groups + g]);
+        sums[m] = _mm512_fmadd_ps(factor, whole<kDigits>(digit[k][m]), sums[m]);
+        less[m] += scale * x.sums[m * groups + g];
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) y[m] = _mm512_reduce_add_ps(sums[m]) - less[m];
+}
+
+template <int kPlanes, int kDigits>
+void additive_of(const Linear& w, const Arranged& x, int rows, int64_t begin, int64_t end, float* y) {
+  const Bytes unpack(w.bits);
+  for (int64_t o = begin; o < end; ++o, y += rows) {
+    switch (rows) {
+      case 1: additive_row<kPlanes, kDigits, 1>(w, x, unpack, o, y); break;
+      case 2: additive_row<kPlanes, kDigits, 2>(w, x, unpack, o, y); break;
+      case 3: additive_row<kPlanes, kDigits, 3>(w, x, unpack, o, y); break;
+      default: additive_row<kPlanes, kDigits, 4>(w, x, unpack, o, y);
+    }
+  }
+}
+
+template <int kPlanes>
+void additive_product(const Linear& w, const Arranged& x, Type type, int rows, int64_t begin, int64_t end, float* y) {
+  const auto run = type == kFloat            ? additive_of<kPlanes, 4>
+                   : w.group > 2 * kBlock ? additive_of<kPlanes, 3>
+                                          : additive_of<kPlanes, 2>;
+  run(w, x, rows, begin, end, y);
+}
+
 void product(const Linear& w, const Arranged& x, Type type, int rows, int64_t begin, int64_t end, float* y) {
+  if (w.additive != 0) {
+    const auto some = w.bits == 1   ? additive_product<1>
+                      : w.bits == 2 ? additive_product<2>
+                      : w.bits == 3 ? additive_product<3>
+                                    : additive_product<4>;
+    return some(w, x, type, rows, begin, end, y);
+  }
   const auto run = type == kFloat          ? product_of<0, 4>
                    : w.group <= kBlock     ? product_of<1, 2>
                    : w.group <= 2 * kBlock ? product_of<2, 2>
@@ -271,15 +339,19 @@ void values(const Linear& w, int64_t o, Type type, void* out) {
   const int64_t groups = w.groups(), bytes = w.row_bytes();
   const uint8_t* row = w.codes + o * bytes;
   for (int64_t g = 0; g < groups; ++g) {
-    const __m512i zero = _mm512_set1_epi32(zero_at(w, o, g));
-    const __m512 scale = _mm512_set1_ps(widen(w.scale[o * groups + g]));
+    const __m512i zero = _mm512_set1_epi32(w.additive != 0 ? 0 : zero_at(w, o, g));
+    const __m512 scale = _mm512_set1_ps(w.additive != 0 ? 0 : widen(w.scale[o * groups + g]));
+    alignas(64) float levels[1 << kMaxPlanes] = {};
+    if (w.additive != 0) levels_of(w, o, g, levels);
+    const __m512 table = _mm512_load_ps(levels);
     int64_t at = g * w.group * w.bits / 8;
     for (int64_t i = 0; i < w.group; i += kBlock, at += unpack.size) {
       alignas(64) uint8_t code[kBlock];
       _mm512_store_si512(code, unpack.at(row + at, bytes - at));
       for (int64_t k = 0; k < kBlock && i + k < w.group; k += 16) {
         const __m512i c = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(code + k)));
-        const __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(c, zero)), scale);
+        const __m512 v = w.additive != 0 ? _mm512_permutexvar_ps(c, table)
+                                         : _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(c, zero)), scale);
         const __mmask16 some = static_cast<__mmask16>(first(w.group - i - k));
         const int64_t to = g * w.group + i + k;
         if (type == kFloat) _mm512_mask_storeu_ps(static_cast<float*>(out) + to, some, v);

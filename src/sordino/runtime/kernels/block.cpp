@@ -36,7 +36,7 @@ struct Ready {
 
 // Whether input codes are multiplied with weight codes: both have one scale a row.
 bool whole(const Linear& w, const Rounding& r) {
-  return r.bits != 0 && w.group == w.inputs && w.zero == nullptr && !r.uneven && (r.fixed || r.group == w.inputs);
+  return r.bits != 0 && w.additive == 0 && w.group == w.inputs && w.zero == nullptr && !r.uneven && (r.fixed || r.group == w.inputs);
 }
 
 struct Call {

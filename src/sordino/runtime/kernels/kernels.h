@@ -2,7 +2,8 @@
 // chooses a table and offers the C functions that Python calls.
 //
 // Legend: O outputs, I inputs, G groups, g = I/G, b bits of a code, M rows of activations (tokens).
-// A weight is w[o, i] = (code[o, i] - zero[o, i/g]) * scale[o, i/g]. Its codes stay as the checkpoint stores them: a
+// A weight is w[o, i] = (code[o, i] - zero[o, i/g]) * scale[o, i/g], or, on an additive grid, the sum over k of ± scale[o, i/g, k], plus
+// where bit k of the code is set. Its codes stay as the checkpoint stores them: a
 // little-endian bit stream along the inputs, each row padded to 32-bit words. Eight codes fill b whole bytes, so every
 // unit of eight begins on a byte, whatever b is; that is what the vector code builds on.
 #pragma once
@@ -16,11 +17,12 @@ enum Type : int32_t { kFloat = 0, kBfloat = 1 };
 // Mirrored field by field in library.py.
 struct Linear {
   const uint8_t* codes;    // [O, row_bytes]
-  const uint16_t* scale;   // bf16 [O, G]
+  const uint16_t* scale;   // bf16 [O, G], or [O, G, b]
   const uint32_t* zero;    // [ceil(O*b/32), G], bit stream along the outputs; null: every zero is 2^(b-1)
   const void* bias;        // [O] of bias_type, or null
   int64_t outputs, inputs, group;
   int32_t bits, bias_type;
+  int32_t additive, unused;
 
   int64_t groups() const { return inputs / group; }
   int64_t row_bytes() const { return (inputs * bits + 31) / 32 * 4; }
@@ -29,6 +31,7 @@ struct Linear {
 
 constexpr int kMaxRows = 4;      // of activations that one pass over the weights serves
 constexpr int kLanes = 16;       // partial sums side by side, so that a compiler may use vectors without reordering a sum
+constexpr int kMaxPlanes = 4;    // bits of an additive code
 constexpr int64_t kBlock = 64;   // inputs that a vector unit handles at once; activations are padded to it
 
 inline int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
@@ -170,6 +173,15 @@ inline int zero_at(const Linear& w, int64_t o, int64_t group) {
   uint64_t both = w.zero[word * groups + group];
   if (shift + w.bits > 32) both |= static_cast<uint64_t>(w.zero[(word + 1) * groups + group]) << 32;
   return static_cast<int>((both >> shift) & ((1u << w.bits) - 1));
+}
+
+// The values of an additive group's codes: [2^b], summed in the order of numerics/additive.py.
+inline void levels_of(const Linear& w, int64_t o, int64_t g, float* out) {
+  const uint16_t* scale = w.scale + (o * w.groups() + g) * w.bits;
+  for (int code = 0; code < 1 << w.bits; ++code) {
+    out[code] = 0;
+    for (int k = 0; k < w.bits; ++k) out[code] += code >> k & 1 ? widen(scale[k]) : -widen(scale[k]);
+  }
 }
 
 // Shared by all instruction sets: plain loops that each unit's compiler vectorizes. The operations and their order are

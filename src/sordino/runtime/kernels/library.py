@@ -70,6 +70,8 @@ class Weight(ctypes.Structure):
         ("group", ctypes.c_int64),
         ("bits", ctypes.c_int32),
         ("bias_type", ctypes.c_int32),
+        ("additive", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
     )
 
 

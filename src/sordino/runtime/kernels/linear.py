@@ -22,6 +22,7 @@ from sordino.runtime.kernels.library import Weight, active
 # Up to so many rows the kernels multiply packed codes; for more, unpacking once and torch's matmul are faster.
 FEW_ROWS = 8
 LONGEST = 1 << 16  # inputs of an integer product of 8-bit codes whose sum surely fits 32 bits
+MOST_PLANES = 4  # bits of an additive code
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -35,13 +36,15 @@ class Packed:
         self.held = [t.untyped_storage() for t in tensors if t is not None]  # so that no other tensor comes to lie there
         bias_type = 0 if bias is None else TYPES.get(bias.dtype, -1)
         shape = (scale.shape[0], inputs, group, bits)
-        self.weight = Weight(*self.at, *shape, bias_type)
+        additive = scale.dim() == 3
+        self.weight = Weight(*self.at, *shape, bias_type, additive)
         self.address = ctypes.addressof(self.weight)
         present = [t for t in tensors if t is not None]
         self.usable = (
             all(t.device.type == "cpu" and t.is_contiguous() for t in present)
             and scale.dtype == torch.bfloat16  # a cast of the whole model may have changed it
             and bias_type >= 0
+            and not (additive and bits > MOST_PLANES)
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

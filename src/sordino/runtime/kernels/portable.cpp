@@ -46,6 +46,14 @@ float dot(const float* x, const uint8_t* codes, int64_t n, float zero) {
   return sum;
 }
 
+float dot(const float* x, const uint8_t* codes, int64_t n, const float* levels) {
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i % kLanes] += x[i] * levels[codes[i]];
+  float sum = 0;
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
 void product(const Linear& w, const Arranged& x, Type, int rows, int64_t begin, int64_t end, float* y) {
   uint8_t* codes = scratch(w.inputs + 8);
   const int64_t groups = w.groups();
@@ -54,10 +62,13 @@ void product(const Linear& w, const Arranged& x, Type, int rows, int64_t begin, 
     float* out = y + (o - begin) * rows;
     for (int m = 0; m < rows; ++m) out[m] = 0;
     for (int64_t g = 0; g < groups; ++g) {
-      const float scale = widen(w.scale[o * groups + g]), zero = static_cast<float>(zero_at(w, o, g));
+      const uint8_t* mine = codes + g * w.group;
+      float levels[1 << kMaxPlanes];
+      if (w.additive != 0) levels_of(w, o, g, levels);
       for (int m = 0; m < rows; ++m) {
-        const float* row = reinterpret_cast<const float*>(static_cast<const char*>(x.values) + m * x.stride);
-        out[m] += scale * dot(row + g * w.group, codes + g * w.group, w.group, zero);
+        const float* row = reinterpret_cast<const float*>(static_cast<const char*>(x.values) + m * x.stride) + g * w.group;
+        if (w.additive != 0) out[m] += dot(row, mine, w.group, levels);
+        else out[m] += widen(w.scale[o * groups + g]) * dot(row, mine, w.group, static_cast<float>(zero_at(w, o, g)));
       }
     }
   }
@@ -81,6 +92,12 @@ void values(const Linear& w, int64_t o, Type type, void* out) {
   expand(w, o, codes);
   const int64_t groups = w.groups();
   for (int64_t g = 0; g < groups; ++g) {
+    if (w.additive != 0) {
+      float levels[1 << kMaxPlanes];
+      levels_of(w, o, g, levels);
+      for (int64_t i = g * w.group; i < (g + 1) * w.group; ++i) write(out, type, i, levels[codes[i]]);
+      continue;
+    }
     const float scale = widen(w.scale[o * groups + g]), zero = static_cast<float>(zero_at(w, o, g));
     for (int64_t i = g * w.group; i < (g + 1) * w.group; ++i) write(out, type, i, (static_cast<float>(codes[i]) - zero) * scale);
   }
