@@ -13,6 +13,7 @@ stream behind each block (E_acc), into benchmarks/rows/bisup_sweeps.jsonl.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -173,6 +174,20 @@ def rendered() -> str:
         depth = accumulated(mine[0].get("errors", []))
         lines.append(f"| {' | '.join([*shown[:2], *bits, *shown[3:7], share, depth, shown[8]])} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def rendered_sweeps() -> str:
+    """Options, by the held-out error behind the first blocks; the best of a host's last."""
+    file = ROWS / "bisup_sweeps.jsonl"
+    rows = {r["name"]: r for r in map(json.loads, file.read_text().splitlines())} if file.is_file() else {}
+    if not rows:
+        return ""
+    lines = ["", "Options on the first blocks: held-out error against the full-precision stream (E_acc) behind three of them.", ""]
+    lines += ["| host, option | blocks | E_acc at a third, two thirds, the end | blocks left to the host | CPU s |", "|---" * 5 + "|"]
+    for name, r in sorted(rows.items(), key=lambda item: (item[0].partition(" ")[0], -item[1]["errors"][-1])):
+        left = ", ".join(map(str, r["fallbacks"])) or "–"
+        lines.append(f"| {name} | {r['blocks']} | {accumulated(r['errors'])} | {left} | {r['quantize']['cpu_seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
 
 
 def accumulated(errors: list[float]) -> str:

@@ -65,7 +65,7 @@ def main() -> None:
     third = latest("prefixquant.jsonl")
     ladder = table(third, ["full precision", *prefixquant.LADDER], 9) + searched_scale(third) if third else ""
     body += ladder and "\n## PrefixQuant (`benchmarks/prefixquant.py`)\n\n" + ladder
-    hosts = bisup.rendered()
+    hosts = bisup.rendered() + bisup.rendered_sweeps()
     body += hosts and "\n## BiSup-style reconstruction (`benchmarks/bisup.py`)\n\n" + hosts
     together = systems_joined()
     body += together and "\n## The three systems joined (`benchmarks/joined.py`)\n" + together

@@ -1,7 +1,7 @@
 // Attention over rows of a cache in half precision, by products of bf16 that are summed in fp32, for heads whose size is a multiple of 64.
 //
-// Sixteen queries lie side by side, one a lane, so that their softmax needs no sum across a register. Codes are multiplied as they are,
-// exact in bf16: q · (c - z) s = s (q · c - z Σq), and Σ w s (c - z) = Σ (w s) c - Σ (w s) z with w s rounded to bf16 once.
+// Sixteen queries lie side by side, one a lane, so that their softmax needs no sum across a register. Codes less their zero point are exact
+// in bf16, and are multiplied as they are: q · (c - z) s = s (q · (c - z)), and Σ w s (c - z) with w s rounded to bf16 once.
 // A query's sums go over the rows in their order, whatever lies beside it.
 // `Products` multiplies: matrix tiles (amx.cpp) or dot products of pairs (below).
 #pragma once
@@ -32,13 +32,12 @@ __m512 exp2_of(__m512 x) {
 // Memory for kChunk rows and 16 queries at a time.
 struct Desk {
   uint16_t *keys, *values, *plain, *query, *weights;  // keys [rows, n]; values [rows / 2, n, 2]; query [n / 2, 16, 2]; weights [rows / 32, 16, 32]
-  float *scores, *sums, *key_scale, *key_zero, *value_scale, *value_zero;  // scores [rows, 16]; sums [16, n]
-  int* value_zeros;  // of two rows in bf16, side by side
+  float *scores, *sums, *key_scale, *value_scale;  // scores [rows, 16]; sums [16, n]
 };
 
 Desk desk_of(int64_t n) {
   thread_local Scratch memory;
-  const int64_t matrix = kChunk * n * 2, all = 3 * matrix + kSide * n * 6 + kChunk * (kSide * 6 + 20);
+  const int64_t matrix = kChunk * n * 2, all = 3 * matrix + kSide * n * 6 + kChunk * (kSide * 6 + 8);
   char* at = static_cast<char*>(memory.get(all));
   const auto take = [&](int64_t bytes) { return at += bytes, at - bytes; };
   Desk d;
@@ -47,32 +46,33 @@ Desk desk_of(int64_t n) {
   d.weights = reinterpret_cast<uint16_t*>(take(kChunk * kSide * 2));
   d.sums = reinterpret_cast<float*>(take(kSide * n * 4));
   d.scores = reinterpret_cast<float*>(take(kChunk * kSide * 4));
-  for (float** v : {&d.key_scale, &d.key_zero, &d.value_scale, &d.value_zero}) *v = reinterpret_cast<float*>(take(kChunk * 4));
-  d.value_zeros = reinterpret_cast<int*>(take(kChunk * 4));
+  for (float** v : {&d.key_scale, &d.value_scale}) *v = reinterpret_cast<float*>(take(kChunk * 4));
   return d;
 }
 
 void put32(uint16_t* to, __m512 low, __m512 high) { _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
 
-// `rows` rows from `begin` on as bf16 [room, n], zero behind them, with their scales and zero points.
-void gather(Reader& reader, int64_t begin, int64_t rows, int64_t room, uint16_t* to, float* scale, float* zero) {
+// `rows` rows from `begin` on as bf16 [room, n], zero behind them, and their scales.
+void gather(Reader& reader, int64_t begin, int64_t rows, int64_t room, uint16_t* to, float* scale) {
   const int64_t n = reader.n;
   for (int64_t from = 0; from < rows; from += kTogether) {
     const int64_t some = rows - from < kTogether ? rows - from : kTogether;
     reader.begin(begin + from, some);
     std::memcpy(scale + from, reader.scale, static_cast<size_t>(some) * 4);
-    std::memcpy(zero + from, reader.zero, static_cast<size_t>(some) * 4);
-    for (int64_t i = 0; i < some; ++i)
+    for (int64_t i = 0; i < some; ++i) {
+      const __m512 zero = _mm512_set1_ps(reader.zero[i]);
       for (int64_t at = 0; at < n; at += kBlock) {
         __m512 x[4];
         reader.numbers(i, at, x);
+        for (__m512& v : x) v = _mm512_sub_ps(v, zero);
         uint16_t* row = to + (from + i) * n + at;
         put32(row, x[0], x[1]);
         put32(row + 32, x[2], x[3]);
       }
+    }
   }
   std::memset(to + rows * n, 0, static_cast<size_t>((room - rows) * n) * 2);
-  for (int64_t i = rows; i < room; ++i) scale[i] = zero[i] = 0;
+  for (int64_t i = rows; i < room; ++i) scale[i] = 0;
 }
 
 // Every second entry of the result from a, the others from b.
@@ -123,57 +123,45 @@ struct Half {
 
   // Up to 16 queries, of which query h sees limit[h] of `rows` rows, and all of them see `whole` rows.
   void attend(const float* query, int count, const int32_t* limit, int64_t whole, int64_t rows, float* out) const {
-    const __m512 all_ones = _mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80));  // pairs of ones
     stand_up(query, count, n, d.query);
-    __m512 total = _mm512_setzero_ps();  // of each query's entries
-    for (int64_t i = 0; i < n; i += 2) {
-      total = _mm512_dpbf16_ps(total, (__m512bh)_mm512_loadu_si512(d.query + i * kSide), (__m512bh)_mm512_castps_si512(all_ones));
-    }
     const __m512i seen = _mm512_loadu_si512(limit);
     const __m512 nothing = _mm512_set1_ps(-INFINITY);
     const int64_t blocks = (rows + 31) / 32;
     Products::scores(d.keys, 2 * blocks, n, d.query, d.scores);
-    __m512 most = nothing;
-    const auto score = [&](int64_t i) {
-      const __m512 product = _mm512_fnmadd_ps(_mm512_set1_ps(d.key_zero[i]), total, _mm512_loadu_ps(d.scores + i * kSide));
-      return _mm512_mul_ps(product, _mm512_set1_ps(d.key_scale[i]));
-    };
-    const auto keep = [&](int64_t i, __m512 x) {
-      most = _mm512_max_ps(x, most);
+    __m512 odd_most = nothing, most = nothing;  // two, so that one need not wait for the other
+    const auto keep = [&](int64_t i, bool all, __m512& largest) {
+      __m512 x = _mm512_mul_ps(_mm512_loadu_ps(d.scores + i * kSide), _mm512_set1_ps(d.key_scale[i]));
+      if (!all) x = _mm512_mask_mov_ps(nothing, _mm512_cmpgt_epi32_mask(seen, _mm512_set1_epi32(static_cast<int>(i))), x);
+      largest = _mm512_max_ps(x, largest);
       _mm512_storeu_ps(d.scores + i * kSide, x);
     };
     int64_t i = 0;
-    for (; i < whole; ++i) keep(i, score(i));
-    for (; i < blocks * 32; ++i) {
-      const __mmask16 sees = _mm512_cmpgt_epi32_mask(seen, _mm512_set1_epi32(static_cast<int>(i)));
-      keep(i, _mm512_mask_mov_ps(nothing, sees, score(i)));
-    }
+    for (; i + 2 <= whole; i += 2) keep(i, true, most), keep(i + 1, true, odd_most);
+    for (; i < blocks * 32; i += 2) keep(i, false, most), keep(i + 1, false, odd_most);
+    most = _mm512_max_ps(most, odd_most);
     const __m512 base = _mm512_mask_mov_ps(most, _mm512_cmpeq_ps_mask(most, nothing), _mm512_setzero_ps());
-    __m512 sum = _mm512_setzero_ps(), zeros = _mm512_setzero_ps();
+    __m512 sum = _mm512_setzero_ps();
     alignas(64) uint16_t pairs[kPairs];
     for (i = 0; i < blocks * 32; i += 2) {
-      __m512 scaled[2];
+      __m512 weight[2], scaled[2];
       for (int k = 0; k < 2; ++k) {
-        const __m512 weight = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(d.scores + (i + k) * kSide), base));
-        sum = _mm512_add_ps(sum, weight);
-        scaled[k] = _mm512_mul_ps(weight, _mm512_set1_ps(d.value_scale[i + k]));
+        weight[k] = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(d.scores + (i + k) * kSide), base));
+        scaled[k] = _mm512_mul_ps(weight[k], _mm512_set1_ps(d.value_scale[i + k]));
       }
+      sum = _mm512_add_ps(sum, _mm512_add_ps(weight[0], weight[1]));
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(scaled[1], scaled[0]);
       const __m512i pair = _mm512_permutexvar_epi16(zip.halves, both);
-      zeros = _mm512_dpbf16_ps(zeros, (__m512bh)pair, (__m512bh)_mm512_set1_epi32(d.value_zeros[i / 2]));
       _mm512_store_si512(pairs + i % 32 * kSide, pair);
       if (i % 32 == 30) transpose(reinterpret_cast<const int8_t*>(pairs), 64, reinterpret_cast<int8_t*>(d.weights + i / 32 * kPairs));
     }
     Products::weigh(d.weights, blocks, n, d.values, count, d.sums);
-    alignas(64) float largest[kSide], sums[kSide], less[kSide];
+    alignas(64) float largest[kSide], total[kSide];
     _mm512_store_ps(largest, _mm512_mul_ps(most, _mm512_set1_ps(0.693147180559945f)));
-    _mm512_store_ps(sums, sum);
-    _mm512_store_ps(less, zeros);
+    _mm512_store_ps(total, sum);
     for (int h = 0; h < count; ++h) {
       float* mine = out + h * (n + 2);
-      mine[0] = largest[h], mine[1] = sums[h];
-      const __m512 off = _mm512_set1_ps(less[h]);
-      for (int64_t k = 0; k < n; k += 16) _mm512_storeu_ps(mine + 2 + k, _mm512_sub_ps(_mm512_loadu_ps(d.sums + h * n + k), off));
+      mine[0] = largest[h], mine[1] = total[h];
+      std::memcpy(mine + 2, d.sums + h * n, static_cast<size_t>(n) * 4);
     }
   }
 };
@@ -191,12 +179,9 @@ void attend_half(const float* query, int count, int64_t n, float scaling, const 
   const Half<Products> half{{}, desk_of(n), n};
   const Desk& d = half.d;
   Reader key(keys, n, scaling * 1.44269504088896341f), value(values, n, 1);  // so that 2^score is exp(score)
-  gather(key, begin, rows, room, d.keys, d.key_scale, d.key_zero);
-  gather(value, begin, rows, room, d.plain, d.value_scale, d.value_zero);
+  gather(key, begin, rows, room, d.keys, d.key_scale);
+  gather(value, begin, rows, room, d.plain, d.value_scale);
   pair_up(half.zip, d.plain, room, n, d.values);
-  for (int64_t i = 0; i < room; i += 2) {
-    d.value_zeros[i / 2] = static_cast<int>(narrow(d.value_zero[i]) | static_cast<uint32_t>(narrow(d.value_zero[i + 1])) << 16);
-  }
   for (int h = 0; h < count; h += kSide) {
     const int some = count - h < kSide ? count - h : kSide;
     alignas(64) int32_t limit[kSide] = {};
