@@ -182,8 +182,15 @@ def rendered_sweeps() -> str:
     rows = {r["name"]: r for r in map(json.loads, file.read_text().splitlines())} if file.is_file() else {}
     if not rows:
         return ""
-    lines = ["", "Options on the first blocks: held-out error against the full-precision stream (E_acc) behind three of them.", ""]
-    lines += ["| host, option | blocks | E_acc at a third, two thirds, the end | blocks left to the host | CPU s |", "|---" * 5 + "|"]
+    lines = [
+        "",
+        "Options on the first blocks: held-out error against the full-precision stream (E_acc) behind three of them.",
+        "",
+    ]
+    lines += [
+        "| host, option | blocks | E_acc at a third, two thirds, the end | blocks left to the host | CPU s |",
+        "|---" * 5 + "|",
+    ]
     for name, r in sorted(rows.items(), key=lambda item: (item[0].partition(" ")[0], -item[1]["errors"][-1])):
         left = ", ".join(map(str, r["fallbacks"])) or "–"
         lines.append(f"| {name} | {r['blocks']} | {accumulated(r['errors'])} | {left} | {r['quantize']['cpu_seconds']:.0f} |")

@@ -20,8 +20,8 @@ import transformers
 
 from ladder import ROWS, code_version, keep
 from sordino.api import load
-from sordino.measure.bench import Order, Worker
 from sordino.measure.shapes import config_of, shape
+from sordino.measure.workers import Order, Worker
 from speed import SORDINO
 
 ROUNDS = 5

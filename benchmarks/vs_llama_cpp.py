@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from ladder import ROWS, code_version, keep, speed
-from sordino.measure.bench import Order, Worker, in_turns
 from sordino.measure.shapes import random_checkpoint, shape, stored
+from sordino.measure.workers import Order, Worker, in_turns
 from speed import recipe_file
 
 OURS = ["W4", "W4A8KV4 static"]

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 import sordino
 from sordino.cli import app
 from sordino.errors import InputError
-from sordino.measure.bench import PRECISIONS, Bench, Speed, bench
+from sordino.measure.bench import Bench, bench
 from sordino.measure.roofline import weight_bytes
+from sordino.measure.workers import PRECISIONS, Speed
 from sordino.runtime import kernels
 from tiny import make_tiny
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from sordino.api import Result
 from sordino.errors import InputError
-from sordino.measure.bench import Bench, Speed
+from sordino.measure.bench import Bench
 from sordino.measure.compare import Comparison
 from sordino.measure.evaluate import Evaluation
 from sordino.measure.tasks import TaskScore, TaskScores
+from sordino.measure.workers import Speed
 from sordino.report.notebook import Figure, figure, table
 from sordino.report.svg import Series
 

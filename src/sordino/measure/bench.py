@@ -10,59 +10,28 @@ a model that is too big or too far away to quantize here (measure/shapes.py).
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
-import transformers
 
 from sordino.anatomy import skeleton
-from sordino.api import load
 from sordino.contract import Progress
-from sordino.errors import InputError, SordinoError
-from sordino.heap import keep_freed_memory, peak_memory
-from sordino.measure.roofline import Ceilings, Shares, ceilings, shares
-from sordino.measure.shapes import config_of, random_checkpoint, shape, stored
-from sordino.progress import quiet_libraries
+from sordino.errors import InputError
+from sordino.measure.roofline import Ceilings, Shares, ceilings
+from sordino.measure.shapes import config_of, shape, stored
+from sordino.measure.workers import PRECISIONS, ROUNDS, Order, Speed, Worker, in_turns
 from sordino.report.notebook import Figure, figure, table
 from sordino.report.svg import Series
 from sordino.runtime.kernels import status
 from sordino.walk.source import locate
 
 PROMPT, DECODED = 512, 32  # tokens, if nothing else is asked for
-ROUNDS = 5  # that count; one more warms up
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of one model, one entry a round; the prompt's and the new tokens' numbers are the same for all.
-
-    Attributes:
-        name: checkpoint or model; "bf16 twin" and "fp32 twin" for full precision of random weights.
-        prefill: of the whole prompt, up to the first token's logits.
-        decode: of all new tokens.
-        peak_memory_bytes: of the model's process, loading included.
-        load: seconds until a checkpoint was there; None for random weights.
-        shares: of one more run, where its time went.
-    """
-
-    name: str
-    prefill: list[float]
-    decode: list[float]
-    peak_memory_bytes: int
-    load: float | None = None
-    shares: Shares | None = None
 
 
 @dataclass(frozen=True)
@@ -192,23 +161,6 @@ def _ratio(slow: list[float], fast: list[float]) -> float:
     return median(s / f for s, f in zip(slow, fast, strict=True))
 
 
-@dataclass(frozen=True, eq=False)
-class Order:
-    """What a worker shall hold: a checkpoint by its name, or a random model of a shape (a config as JSON).
-
-    Attributes:
-        name: of the row.
-        shape: of a random model; None for a checkpoint.
-        precision: "bf16" or "fp32" for full precision.
-        storage: the quantization config of a random checkpoint.
-    """
-
-    name: str
-    shape: str | None = None
-    precision: str | None = None
-    storage: dict[str, Any] | None = None
-
-
 def bench(
     models: Sequence[str | Path] = (),
     *,
@@ -269,42 +221,6 @@ def _twins(kinds: list[str]) -> dict[tuple[str, str], Order]:
     return found
 
 
-class Subject(Protocol):
-    """What can be measured in turns."""
-
-    name: str
-
-    def ask(self, what: str) -> Any:
-        """For "run": seconds of a prompt and of the tokens after it; for "memory": bytes at most."""
-
-    def answer(self) -> Any:
-        """Wait until it is loaded; seconds that took, if they mean something."""
-
-    def shares(self) -> Shares | None:
-        """Where the time of one more run goes."""
-
-
-def in_turns(workers: Sequence[Subject], progress: Progress | None = None) -> list[Speed]:
-    """Measure workers one after another, round after round."""
-    loads: dict[str, Any] = {}
-    for i, worker in enumerate(workers):
-        if progress is not None:
-            progress("load", i, len(workers))
-        loads[worker.name] = worker.answer()
-    seconds: dict[str, list[tuple[float, float]]] = {w.name: [] for w in workers}
-    steps = [w for _ in range(ROUNDS + 1) for w in workers]
-    for i, worker in enumerate(steps):
-        if progress is not None:
-            progress("bench", i, len(steps))
-        seconds[worker.name].append(worker.ask("run"))
-    out = []
-    for worker in workers:
-        prefill, decode = map(list, zip(*seconds[worker.name][1:], strict=True))
-        load, peak = loads[worker.name], worker.ask("memory")  # before anything that is not the model's own
-        out.append(Speed(worker.name, prefill, decode, peak, load if isinstance(load, float) else None, worker.shares()))
-    return out
-
-
 def positions(name: str | Path) -> int | None:
     """How many tokens a model can hold; None if its config does not say."""
     limit = _config(name).get("max_position_embeddings")
@@ -333,107 +249,3 @@ def _check_length(config: dict[str, Any], length: int, name: str | Path) -> None
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int) and length > limit:
         raise InputError(f"{length} tokens of prompt and answer are more than the {limit} positions of {name}")
-
-
-class Worker:
-    """A process that holds one model and measures it when asked."""
-
-    def __init__(self, order: Order, threads: int, tokens: tuple[int, int]):
-        self.name = order.name
-        context: Any = get_context("spawn" if sys.platform == "win32" else "forkserver")
-        if context.get_start_method() == "forkserver":
-            context.set_forkserver_preload([__name__])
-        self._pipe, far = context.Pipe()
-        self._process = context.Process(target=_serve, args=(far, order, threads, tokens), daemon=True)
-        with _no_main_module():
-            self._process.start()
-        far.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.join()
-
-    def ask(self, what: str) -> Any:
-        """Send a question and wait for the answer."""
-        self._pipe.send(what)
-        return self.answer()
-
-    def shares(self) -> Shares | None:
-        """Where the time of one more run goes."""
-        found: Shares = self.ask("shares")
-        return found
-
-    def answer(self) -> Any:
-        """Wait for the answer; the worker's errors become the caller's."""
-        try:
-            found = self._pipe.recv()
-        except EOFError:
-            raise SordinoError(f"{self.name}: the process that measured it died; out of memory?") from None
-        if isinstance(found, SordinoError):
-            raise found
-        return found
-
-
-@contextmanager
-def _no_main_module() -> Iterator[None]:
-    """Keep new processes from running the caller's script again, which they need nothing of."""
-    real = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = real
-
-
-def _serve(pipe: Connection, order: Order, threads: int, tokens: tuple[int, int]) -> None:
-    """Load, then answer questions until the caller is gone."""
-    quiet_libraries()
-    keep_freed_memory()
-    torch.set_num_threads(threads)
-    try:
-        started = time.perf_counter()
-        model = _open(order)
-        pipe.send(time.perf_counter() - started if order.shape is None else "ready")
-        answers: dict[str, Callable[[], Any]] = {
-            "run": lambda: tuple(_phases(model, *tokens)),
-            "shares": lambda: shares(model, lambda: _phases(model, *tokens), tokens[0]),
-            "memory": peak_memory,
-        }
-        while True:
-            pipe.send(answers[pipe.recv()]())
-    except SordinoError as error:
-        pipe.send(error)
-    except EOFError:
-        pass
-
-
-def _open(order: Order) -> Any:
-    """A checkpoint by its name, or a model of random weights or codes."""
-    if order.shape is None:
-        return load(order.name)[0]
-    config = json.loads(order.shape)
-    if order.storage is not None:
-        return random_checkpoint(config, order.storage)
-    assert order.precision is not None
-    dtype = PRECISIONS[order.precision]
-    return transformers.AutoModelForCausalLM.from_config(config_of(config), dtype=dtype).eval()
-
-
-def _phases(model: Any, prompt_tokens: int, new_tokens: int) -> Iterator[float]:
-    """Seconds of a prompt, then of the tokens after it."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=generator)
-    with torch.inference_mode():
-        started = time.perf_counter()
-        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1:].argmax(-1)
-    yield time.perf_counter() - started
-    with torch.inference_mode():
-        started = time.perf_counter()
-        for _ in range(new_tokens):
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
-    yield time.perf_counter() - started
