@@ -11,6 +11,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "block.h"
 #include "codes512.h"
 #include "kernels.h"
 
@@ -390,22 +391,50 @@ __m512i partners(int h) {
   return _mm512_load_si512(at);
 }
 
-void sixteen(float* work, int64_t n) {
-  const __m512i one = partners(1), two = partners(2), four = partners(4), eight = partners(8);
-  for (int64_t i = 0; i < n; i += 16) {
-    __m512 v = _mm512_loadu_ps(work + i);
-    v = step(v, one, 0xaaaa);
-    v = step(v, two, 0xcccc);
-    v = step(v, four, 0xf0f0);
-    v = step(v, eight, 0xff00);
-    _mm512_storeu_ps(work + i, v);
+// As many registers of a row as kRegisters, in which all steps are done that stay among them.
+template <int kRegisters>
+void steps_of(float* work, int64_t n, const __m512i (&partner)[4]) {
+  constexpr __mmask16 second[] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00};
+  for (int64_t i = 0; i < n; i += 16 * kRegisters) {
+    __m512 v[kRegisters];
+    for (int k = 0; k < kRegisters; ++k) {
+      v[k] = _mm512_loadu_ps(work + i + 16 * k);
+      for (int s = 0; s < 4; ++s) v[k] = step(v[k], partner[s], second[s]);
+    }
+    for (int h = 1; h < kRegisters; h *= 2) {
+      for (int k = 0; k < kRegisters; ++k) {
+        if ((k & h) != 0) continue;
+        const __m512 a = v[k], b = v[k + h];
+        v[k] = _mm512_add_ps(a, b), v[k + h] = _mm512_sub_ps(a, b);
+      }
+    }
+    for (int k = 0; k < kRegisters; ++k) _mm512_storeu_ps(work + i + 16 * k, v[k]);
   }
+}
+
+int64_t first_steps(float* work, int64_t size, int64_t n) {
+  const __m512i partner[] = {partners(1), partners(2), partners(4), partners(8)};
+  if (size < 16) return 1;
+  if (size >= 128) return steps_of<8>(work, n, partner), 128;
+  if (size == 64) return steps_of<4>(work, n, partner), 64;
+  return steps_of<1>(work, n, partner), 16;
+}
+
+void mix(const Turn& turn, const float* work, int64_t size, int64_t of, int64_t to, float* out) {
+  __m512 sums[4];
+  for (__m512& s : sums) s = _mm512_setzero_ps();
+  for (int64_t from = 0; from < turn.order; ++from) {
+    const __m512 factor = _mm512_set1_ps(turn.left[from * turn.order + of]);
+    for (int k = 0; k < 4; ++k) sums[k] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(work + from * size + to + 16 * k), sums[k]);
+  }
+  for (int k = 0; k < 4; ++k) _mm512_storeu_ps(out + 16 * k, sums[k]);
 }
 
 }  // namespace
 }  // namespace sordino
 
-#define SORDINO_SIXTEEN
+#define SORDINO_FIRST_STEPS
+#define SORDINO_MIX
 #include "pieces.h"
 #include "training.h"
 #include "attend512.h"

@@ -62,9 +62,10 @@ void rope_of(const T* x, const T* cos, const T* sin, int64_t n, T* out) {
   }
 }
 
-#ifndef SORDINO_SIXTEEN
-// The first four steps of a butterfly: every 16 entries times the Sylvester matrix of order 16.
-inline void sixteen(float* work, int64_t n) {
+#ifndef SORDINO_FIRST_STEPS
+// The first steps of a butterfly: entries, `size` at a time, times the Sylvester matrix of the order that is returned.
+inline int64_t first_steps(float* work, int64_t size, int64_t n) {
+  if (size < 16) return 1;
   for (int64_t i = 0; i < n; i += 16) {
     for (int h = 1; h < 16; h *= 2) {
       for (int j = 0; j < 16; j += 2 * h) {
@@ -75,11 +76,9 @@ inline void sixteen(float* work, int64_t n) {
       }
     }
   }
+  return 16;
 }
 #endif
-
-// Sixteen numbers at once: compilers map them to whatever registers a unit has.
-typedef float Sixteen __attribute__((vector_size(64)));
 
 inline void butterfly(float* __restrict a, float* __restrict b, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -87,6 +86,10 @@ inline void butterfly(float* __restrict a, float* __restrict b, int64_t n) {
     a[i] = x + y, b[i] = x - y;
   }
 }
+
+#ifndef SORDINO_MIX
+// Sixteen numbers at once: compilers map them to whatever registers a unit has.
+typedef float Sixteen __attribute__((vector_size(64)));
 
 // Entries to … to + 64 of row `of` of left^T times the rows of `work`, each `size` long.
 inline void mix(const Turn& turn, const float* work, int64_t size, int64_t of, int64_t to, float* out) {
@@ -101,13 +104,13 @@ inline void mix(const Turn& turn, const float* work, int64_t size, int64_t of, i
   }
   std::memcpy(out, sums, 256);
 }
+#endif
 
 template <class T>
 void turn_of(T* x, const Turn& turn, float* work) {
   const int64_t size = int64_t{1} << turn.power, n = turn.order * size;
   for (int64_t i = 0; i < n; ++i) work[i] = get(x, i);
-  if (size >= 16) sixteen(work, n);
-  for (int64_t h = size >= 16 ? 16 : 1; h < size; h *= 2) {
+  for (int64_t h = first_steps(work, size, n); h < size; h *= 2) {
     for (int64_t i = 0; i < n; i += 2 * h) butterfly(work + i, work + i + h, h);
   }
   if (turn.order == 1) {
