@@ -2,23 +2,30 @@
 
     python benchmarks/native_vs_torch.py CHECKPOINT … --evaluate wiki.test.raw [--windows 8]
 
-A checkpoint's row is named by its folder. One JSON row each goes to benchmarks/rows/native_vs_torch.jsonl.
+Plain forwards of the loaded model, as its users make them: `sordino eval` has an attention of its own. A checkpoint's row
+is named by its folder. One JSON row each goes to benchmarks/rows/native_vs_torch.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
-import tempfile
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn import functional as F
+
 from ladder import ROWS, code_version, keep
-from speed import SORDINO
+from sordino.api import load
+from sordino.corpus import eval_windows, load_text, tokenize
 
 WAYS = {"native": {}, "torch": {"SORDINO_KERNELS": "off"}}
+LENGTH = 2048  # tokens of a window
 
 
 def main() -> None:
@@ -26,37 +33,39 @@ def main() -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--evaluate", required=True, help="text to measure on")
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--here", action="store_true", help="print the first checkpoint's perplexity as this process finds it")
     args = parser.parse_args()
+    if args.here:
+        print(perplexity(args.checkpoints[0], args.evaluate, args.windows))
+        return
     for checkpoint in args.checkpoints:
-        row: dict[str, Any] = {
-            "recipe": checkpoint.name,
-            "version": code_version(),
-            "windows": args.windows,
-            "cores": os.cpu_count(),
-        }
-        row |= {way: perplexity(checkpoint, args, env) for way, env in WAYS.items()}
+        row: dict[str, Any] = {"recipe": checkpoint.name, "version": code_version(), "windows": args.windows}
+        for way, env in WAYS.items():
+            command = [
+                sys.executable,
+                __file__,
+                str(checkpoint),
+                "--evaluate",
+                args.evaluate,
+                "--windows",
+                str(args.windows),
+                "--here",
+            ]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | env)
+            row[way] = float(done.stdout.split()[-1])
         keep(ROWS / "native_vs_torch.jsonl", row)
         print(json.dumps(row), flush=True)
 
 
-def perplexity(checkpoint: Path, args: argparse.Namespace, env: dict[str, str]) -> dict[str, float]:
-    """What `sordino eval` finds."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "eval.json"
-        command = [
-            SORDINO,
-            "eval",
-            str(checkpoint),
-            "--text",
-            args.evaluate,
-            "--windows",
-            str(args.windows),
-            "--json",
-            str(out),
-        ]
-        subprocess.run([*command, "--json", str(out)], check=True, stdout=subprocess.DEVNULL, env=os.environ | env)
-        found = json.loads(out.read_text())
-    return {key: found[key] for key in ("ppl", "ppl_stderr")}
+@torch.inference_mode()
+def perplexity(checkpoint: Path, text: str, windows: int) -> float:
+    """Of all tokens but the first of every window."""
+    model, tokenizer = load(checkpoint)
+    losses = []
+    for ids in eval_windows(tokenize(load_text(text), tokenizer), LENGTH, windows):
+        logits = model(input_ids=ids[None]).logits[0, :-1].float()
+        losses.append(float(F.cross_entropy(logits, ids[1:])))
+    return math.exp(sum(losses) / len(losses))
 
 
 if __name__ == "__main__":
