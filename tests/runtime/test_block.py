@@ -296,7 +296,7 @@ def test_moved_and_copied_models(tmp_path: Path, calls: list[int]) -> None:
     assert not torch.equal(changed, first) and float(apart(changed, decoded(other, False)[0]).max()) <= 1e-5
 
 
-@pytest.mark.parametrize("recipe", ["d2quant-w3", "atom-w4a4"])
+@pytest.mark.parametrize("recipe", ["atom-w3a3", "atom-w4a4"])
 def test_formats_without_a_kernel_are_looked_at_once_a_text(
     recipe: str, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
