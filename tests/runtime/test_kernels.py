@@ -64,7 +64,7 @@ def check_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s
     exact = x.double() @ weight.double().T
     parts = weight.double().abs() if shift is None else (weight - shift).double().abs() + shift.double().abs()
     size = x.double().abs() @ parts.T
-    coarse = 2.0**-13 * x.double().abs().amax(1, keepdim=True) * weight.double().abs().sum(1)
+    coarse = 2.0**-14 * x.double().abs().amax(1, keepdim=True) * weight.double().abs().sum(1)
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
     step = 2.0**-8 if out.dtype == torch.bfloat16 else 2.0**-24
