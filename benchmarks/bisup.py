@@ -13,7 +13,6 @@ stream behind each block (E_acc), into benchmarks/rows/bisup_sweeps.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -26,7 +25,7 @@ from ladder import ROWS, Ladder, called, climb, code_version, keep, made, making
 from sordino.measure import evaluate
 from sordino.numerics.kv import KvGrid
 from sordino.recipe import load_recipe
-from tables import cells, latest, spread
+from tables import cells, last, latest, spread
 
 SEEDS = [0, 1, 2]
 TELL = "guard=tell"  # no block gives way to RTN, but training that does not help is undone (spec section 6.4)
@@ -178,8 +177,7 @@ def rendered() -> str:
 
 def rendered_sweeps() -> str:
     """Options, by the held-out error behind the first blocks; the best of a host's last."""
-    file = ROWS / "bisup_sweeps.jsonl"
-    rows = {r["name"]: r for r in map(json.loads, file.read_text().splitlines())} if file.is_file() else {}
+    rows = last("bisup_sweeps.jsonl", "name")
     if not rows:
         return ""
     lines = [

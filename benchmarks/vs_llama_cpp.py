@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from ladder import ROWS, code_version, keep, speed
-from sordino.measure.shapes import random_checkpoint, shape, stored
+from sordino.measure.shapes import shape, stored
 from sordino.measure.workers import Order, Worker, in_turns
 from speed import recipe_file
 
@@ -98,8 +98,6 @@ def compare(name: str, python: str, threads: int, tokens: tuple[int, int], no_f1
         workers: list[Any] = []
         for subject in OURS:
             storage = stored(config, str(recipe_file(subject, Path(folder))))
-            state = random_checkpoint(config, storage).state_dict().values()
-            size[subject] = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in state}.values())
             workers.append(Worker(Order(subject, json.dumps(config), storage=storage), threads, tokens))
         workers.append(Worker(Order("bf16 twin", json.dumps(config), "bf16"), threads, tokens))
         for subject, file in (("llama.cpp Q4_0", four), ("llama.cpp F16", half))[: 1 if no_f16 else 2]:
@@ -123,7 +121,7 @@ def compare(name: str, python: str, threads: int, tokens: tuple[int, int], no_f1
                 "prefill": s.prefill,
                 "decode": s.decode,
                 "peak_memory_bytes": s.peak_memory_bytes,
-                "weight_bytes": size.get(s.name),
+                "weight_bytes": size.get(s.name) if s.shares is None else s.shares.weight_bytes,
             }
             for s in speeds
         ],

@@ -24,18 +24,18 @@ struct alignas(64) Config {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// What tile instructions read and write is not told to every compiler: memory is as it should be from here on.
+void written(const void* what) { __asm__ volatile("" : : "r"(what) : "memory"); }
+
 // Holds the tiles of this thread as above.
 struct InUse {
   InUse() {
     const Config config;
-    __asm__ volatile("" : : "r"(&config) : "memory");
+    written(&config);
     _tile_loadconfig(&config);
   }
   ~InUse() { _tile_release(); }
 };
-
-// What tile instructions read and write is not told to every compiler: memory is as it should be from here on.
-void written(const void* what) { __asm__ volatile("" : : "r"(what) : "memory"); }
 
 // Outputs o … o + 31 (those that are there) as tiles: for every 64 inputs two tiles [16 quads of inputs, 16 outputs, 4]; `plain` has room
 // for 16 rows of codes.
@@ -171,23 +171,29 @@ struct Tiles {
     const int64_t next = kTile * n, stride = 2 * n;
     _tile_zero(0);
     _tile_zero(1);
-    if (kBlocks > 2) _tile_zero(2);
-    if (kBlocks > 2) _tile_zero(3);
+    if constexpr (kBlocks > 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
     for (int64_t i = 0; i < n; i += 2 * kTile) {
       _tile_loadd(4, query + i * kTile, 64);
       _tile_loadd(5, keys + i, stride);
       _tile_dpbf16ps(0, 5, 4);
       _tile_loadd(6, keys + next + i, stride);
       _tile_dpbf16ps(1, 6, 4);
-      if (kBlocks > 2) _tile_loadd(5, keys + 2 * next + i, stride);
-      if (kBlocks > 2) _tile_dpbf16ps(2, 5, 4);
-      if (kBlocks > 2) _tile_loadd(6, keys + 3 * next + i, stride);
-      if (kBlocks > 2) _tile_dpbf16ps(3, 6, 4);
+      if constexpr (kBlocks > 2) {
+        _tile_loadd(5, keys + 2 * next + i, stride);
+        _tile_dpbf16ps(2, 5, 4);
+        _tile_loadd(6, keys + 3 * next + i, stride);
+        _tile_dpbf16ps(3, 6, 4);
+      }
     }
     _tile_stored(0, to, 64);
     _tile_stored(1, to + kSums, 64);
-    if (kBlocks > 2) _tile_stored(2, to + 2 * kSums, 64);
-    if (kBlocks > 2) _tile_stored(3, to + 3 * kSums, 64);
+    if constexpr (kBlocks > 2) {
+      _tile_stored(2, to + 2 * kSums, 64);
+      _tile_stored(3, to + 3 * kSums, 64);
+    }
   }
 
   static void weigh(const uint16_t* weights, int64_t blocks, int64_t n, const uint16_t* values, int, float* to) {

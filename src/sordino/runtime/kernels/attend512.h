@@ -1,4 +1,4 @@
-// Attention over rows of a cache with AVX-512, for heads whose size is a multiple of 64; others take pieces.h's own.
+// Attention over rows of a cache with AVX-512 in fp32, for heads whose size is a multiple of 64 (bf16: attend_half.h); others take pieces.h's own.
 //
 // Codes are multiplied as they are: q · (c - z) s = s (q · c - z Σq), and Σ w s (c - z) = Σ (w s) c - Σ (w s) z. Up to six queries share what
 // is decoded of a key head's row.

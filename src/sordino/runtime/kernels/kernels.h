@@ -21,8 +21,7 @@ struct Linear {
   const uint32_t* zero;    // [ceil(O*b/32), G], bit stream along the outputs; null: every zero is 2^(b-1)
   const void* bias;        // [O] of bias_type, or null
   int64_t outputs, inputs, group;
-  int32_t bits, bias_type;
-  int32_t additive, unused;
+  int32_t bits, bias_type, additive;
 
   int64_t groups() const { return inputs / group; }
   int64_t row_bytes() const { return (inputs * bits + 31) / 32 * 4; }

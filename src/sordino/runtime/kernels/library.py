@@ -71,7 +71,6 @@ class Weight(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("bias_type", ctypes.c_int32),
         ("additive", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
     )
 
 
