@@ -21,6 +21,7 @@ from sordino.contract import Progress
 from sordino.corpus import DEFAULT_TEXT, Text, calibration_windows, load_text, tokenize
 from sordino.errors import InputError, SordinoError, reason
 from sordino.heap import keep_freed_memory, peak_memory
+from sordino.numerics.machine import fast
 from sordino.protect.prompt import Prompt
 from sordino.recipe import Recipe, load_recipe
 from sordino.report.notebook import Figure, figure, table
@@ -149,7 +150,8 @@ def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
 
     Args:
         path: Sordino checkpoint, Hugging Face directory or hub name, ``.gguf`` file or ``smollm2``.
-        options: passed on to ``AutoModelForCausalLM.from_pretrained``, e.g. ``dtype=torch.float32``.
+        options: passed on to ``AutoModelForCausalLM.from_pretrained``, e.g. ``dtype=torch.float32``. Without a ``dtype``, or
+            with "auto", it is the model's own; on CPUs that have no products of bf16, fp32 takes its place.
 
     Returns:
         The transformers model in eval mode, and its tokenizer.
@@ -162,6 +164,8 @@ def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
         raise InputError(f"{folder} has no config.json: not a model directory")
     options = {"dtype": "auto", "trust_remote_code": False} | options
     try:
+        if options["dtype"] == "auto" and "device_map" not in options:
+            options["dtype"] = _dtype_for(folder)
         auto: Any = transformers.AutoModelForCausalLM
         with without_bars():
             model, info = auto.from_pretrained(folder, **options, output_loading_info=True)
@@ -173,6 +177,13 @@ def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
     if info["missing_keys"]:  # transformers makes up random numbers for them
         raise InputError(f"{folder} lacks tensor '{min(info['missing_keys'])}' that its config.json calls for")
     return model.eval(), tokenizer
+
+
+def _dtype_for(folder: Path) -> torch.dtype | str:
+    """Of forwards on the CPU."""
+    config = json.loads((folder / "config.json").read_text())
+    named: str | None = config.get("dtype") or config.get("torch_dtype")
+    return torch.float32 if named == "bfloat16" and fast(torch.bfloat16) == torch.float32 else "auto"
 
 
 def _windows(source: Source, plan: Plan, text: Text | None, seed: int) -> Tensor | None:

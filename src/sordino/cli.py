@@ -115,7 +115,12 @@ def evaluate(
     tasks: TasksOption = None,
     task_data: TaskData = None,
     limit: Limit = None,
-    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float32.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Compute dtype: bfloat16, float32; auto: the model's own, but float32 on CPUs without products of bf16."
+        ),
+    ] = "auto",
     json_: JsonFile = None,
 ) -> None:
     """Measure perplexity and zero-shot tasks (and the distance from a reference) of a checkpoint or model.

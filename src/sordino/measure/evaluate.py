@@ -216,7 +216,7 @@ def evaluate(
         tasks: names of tasks, or what :func:`sordino.measure.tasks.open_tasks` made of them; its other arguments follow.
         task_data: folder of local task files.
         limit: how many items of each task.
-        dtype: compute dtype; "auto" is the model's own.
+        dtype: compute dtype; "auto" is what :func:`sordino.load` takes.
         progress: called with (what, done, total).
 
     Raises:

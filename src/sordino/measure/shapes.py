@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sordino.anatomy import skeleton
 from sordino.errors import InputError, nearest
+from sordino.numerics.machine import fast
 from sordino.recipe import load_recipe
 from sordino.runtime.plugin import SordinoConfig, quantize_skeleton
 from sordino.walk.assemble import storage_config
@@ -80,10 +81,10 @@ def stored(config: dict[str, Any], recipe: str) -> dict[str, Any]:
 
 
 def random_checkpoint(config: dict[str, Any], storage: dict[str, Any]) -> nn.Module:
-    """A model in bf16 with random codes in memory, as `from_pretrained` would give it."""
+    """A model with random codes in memory, as `from_pretrained` would give it."""
     made = config_of(config)
     with torch.device("meta"):
-        model: Any = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+        model: Any = transformers.AutoModelForCausalLM.from_config(made, dtype=fast(torch.bfloat16))
     quantize_skeleton(model, SordinoConfig(**storage))
     for name, module in [(n, m) for n, m in model.named_modules() if hasattr(m, "inv_freq")]:
         model.set_submodule(name, type(module)(config=made))

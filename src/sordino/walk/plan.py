@@ -23,6 +23,7 @@ from sordino.contract import Move, having
 from sordino.errors import InputError, SordinoError, nearest, reason
 from sordino.moves import build_moves
 from sordino.numerics.basis import Basis, Dense
+from sordino.numerics.machine import fast
 from sordino.recipe import Recipe
 from sordino.runtime.modules import input_groups
 from sordino.runtime.prefix import check_rotary
@@ -188,7 +189,7 @@ def draft_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None) -
         moves=moves,
         blocks=span,
         linears=linears,
-        dtype=compute_dtype(source.dtype),
+        dtype=fast(source.dtype),
         stored=source.dtype,
         batch=max(1, min(c.windows, max(_BATCH_TOKENS, anatomy.hidden) // c.seqlen)),
         budget=min(1 << 29, psutil.virtual_memory().total // 16),
@@ -203,12 +204,6 @@ def draft_plan(source: Source, recipe: Recipe, blocks: tuple[int, int] | None) -
         memory=0,
         disk=0,
     )
-
-
-def compute_dtype(stored: torch.dtype) -> torch.dtype:
-    """Dtype of forwards: bf16 for bf16 models where the CPU multiplies it natively, else fp32 (fp16 is slow on CPUs)."""
-    fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32
 
 
 def _structure(source: Source) -> tuple[nn.Module, Anatomy]:

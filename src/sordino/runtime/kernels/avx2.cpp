@@ -181,10 +181,11 @@ void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t*
 }  // namespace sordino
 
 #include "pieces.h"
+#include "many256.h"
 #include "training.h"
 
 namespace sordino {
 
-const Kernels kAvx2 = {"avx2", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces, &kTraining, nullptr};
+const Kernels kAvx2 = {"avx2", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces, &kTraining, many};
 
 }  // namespace sordino

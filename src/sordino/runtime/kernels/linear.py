@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sordino.numerics.machine import fast
 from sordino.runtime.kernels.library import Weight, active
 
 # Up to so many rows the kernels multiply packed codes; for more, unpacking once and torch's matmul are faster.
@@ -212,23 +213,27 @@ def values(weight: Packed | None, rows: slice, dtype: torch.dtype) -> Tensor | N
 
 
 def unpacked_product(weight: Packed | None, x: Tensor, bias: Tensor | None) -> Tensor | None:
-    """``x W^T + bias`` of many rows, [..., I] -> [..., O] in x's dtype: weights rounded to it, then torch's product."""
+    """``x W^T + bias`` of many rows, [..., I] -> [..., O] in x's dtype: weights rounded to it, then torch's product.
+
+    Where the CPU has no products of bf16, they are made in fp32 and rounded once.
+    """
     library = active()
     if library is None or weight is None or not _takes(weight, x) or x.numel() == 0:
         return None
     shape, at = weight.weight, weight.address
-    flat, threads = x.reshape(-1, shape.inputs), torch.get_num_threads()
-    out = torch.empty((flat.shape[0], shape.outputs), dtype=x.dtype, device="cpu")
+    kind = fast(x.dtype)
+    flat, threads = x.reshape(-1, shape.inputs).to(kind), torch.get_num_threads()
+    out = torch.empty((flat.shape[0], shape.outputs), dtype=kind, device="cpu")
     ranges = tiles(shape.outputs, shape.inputs)
-    room = _room(max(end - begin for begin, end in ranges) * shape.inputs, x.dtype)
+    room = _room(max(end - begin for begin, end in ranges) * shape.inputs, kind)
     for begin, end in ranges:
         tile = room[: (end - begin) * shape.inputs].view(-1, shape.inputs)
-        library.sordino_values(at, begin, end, TYPES[x.dtype], tile.data_ptr(), threads)
+        library.sordino_values(at, begin, end, TYPES[kind], tile.data_ptr(), threads)
         if bias is None:
             torch.mm(flat, tile.T, out=out[:, begin:end])
         else:
-            torch.addmm(bias[begin:end], flat, tile.T, out=out[:, begin:end])
-    return out.view(*x.shape[:-1], shape.outputs)
+            torch.addmm(bias[begin:end].to(kind), flat, tile.T, out=out[:, begin:end])
+    return out.to(x.dtype).view(*x.shape[:-1], shape.outputs)
 
 
 _own = threading.local()
