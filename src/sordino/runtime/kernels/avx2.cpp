@@ -1,7 +1,17 @@
-// AVX2 with FMA and BMI2: `pdep` spreads eight codes of any width over eight bytes at once.
+// AVX2 with FMA and BMI2.
+//
+// Products with floating activations: a group's activations are written as integers times a unit, a power of two that the largest
+// of them decides, and the integers as one or two digits of 16 bits; `madd` multiplies codes and digits exactly. One digit
+// keeps 14 binary places below the largest of a short group of bf16 numbers, two keep 29 or 30. Sums begin with -2^(b-1) times the
+// digits' own, which makes codes signed.
 #include <immintrin.h>
 
+#include <cmath>
+#include <type_traits>
+
+#include "codes256.h"
 #include "kernels.h"
+#include "products.h"
 
 namespace sordino {
 namespace {
@@ -24,121 +34,341 @@ int32_t total(__m256i v) {
 }
 
 // Every group must begin on a unit of eight codes.
-bool fits(const Linear& w) { return w.additive == 0 && (w.group % 8 == 0 || w.group == w.inputs); }
+bool fits(const Linear& w) { return (w.group % 8 == 0 || w.group == w.inputs) && (w.additive == 0 || w.bits > 1); }
 
-// fp32, every group padded with zeros to whole blocks.
-void arrange(const Linear& w, const void* x, Type type, int64_t rows, const Arranged& to) {
-  const int64_t groups = w.groups(), step = padded(w.group);
-  for (int64_t m = 0; m < rows; ++m) {
-    float* row = reinterpret_cast<float*>(static_cast<char*>(to.values) + m * to.stride);
-    for (int64_t g = 0; g < groups; ++g) {
-      float* part = row + g * step;
-      const int64_t from = m * w.inputs + g * w.group;
-      if (type == kFloat) std::memcpy(part, static_cast<const float*>(x) + from, w.group * 4);
-      else for (int64_t i = 0; i < w.group; ++i) part[i] = widen(static_cast<const uint16_t*>(x)[from + i]);
-      for (int64_t i = w.group; i < step; ++i) part[i] = 0;
-    }
+// ---- activations: of every part of a group a register for each digit, where its sums begin, then blocks of digits ----
+
+constexpr int64_t kPart = 32;  // blocks whose products with codes of any width 32 bits hold
+constexpr int64_t kLane = 16;  // digits of a register
+
+inline int digits_of(const Linear& w, Type type) { return type == kFloat || w.group > 2 * kBlock ? 2 : 1; }
+
+// The power of two of which the largest of n numbers is 2^14 to 2^15 for one digit, 2^30 to 2^31 less 2^16 for two, half as many if it
+// is near the end of that; NaN if one of them is not finite.
+template <int kDigits, class T>
+float unit_below(const T* x, int64_t n) {
+  constexpr int kFraction = 16 * kDigits - 2;
+  constexpr uint32_t kNear = kDigits == 1 ? 0 : 1 << 16;  // that the high digit of the largest may not exceed 16 bits
+  uint32_t peak = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t u;
+    if constexpr (sizeof(T) == 4) std::memcpy(&u, x + i, 4);
+    else u = static_cast<uint32_t>(x[i]) << 16;
+    u &= 0x7fffffffu;
+    peak = u > peak ? u : peak;
   }
+  if (peak >> 23 == 255) return NAN;
+  const int exponent = static_cast<int>((peak + kNear) >> 23), least = kFraction + 1;
+  return std::ldexp(1.0f, (exponent < least ? least : exponent) - kFraction - 127);
 }
 
-// Past the end of a group or row come codes that are not its own, up to a whole step of 32: their activations are zero.
-template <int M>
-void product_rows(const Linear& w, const Arranged& x, int64_t begin, int64_t end, float* y) {
-  constexpr int kSums = M == 1 ? 4 : M == 2 ? 2 : 1;  // independent sums of a row, as many as registers allow
-  const int64_t groups = w.groups(), step = padded(w.group), bytes = w.row_bytes(), stride = x.stride / 4;
-  const uint8_t* stop = w.codes + w.outputs * bytes;
-  const uint64_t mask = spread(w.bits);
-  for (int64_t o = begin; o < end; ++o) {
-    __m256 sums[M];
-    for (int m = 0; m < M; ++m) sums[m] = _mm256_setzero_ps();
-    for (int64_t g = 0; g < groups; ++g) {
-      const uint8_t* p = w.codes + o * bytes + g * w.group * w.bits / 8;
-      const __m256 zero = _mm256_set1_ps(static_cast<float>(zero_at(w, o, g)));
-      const __m256 scale = _mm256_set1_ps(widen(w.scale[o * groups + g]));
-      const float* part = static_cast<const float*>(x.values) + g * step;
-      __m256 here[M][kSums];
-      for (int m = 0; m < M; ++m)
-        for (int k = 0; k < kSums; ++k) here[m][k] = _mm256_setzero_ps();
-      for (int64_t i = 0; i < w.group; i += 32, p += 4 * w.bits) {
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-          const __m256 code = _mm256_sub_ps(to_floats(_pdep_u64(unit(p + k * w.bits, stop), mask)), zero);
-#pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) {
-            const __m256 xs = _mm256_loadu_ps(part + m * stride + i + 8 * k);
-            here[m][k % kSums] = _mm256_fmadd_ps(code, xs, here[m][k % kSums]);
-          }
+// Up to 64 numbers as whole units, in their order, zeros behind them; returns their sum.
+template <class T>
+float whole_units(const T* x, int64_t n, float inverse, int32_t* to) {
+  alignas(32) float numbers[kBlock] = {};
+  for (int64_t i = 0; i < n; ++i) numbers[i] = read(x, sizeof(T) == 4 ? kFloat : kBfloat, i) * inverse;
+  __m256 sum = _mm256_setzero_ps();
+  for (int i = 0; i < kBlock; i += 8) {
+    const __m256i some = _mm256_cvtps_epi32(_mm256_load_ps(numbers + i));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to + i), some);
+    sum = _mm256_add_ps(sum, _mm256_cvtepi32_ps(some));
+  }
+  return total(sum);
+}
+
+template <int kDigits, class T>
+void arrange_group(const Linear& w, const T* x, int16_t* to, float* unit, float* sum) {
+  *unit = unit_below<kDigits>(x, w.group);
+  const float inverse = 1 / *unit;
+  const __m256i middle = _mm256_set1_epi16(static_cast<int16_t>(w.middle()));
+  const int64_t blocks = padded(w.group) / kBlock;
+  float all = 0;
+  for (int64_t first = 0; first < blocks; first += kPart) {
+    __m256i begin[kDigits];
+    for (__m256i& b : begin) b = _mm256_setzero_si256();
+    int16_t* digits = to + kLane * kDigits;
+    for (int64_t i = first; i < first + kPart && i < blocks; ++i, digits += kBlock * kDigits) {
+      alignas(32) int32_t units[kBlock];
+      const int64_t left = w.group - i * kBlock;
+      all += whole_units(x + i * kBlock, left < kBlock ? left : kBlock, inverse, units);
+      for (int k = 0; k < kBlock; ++k) {
+        const int64_t at = mixed(w.bits) ? k % 4 * kLane * kDigits + k / 4 : k / kLane * kLane * kDigits + k % kLane;
+        digits[at] = static_cast<int16_t>(units[k]);  // the least one first
+        if (kDigits == 2) digits[at + kLane] = static_cast<int16_t>((static_cast<int64_t>(units[k]) + 0x8000) >> 16);
+      }
+      for (int s = 0; s < 4; ++s) {
+        for (int d = 0; d < kDigits; ++d) {
+          const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(digits + (s * kDigits + d) * kLane));
+          begin[d] = _mm256_sub_epi32(begin[d], _mm256_madd_epi16(v, middle));
         }
       }
+    }
+    for (int d = 0; d < kDigits; ++d) _mm256_store_si256(reinterpret_cast<__m256i*>(to + d * kLane), begin[d]);
+    to = digits;
+  }
+  *sum = all * *unit;
+}
+
+// Numbers of a group's digits.
+inline int64_t arranged_group(const Linear& w, int digits) {
+  const int64_t blocks = padded(w.group) / kBlock;
+  return digits * (kBlock * blocks + kLane * ((blocks + kPart - 1) / kPart));
+}
+
+void arrange(const Linear& w, const void* x, Type type, int64_t rows, const Arranged& to) {
+  const int64_t groups = w.groups(), digits = digits_of(w, type), step = arranged_group(w, static_cast<int>(digits));
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = m * groups + g, from = at * w.group;
+      int16_t* here = reinterpret_cast<int16_t*>(static_cast<char*>(to.values) + m * to.stride) + g * step;
+      const auto* half = static_cast<const uint16_t*>(x) + from;
+      if (type == kFloat) arrange_group<2>(w, static_cast<const float*>(x) + from, here, to.units + at, to.sums + at);
+      else if (digits == 2) arrange_group<2>(w, half, here, to.units + at, to.sums + at);
+      else arrange_group<1>(w, half, here, to.units + at, to.sums + at);
+    }
+  }
+}
+
+// ---- products ----
+
+// Codes and digits of R rows of a weight, from byte `at` of the rows on, for M tokens, `stride` digits apart. `kWhole`: 64 bytes may be
+// read behind each of the rows.
+template <class W, int kDigits, int M, int R, bool kWhole>
+void add_products(const W& unpack, const uint8_t* row, int64_t bytes, int64_t at, int64_t blocks, const int16_t* x, int64_t stride,
+                  __m256i (&all)[R][M][kDigits]) {
+  __m256i sums[R][M][kDigits];  // in registers
+  std::memcpy(sums, all, sizeof sums);
+  for (int64_t i = 0; i < blocks; ++i, at += unpack.size, x += kBlock * kDigits) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* p = row + r * bytes + at;
+      _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
+      uint8_t copy[64];
+      if (!kWhole) {
+        std::memset(copy, 0, 64);
+        std::memcpy(copy, p, static_cast<size_t>(bytes - at < unpack.size ? bytes - at : unpack.size));
+        p = copy;
+      }
+      unpack(p, [&](int s, __m256i code) {
+#pragma GCC unroll 2
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+          for (int d = 0; d < kDigits; ++d) {
+            const auto* v = reinterpret_cast<const __m256i*>(x + m * stride + (s * kDigits + d) * kLane);
+            sums[r][m][d] = _mm256_add_epi32(sums[r][m][d], _mm256_madd_epi16(code, _mm256_load_si256(v)));
+          }
+        }
+      });
+    }
+  }
+  std::memcpy(all, sums, sizeof sums);
+}
+
+// What a group's sums of digits, least first, amount to.
+template <int kDigits>
+__m256 whole(const __m256i* digit) {
+  const __m256 least = _mm256_cvtepi32_ps(digit[0]);
+  if constexpr (kDigits == 1) return least;
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(digit[kDigits - 1]), _mm256_set1_ps(65536), least);
+}
+
+// The first n of eight lanes.
+inline __m256i first(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < 8 ? n : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// Scales of n groups, 8 at most, as numbers.
+inline __m256 scales(const uint16_t* from, int64_t n) {
+  uint16_t copy[8] = {};
+  if (n < 8) {
+    for (int64_t i = 0; i < n; ++i) copy[i] = from[i];
+    from = copy;
+  }
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+// 2^(b-1) - zero of as many groups of row o from g on.
+inline __m256 zeros(const Linear& w, int64_t o, int64_t g, __m256i some) {
+  const int64_t bit = o * w.bits, groups = w.groups(), shift = bit % 32;
+  const auto* zero = reinterpret_cast<const int*>(w.zero + bit / 32 * groups + g);
+  __m256i z = _mm256_srl_epi32(_mm256_maskload_epi32(zero, some), _mm_cvtsi64_si128(shift));
+  if (shift + w.bits > 32) {
+    z = _mm256_or_si256(z, _mm256_sll_epi32(_mm256_maskload_epi32(zero + groups, some), _mm_cvtsi64_si128(32 - shift)));
+  }
+  z = _mm256_and_si256(z, _mm256_set1_epi32((1 << w.bits) - 1));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_set1_epi32(w.middle()), z));
+}
+
+// `kOne`: a group is one block.
+template <class W, int kDigits, int M, int R, bool kWhole, bool kOne>
+void product_tile(const W& unpack, const Linear& w, const Arranged& x, int64_t o, float (&y)[R][M]) {
+  const int64_t groups = w.groups(), bytes = w.row_bytes(), blocks = kOne ? 1 : padded(w.group) / kBlock, stride = x.stride / 2;
+  const int64_t of_group = w.group * w.bits / 8;
+  const uint8_t* row = w.codes + o * bytes;
+  const auto* part = static_cast<const int16_t*>(x.values);
+  __m256 sums[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) sums[r][m] = _mm256_setzero_ps();
+  for (int64_t from = 0; from < groups; from += 8) {
+    const int64_t some = groups - from < 8 ? groups - from : 8;
+    const __m256i mask = first(some);
+    alignas(32) float factor[R][M][8];
+    for (int r = 0; r < R; ++r) {
+      const __m256 scale = scales(w.scale + (o + r) * groups + from, some);
+      const __m256 less = w.zero == nullptr ? scale : _mm256_mul_ps(scale, zeros(w, o + r, from, mask));
       for (int m = 0; m < M; ++m) {
-        __m256 sum = here[m][0];
-        for (int k = 1; k < kSums; ++k) sum = _mm256_add_ps(sum, here[m][k]);
-        sums[m] = _mm256_fmadd_ps(scale, sum, sums[m]);
+        const int64_t at = m * groups + from;
+        _mm256_store_ps(factor[r][m], _mm256_mul_ps(scale, _mm256_maskload_ps(x.units + at, mask)));
+        if (w.zero != nullptr) sums[r][m] = _mm256_fmadd_ps(less, _mm256_maskload_ps(x.sums + at, mask), sums[r][m]);
       }
     }
-    for (int m = 0; m < M; ++m) y[(o - begin) * M + m] = total(sums[m]);
+    for (int64_t g = 0; g < some; ++g) {
+      int64_t at = (from + g) * of_group;
+      for (int64_t done = 0; done < blocks; done += kPart) {
+        const int64_t now = kOne ? 1 : blocks - done < kPart ? blocks - done : kPart;
+        __m256i digit[R][M][kDigits];
+        for (int r = 0; r < R; ++r)
+          for (int m = 0; m < M; ++m)
+            for (int d = 0; d < kDigits; ++d) {
+              digit[r][m][d] = _mm256_load_si256(reinterpret_cast<const __m256i*>(part + m * stride + d * kLane));
+            }
+        part += kLane * kDigits;
+        add_products<W, kDigits, M, R, kWhole>(unpack, row, bytes, at, now, part, stride, digit);
+        part += kBlock * kDigits * now, at += unpack.size * now;
+        for (int r = 0; r < R; ++r)
+          for (int m = 0; m < M; ++m) {
+            sums[r][m] = _mm256_fmadd_ps(_mm256_set1_ps(factor[r][m][g]), whole<kDigits>(digit[r][m]), sums[r][m]);
+          }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) y[r][m] = total(sums[r][m]);
+}
+
+// A row of an additive grid: bit k of the codes, as 0 or 1, is multiplied, and sum_i ± x_i = 2 sum_i bit_i x_i - sum_i x_i.
+template <class W, int kDigits, int M>
+void additive_tile(const W& unpack, const Linear& w, const Arranged& x, int64_t o, float (&y)[1][M]) {
+  const int64_t groups = w.groups(), bytes = w.row_bytes(), blocks = padded(w.group) / kBlock, stride = x.stride / 2;
+  const auto* part = static_cast<const int16_t*>(x.values);
+  const __m256i one = _mm256_set1_epi16(1);
+  for (int m = 0; m < M; ++m) y[0][m] = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    __m256 sums[kMaxPlanes][M];
+    for (auto& of_plane : sums)
+      for (__m256& s : of_plane) s = _mm256_setzero_ps();
+    int64_t at = g * w.group * w.bits / 8;
+    for (int64_t i = 0; i < blocks; ++i, at += unpack.size, part += kBlock * kDigits) {
+      if (i % kPart == 0) part += kLane * kDigits;  // what makes affine codes signed
+      uint8_t copy[64] = {};
+      std::memcpy(copy, w.codes + o * bytes + at, static_cast<size_t>(bytes - at < unpack.size ? bytes - at : unpack.size));
+      __m256i code[4];
+      unpack(copy, [&](int s, __m256i c) { code[s] = c; });
+      for (int k = 0; k < w.bits; ++k) {
+        __m256i digit[M][kDigits];
+        for (auto& of_token : digit)
+          for (__m256i& d : of_token) d = _mm256_setzero_si256();
+        for (int s = 0; s < 4; ++s) {
+          const __m256i bit = _mm256_and_si256(_mm256_srl_epi16(code[s], _mm_cvtsi32_si128(k)), one);
+          for (int m = 0; m < M; ++m)
+            for (int d = 0; d < kDigits; ++d) {
+              const auto* v = reinterpret_cast<const __m256i*>(part + m * stride + (s * kDigits + d) * kLane);
+              digit[m][d] = _mm256_add_epi32(digit[m][d], _mm256_madd_epi16(bit, _mm256_load_si256(v)));
+            }
+        }
+        for (int m = 0; m < M; ++m) sums[k][m] = _mm256_add_ps(sums[k][m], whole<kDigits>(digit[m]));
+      }
+    }
+    for (int k = 0; k < w.bits; ++k) {
+      const float scale = widen(w.scale[(o * groups + g) * w.bits + k]);
+      for (int m = 0; m < M; ++m) {
+        y[0][m] += scale * (2 * x.units[m * groups + g] * total(sums[k][m]) - x.sums[m * groups + g]);
+      }
+    }
   }
 }
 
-void product(const Linear& w, const Arranged& x, Type, int rows, int64_t begin, int64_t end, float* y) {
-  switch (rows) {
-    case 1: return product_rows<1>(w, x, begin, end, y);
-    case 2: return product_rows<2>(w, x, begin, end, y);
-    case 3: return product_rows<3>(w, x, begin, end, y);
-    default: return product_rows<4>(w, x, begin, end, y);
-  }
-}
-
-// Products of 32 unsigned weight codes and 32 signed input codes, summed to eight int32.
-template <bool kWide>
-__m256i multiply(__m256i code, __m256i x) {
-  if (!kWide) return _mm256_madd_epi16(_mm256_maddubs_epi16(code, x), _mm256_set1_epi16(1));
-  // A pair of 8-bit products may exceed the 16 bits that maddubs has for it.
-  const __m256i low = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(code)),
-                                        _mm256_cvtepi8_epi16(_mm256_castsi256_si128(x)));
-  const __m256i high = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(code, 1)),
-                                         _mm256_cvtepi8_epi16(_mm256_extracti128_si256(x, 1)));
-  return _mm256_add_epi32(low, high);
-}
-
-template <int M, bool kWide>
-void integer_rows(const Linear& w, const int8_t* x, int64_t stride, int64_t begin, int64_t end, int32_t* y) {
+template <class W, int M, int R, bool kWhole>
+void integer_tile(const W& unpack, const Linear& w, const int16_t* x, int64_t stride, int64_t o, int32_t (&y)[R][M]) {
+  __m256i sums[R][M][1];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) sums[r][m][0] = _mm256_setzero_si256();
   const int64_t bytes = w.row_bytes();
-  const uint8_t* stop = w.codes + w.outputs * bytes;
-  const uint64_t mask = spread(w.bits);
-  for (int64_t o = begin; o < end; ++o) {
-    const uint8_t* p = w.codes + o * bytes;
-    __m256i sums[M];
-    for (int m = 0; m < M; ++m) sums[m] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < w.inputs; i += 32, p += 4 * w.bits) {
-      const auto eight = [&](int k) { return static_cast<long long>(_pdep_u64(unit(p + k * w.bits, stop), mask)); };
-      const __m256i code = _mm256_set_epi64x(eight(3), eight(2), eight(1), eight(0));
-      for (int m = 0; m < M; ++m) {
-        const __m256i xs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + m * stride + i));
-        sums[m] = _mm256_add_epi32(sums[m], multiply<kWide>(code, xs));
-      }
-    }
-    for (int m = 0; m < M; ++m) y[(o - begin) * M + m] = total(sums[m]);
+  add_products<W, 1, M, R, kWhole>(unpack, w.codes + o * bytes, bytes, 0, padded(w.inputs) / kBlock, x, stride, sums);
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) y[r][m] = total(sums[r][m][0]);
+}
+
+template <int n>
+using Constant = std::integral_constant<int, n>;
+
+// All outputs begin … end of `rows` tokens, two tokens side by side, or R outputs if there is one token: tile(first token, how many tokens and outputs, whether 64 bytes may be read behind
+// them, output, where to).
+template <int R, class Sum, class Tile>
+void by_tiles(const Linear& w, int rows, int64_t begin, int64_t end, Sum* y, Tile tile) {
+  const int64_t safe = w.outputs - 1 - 64 / (w.row_bytes() > 0 ? w.row_bytes() : 1);
+  for (int64_t o = begin; o < end;) {
+    const auto run = [&](int m, auto tokens, auto outputs, auto is_whole) {
+      Sum sums[outputs][tokens];
+      tile(m, tokens, outputs, is_whole, o, sums);
+      for (int r = 0; r < outputs; ++r)
+        for (int k = 0; k < tokens; ++k) y[(o - begin + r) * rows + m + k] = sums[r][k];
+    };
+    const auto all = [&](auto is_whole) {
+      int m = 0;
+      for (; m + 2 <= rows; m += 2) run(m, Constant<2>{}, Constant<1>{}, is_whole);
+      if (m < rows) run(m, Constant<1>{}, Constant<1>{}, is_whole);
+      ++o;
+    };
+    if (rows == 1 && o + R <= end && o + R <= safe) run(0, Constant<1>{}, Constant<R>{}, std::true_type{}), o += R;
+    else if (o < safe) all(std::true_type{});
+    else all(std::false_type{});
   }
 }
 
-template <bool kWide>
-void integer_any(const Linear& w, const int8_t* x, int64_t stride, int rows, int64_t begin, int64_t end, int32_t* y) {
-  switch (rows) {
-    case 1: return integer_rows<1, kWide>(w, x, stride, begin, end, y);
-    case 2: return integer_rows<2, kWide>(w, x, stride, begin, end, y);
-    case 3: return integer_rows<3, kWide>(w, x, stride, begin, end, y);
-    default: return integer_rows<4, kWide>(w, x, stride, begin, end, y);
-  }
+template <int kDigits>
+void product_of(const Linear& w, const Arranged& x, int rows, int64_t begin, int64_t end, float* y) {
+  const auto from = [&](int m) {
+    const int64_t groups = w.groups();
+    return Arranged{static_cast<char*>(x.values) + m * x.stride, x.sums + m * groups, x.units + m * groups, x.stride};
+  };
+  with_words(w.bits, [&](const auto& unpack) {
+    using W = std::decay_t<decltype(unpack)>;
+    if (w.additive != 0) {
+      by_tiles<1>(w, rows, begin, end, y, [&](int m, auto tokens, auto, auto, int64_t o, auto& sums) {
+        additive_tile<W, kDigits, tokens>(unpack, w, from(m), o, sums);
+      });
+    } else {
+      by_tiles<2>(w, rows, begin, end, y, [&](int m, auto tokens, auto outputs, auto is_whole, int64_t o, auto& sums) {
+        if (w.group <= kBlock) product_tile<W, kDigits, tokens, outputs, is_whole, true>(unpack, w, from(m), o, sums);
+        else product_tile<W, kDigits, tokens, outputs, is_whole, false>(unpack, w, from(m), o, sums);
+      });
+    }
+  });
+}
+
+void product(const Linear& w, const Arranged& x, Type type, int rows, int64_t begin, int64_t end, float* y) {
+  if (digits_of(w, type) == 2) product_of<2>(w, x, rows, begin, end, y);
+  else product_of<1>(w, x, rows, begin, end, y);
 }
 
 void integer(const Linear& w, const int8_t* x, int64_t stride, int rows, int64_t begin, int64_t end, int32_t* y) {
-  if (w.bits == 8) integer_any<true>(w, x, stride, rows, begin, end, y);
-  else integer_any<false>(w, x, stride, rows, begin, end, y);
+  thread_local Scratch memory;
+  const int64_t n = padded(w.inputs);
+  auto* placed = static_cast<int16_t*>(memory.get(rows * n * 2));
+  for (int m = 0; m < rows; ++m)
+    for (int64_t i = 0; i < n; i += kBlock) place(x + m * stride + i, w.bits, placed + m * n + i);
+  with_words(w.bits, [&](const auto& unpack) {
+    using W = std::decay_t<decltype(unpack)>;
+    by_tiles<2>(w, rows, begin, end, y, [&](int m, auto tokens, auto outputs, auto is_whole, int64_t o, auto& sums) {
+      integer_tile<W, tokens, outputs, is_whole>(unpack, w, placed + m * n, n, o, sums);
+    });
+  });
 }
 
 void values(const Linear& w, int64_t o, Type type, void* out) {
-  if (!fits(w)) return kPortable.values(w, o, type, out);
+  if (!fits(w) || w.additive != 0) return kPortable.values(w, o, type, out);
   const int64_t groups = w.groups();
   const uint8_t* row = w.codes + o * w.row_bytes();
   const uint8_t* end = row + w.row_bytes();
@@ -186,6 +416,6 @@ void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t*
 
 namespace sordino {
 
-const Kernels kAvx2 = {"avx2", 4, fits, arrange, product, integer, values, centred, encode_token, &kPieces, &kTraining, many};
+const Kernels kAvx2 = {"avx2", 5, fits, arrange, product, integer, values, centred, encode_token, &kPieces, &kTraining, many};
 
 }  // namespace sordino

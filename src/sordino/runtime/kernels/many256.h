@@ -91,10 +91,10 @@ int cut(const int8_t* x, int64_t rows, int64_t inputs, int64_t words, int32_t* t
   return std::max(-low, high);
 }
 
-// Nothing is moved across: GCC would make all products first, for which there are too few registers.
-inline void keep_order(__m256i (&sums)[2]) {
+// Nothing is moved across a sum that has been added to: GCC would make many products first, for which there are too few registers.
+inline void in_order(__m256i& sum) {
 #ifdef __GNUC__
-  __asm__ volatile("" : "+x"(sums[0]), "+x"(sums[1]));
+  __asm__ volatile("" : "+x"(sum));
 #endif
 }
 
@@ -118,7 +118,8 @@ void multiply(const int32_t* x, const int32_t* w, int64_t words, int64_t safe, i
           here[m][0] = _mm256_add_epi16(here[m][0], _mm256_maddubs_epi16(low, four));
           here[m][1] = _mm256_add_epi16(here[m][1], _mm256_maddubs_epi16(high, four));
         }
-        keep_order(here[m]);
+        in_order(here[m][0]);
+        in_order(here[m][1]);
       }
     }
     for (int m = 0; m < kFour; ++m) {
