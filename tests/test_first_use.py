@@ -49,6 +49,21 @@ def test_speed_is_measured_from_a_plain_script(checkpoint: Path, tmp_path: Path)
     assert done.stdout.split() == ["once", "1"]
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    """What needs no model takes a moment: the command line imports what it needs, when it needs it."""
+    script = """
+import sys
+sys.argv = ["sordino", "quantize", "--help"]
+from sordino_cli import main
+try:
+    main()
+finally:
+    print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "--recipe" in done.stdout and done.stdout.strip().endswith("[]")
+
+
 @pytest.mark.parametrize(
     ("change", "meant"),
     [
@@ -126,9 +141,9 @@ def test_a_system_prompt_stands_before_the_reference_too(model: Path, tmp_path: 
         sordino.quantize(model, plain, tmp_path / n, system_prompt=p).out for n, p in (("with", "be brief"), ("without", None))
     ]
     options = {"text": TEXT, "seqlen": 32, "windows": 2}
-    assert sordino.evaluate(made[0], against=model, **options).kl < 1e-9
+    assert sordino.evaluate(made[0], against=model, **options).kl < 1e-7  # keys and values are stored in bf16
     rows = dict(compare([made[1], *made], against=model, **options).rows)
-    assert all(figures.kl < 1e-9 for figures in rows.values())
+    assert all(figures.kl < 1e-7 for figures in rows.values())
     assert sordino.evaluate(made[0], against=reference(model, **options), **options).kl > 1e-3
 
 
