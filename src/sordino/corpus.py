@@ -15,6 +15,7 @@ import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from sordino.errors import InputError
 
 DEFAULT_TEXT = "builtin:pydoc"  # to calibrate
 EVAL_TEXT = "builtin:docstrings"  # to evaluate: never the calibration text
+
+_KEPT = 4
+_TOKENIZED: dict[tuple[Any, ...], Tensor] = {}  # texts tokenized last: several checkpoints are measured on the same
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,19 @@ def load_text(spec: str | Path | Text) -> Text:
 
 
 def tokenize(text: Text, tokenizer: Any) -> Tensor:
-    """Token ids of the whole text, int64 [T], without added special tokens."""
+    """Token ids of the whole text, int64 [T], without added special tokens; not to be written to."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    key = (text.digest, type(tokenizer), None if backend is None else hashlib.sha256(backend.to_str().encode()).digest())
+    if backend is not None and key in _TOKENIZED:
+        return _TOKENIZED[key]
     # Tokenizers warn that the text is longer than the model's context; windows are cut from it, so that is no news.
     ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    found = torch.tensor(ids, dtype=torch.int64)
+    if backend is not None:
+        while len(_TOKENIZED) >= _KEPT:
+            del _TOKENIZED[next(iter(_TOKENIZED))]
+        _TOKENIZED[key] = found
+    return found
 
 
 def eval_windows(ids: Tensor, seqlen: int, windows: int | None) -> Tensor:
@@ -115,6 +128,7 @@ def calibration_windows(ids: Tensor, seqlen: int, windows: int, heldout: int, se
     return ids[: have * seqlen].view(have, seqlen)[order]
 
 
+@cache
 def _pydoc() -> str:
     from pydoc_data.topics import topics  # type: ignore[import-untyped, unused-ignore]
 
@@ -127,6 +141,7 @@ _PROSE += "fractions functools heapq inspect io ipaddress logging mailbox optpar
 _PROSE += "string subprocess tarfile textwrap threading tokenize traceback turtle typing unittest.case unittest.mock zipfile"
 
 
+@cache  # parsing takes a second
 def _docstrings() -> str:
     parts = []
     for name in _PROSE.split():
