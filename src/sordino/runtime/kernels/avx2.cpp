@@ -299,11 +299,12 @@ void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t*
 }  // namespace sordino
 
 #include "pieces.h"
+#include "attend256.h"
 #include "many256.h"
 #include "training.h"
 
 namespace sordino {
 
-const Kernels kAvx2 = {"avx2", 5, fits, arrange, product, integer, values, centred, encode_token, &kPieces, &kTraining, many};
+const Kernels kAvx2 = {"avx2", 5, fits, arrange, product, integer, values, centred, encode_token, &kPieces256, &kTraining, many};
 
 }  // namespace sordino

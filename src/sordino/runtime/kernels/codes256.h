@@ -12,6 +12,30 @@ namespace {
 
 constexpr int kAhead = 4096;  // bytes: the processor's own prefetching ends at every page
 
+constexpr int kEight = 8;  // words of a register
+
+// Eight rows of eight words, `stride` bytes apart, turned: word j of row i becomes word i of row j, `apart` bytes apart.
+inline void turn_words(const void* rows, int64_t stride, void* to, int64_t apart) {
+  const auto at = [&](int i) { return reinterpret_cast<const float*>(static_cast<const char*>(rows) + i * stride); };
+  const auto put = [&](int i, __m256 v) { _mm256_storeu_ps(reinterpret_cast<float*>(static_cast<char*>(to) + i * apart), v); };
+  __m256 r[8], t[8], u[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(at(i));
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    put(i, _mm256_permute2f128_ps(u[i], u[4 + i], 0x20));
+    put(4 + i, _mm256_permute2f128_ps(u[i], u[4 + i], 0x31));
+  }
+}
+
 // `kBits`: 2, 3, 4, 8, or 0 for 5 to 7.
 template <int kBits>
 struct Words {

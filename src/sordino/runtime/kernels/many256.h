@@ -13,31 +13,9 @@ namespace sordino {
 namespace {
 
 constexpr int kFour = 4;              // tokens side by side
-constexpr int kEight = 8;             // words of a register
 constexpr int kPair = 2 * kEight;     // outputs side by side
 constexpr int64_t kDeep = 384;        // words of an output before the next tokens' turn: 16 outputs stay in the first-level cache
 constexpr int64_t kManyTokens = 512;  // tokens before the next outputs' turn
-
-// Eight rows of eight words, `stride` bytes apart, turned: word j of row i becomes word i of register j, written 16 words apart.
-inline void turn_words(const char* rows, int64_t stride, int32_t* to) {
-  __m256 r[8], t[8], u[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows + i * stride));
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m256 low = _mm256_permute2f128_ps(u[i], u[4 + i], 0x20), high = _mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
-    _mm256_storeu_ps(reinterpret_cast<float*>(to + i * kPair), low);
-    _mm256_storeu_ps(reinterpret_cast<float*>(to + (4 + i) * kPair), high);
-  }
-}
 
 // Codes of a row as words: of 8 bits, or of 16.
 template <bool kWide>
@@ -60,7 +38,7 @@ void lay_out(const Linear& w, int64_t o, int64_t words, int32_t* to, char* plain
       unpack_row(w.codes + at * w.row_bytes(), w.row_bytes(), w.bits, n, codes);
       as_words<kWide>(codes, n, row);
     }
-    for (int64_t i = 0; i < words; i += kEight) turn_words(plain + 4 * i, stride, to + i * kPair + half * kEight);
+    for (int64_t i = 0; i < words; i += kEight) turn_words(plain + 4 * i, stride, to + i * kPair + half * kEight, 4 * kPair);
   }
 }
 
