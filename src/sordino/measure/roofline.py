@@ -31,7 +31,8 @@ class Ceilings:
 
     Attributes:
         read: bytes a second from memory.
-        int8: operations (a multiplication and an addition are two) a second of ``torch._int_mm``.
+        int8: operations (a multiplication and an addition are two) a second of ``torch._int_mm``, or of torch's fp32 product
+            where the CPU has no integer products and that is faster.
         bf16: the same of torch's bf16 product.
     """
 
@@ -73,10 +74,11 @@ def ceilings(threads: int) -> Ceilings:
         filled = torch.ones(_READ // 8, dtype=torch.int64)
         codes = torch.ones(_SIDE, _SIDE, dtype=torch.int8)
         numbers = torch.ones(_SIDE, _SIDE, dtype=torch.bfloat16)
+        wide = torch.ones(_SIDE, _SIDE)
         work = 2 * _SIDE**3
         return Ceilings(
             _READ / _best(filled.sum),
-            work / _best(lambda: torch._int_mm(codes, codes.T)),
+            work / min(_best(lambda: torch._int_mm(codes, codes.T)), _best(lambda: wide @ wide.T)),
             work / _best(lambda: numbers @ numbers.T),
         )
     finally:

@@ -28,12 +28,13 @@ from sordino.measure.shapes import config_of, random_checkpoint
 from sordino.progress import quiet_libraries
 
 ROUNDS = 5  # that count; one more warms up
+PATIENCE = 90.0  # seconds of one model after which it takes part in no more rounds, if there is one that counts
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one model, one entry a round; the prompt's and the new tokens' numbers are the same for all.
+    """Seconds of one model, one entry a round, fewer if it is very slow; all have the same numbers of tokens.
 
     Attributes:
         name: checkpoint or model; "bf16 twin" and "fp32 twin" for full precision of random weights.
@@ -41,7 +42,7 @@ class Speed:
         decode: of all new tokens.
         peak_memory_bytes: of the model's process, loading included.
         load: seconds until a checkpoint was there; None for random weights.
-        shares: of one more run, where its time went.
+        shares: of one more run, where its time went; not of very slow ones.
     """
 
     name: str
@@ -96,12 +97,15 @@ def in_turns(workers: Sequence[Subject], progress: Progress | None = None) -> li
     for i, worker in enumerate(steps):
         if progress is not None:
             progress("bench", i, len(steps))
-        seconds[worker.name].append(worker.ask("run"))
+        spent = seconds[worker.name]
+        if len(spent) < 2 or sum(map(sum, spent)) < PATIENCE:
+            spent.append(worker.ask("run"))
     out = []
     for worker in workers:
         prefill, decode = map(list, zip(*seconds[worker.name][1:], strict=True))
         load, peak = loads[worker.name], worker.ask("memory")  # before anything that is not the model's own
-        out.append(Speed(worker.name, prefill, decode, peak, load if isinstance(load, float) else None, worker.shares()))
+        found = worker.shares() if len(prefill) == ROUNDS else None
+        out.append(Speed(worker.name, prefill, decode, peak, load if isinstance(load, float) else None, found))
     return out
 
 
