@@ -26,6 +26,7 @@ import torch
 
 import sordino
 from sordino.measure.evaluate import Reference, reference
+from sordino.numerics.machine import fast
 from sordino.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -169,10 +170,10 @@ def _reference(model: str, text: str, windows: int, seqlen: int) -> Reference:
 
 
 def speed() -> int:
-    """GFLOP/s of a bf16 matmul on one thread, so that CPU seconds of different machines can be told apart."""
+    """GFLOP/s of a matmul on one thread, bf16 or else fp32, so that CPU seconds of different machines can be told apart."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    a = torch.ones(2048, 2048, dtype=torch.bfloat16)
+    a = torch.ones(2048, 2048, dtype=fast(torch.bfloat16))
     best = min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
     torch.set_num_threads(threads)
     return round(2 * 2048**3 / best / 1e9)

@@ -3,8 +3,7 @@
 // Rows are decoded once for all queries. For scores they stand as columns, so that eight of them are multiplied at once and no sum goes
 // across a register. Every sum is made in one order, whatever is beside it.
 #pragma once
-#include "codes256.h"
-#include "products.h"
+#include "pieces256.h"
 
 namespace sordino {
 namespace {
@@ -71,7 +70,7 @@ void attend256(const float* query, int count, int64_t n, float scaling, const Sp
     add_all(count, query, n, columns, kTogether, n, whole, scores[0], kTogether);
     for (int h = 0; h < count; ++h)
       for (int64_t i = 0; i < kTogether; ++i) scores[h][i] *= scaling;
-    renew_all(renew, scores, count, from, some, ends, n, out);
+    renew_all(renew256, scores, count, from, some, ends, n, out);
     load(values, from, some);
     add_all(count, scores[0], kTogether, rows, n, some, n, out + 2, n + 2);
   }
@@ -80,6 +79,7 @@ void attend256(const float* query, int count, int64_t n, float scaling, const Sp
 constexpr Pieces kPieces256 = [] {
   Pieces pieces = kPieces;
   pieces.attend = attend256;
+  pieces.glu = glu256;
   return pieces;
 }();
 

@@ -298,6 +298,9 @@ void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t*
 }  // namespace
 }  // namespace sordino
 
+#include "turn256.h"
+#define SORDINO_FIRST_STEPS
+#define SORDINO_MIX
 #include "pieces.h"
 #include "attend256.h"
 #include "many256.h"

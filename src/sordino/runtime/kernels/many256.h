@@ -7,7 +7,7 @@
 #pragma once
 #include <algorithm>
 
-#include "products.h"
+#include "pieces256.h"
 
 namespace sordino {
 namespace {
@@ -141,11 +141,14 @@ void many_rows(const Linear& w, const int8_t* x, const float* scale, bool one_sc
         multiply<kWide>(cuts + b * kFour * words + from * kFour, laid + from * kPair, deep, safe, sums + b * kFour * kPair);
       }
     }
+    alignas(32) float scales[kPair] = {}, bias[kPair] = {};
+    for (int64_t k = 0; k < some; ++k) scales[k] = widen(w.scale[o + k]), bias[k] = bias_at(w, o + k);
+    const float* biased = w.bias == nullptr ? nullptr : bias;
+    char last[4 * kPair];  // where fewer outputs are left
     for (int64_t m = 0; m < rows; ++m) {
-      int32_t* mine = sums + m * kPair;
-      const int32_t middle = w.middle() * of_rows[m];
-      for (int k = 0; k < kPair; ++k) mine[k] -= middle;
-      kPieces.rescale(mine, w, o, some, scale[one_scale ? 0 : m], type, out + (m * w.outputs + o) * width(type));
+      char* to = out + (m * w.outputs + o) * width(type);
+      put_sixteen(sums + m * kPair, w.middle() * of_rows[m], scale[one_scale ? 0 : m], scales, biased, type, some == kPair ? to : last);
+      if (some < kPair) std::memcpy(to, last, static_cast<size_t>(some * width(type)));
     }
   });
 }
