@@ -266,10 +266,15 @@ void values(const Linear& w, int64_t o, Type type, void* out) {
     const __m256 scale = _mm256_set1_ps(widen(w.scale[o * groups + g]));
     const uint8_t* p = row + g * w.group * w.bits / 8;
     for (int64_t i = 0; i < w.group; i += 8, p += w.bits) {
+      const __m256 v = _mm256_mul_ps(_mm256_sub_ps(to_floats(_pdep_u64(unit(p, end), mask)), zero), scale);
+      const int64_t n = w.group - i < 8 ? w.group - i : 8, at = g * w.group + i;
+      if (n == 8 && type == kFloat) {
+        _mm256_storeu_ps(static_cast<float*>(out) + at, v);
+        continue;
+      }
       float eight[8];
-      _mm256_storeu_ps(eight, _mm256_mul_ps(_mm256_sub_ps(to_floats(_pdep_u64(unit(p, end), mask)), zero), scale));
-      const int64_t n = w.group - i < 8 ? w.group - i : 8;
-      for (int64_t k = 0; k < n; ++k) write(out, type, g * w.group + i + k, eight[k]);
+      _mm256_storeu_ps(eight, v);
+      for (int64_t k = 0; k < n; ++k) write(out, type, at + k, eight[k]);
     }
   }
 }
