@@ -330,13 +330,13 @@ def analyses() -> str:
 
 def speeds(title: str = "") -> str:
     """Prefill and decode, from the last row of each part."""
-    rows = last("speed.jsonl", "part", "subject")
+    rows = last("speed.jsonl", "part", "subject", "kernels")
     lines: list[str] = ["", title] if title and rows else []
-    for (part, subject), row in rows.items():
+    for (part, subject, _), row in rows.items():
         found = row["bench"]
         lines += ["", f"{subject}, {found['threads']} threads, after {found['prompt_tokens']} tokens"]
         lines[-1] += ", without the one call a token" if part == "no call" else ""
-        lines[-1] += f" ({found['kernels']}; one thread's bf16 matmul: {row['gflops']} GFLOP/s):"
+        lines[-1] += f" ({found['kernels']}; one thread's matmul: {row['gflops']} GFLOP/s):"
         lines += ["", "| model | prefill tokens/s | × bf16 | × fp32 | decode tokens/s | × bf16 | × fp32 | peak MiB |"]
         lines += ["|---" * 8 + "|"]
         for model in found["models"]:
@@ -415,23 +415,25 @@ def two_paths(title: str = "") -> str:
 
 def beside_llama_cpp(title: str = "") -> str:
     """Both engines, from the last row of each shape; ratios are medians of those within a round."""
-    rows = last("vs_llama_cpp.jsonl", "subject", "prompt_tokens")
+    rows = last("vs_llama_cpp.jsonl", "subject", "prompt_tokens", "kernels")
     lines: list[str] = ["", title] if title and rows else []
     if rows:
-        lines += ["", "llama.cpp was built for AVX-512 with VNNI and BF16, without matrix tiles: its own path for them died of"]
-        lines += ["an illegal instruction on this virtual machine."]
-    for (subject, _), row in rows.items():
+        lines += ["", "llama.cpp was built for the machine at hand; beside AMX for AVX-512 with VNNI and BF16, without"]
+        lines += ["matrix tiles: its own path for them died of an illegal instruction on that virtual machine."]
+    for (subject, _, kernels), row in rows.items():
         by = {m["model"]: m for m in row["models"]}
+        twin = next(name for name in by if name.endswith("twin"))
         lines += ["", f"{subject}, {row['threads']} threads, after {row['prompt_tokens']} tokens, beside llama.cpp"]
-        lines[-1] += f" (llama-cpp-python {row['llama_cpp_python']}; one thread's bf16 matmul: {row['gflops']} GFLOP/s):"
-        lines += ["", "| model | prefill tokens/s | × Q4_0 | × bf16 | decode tokens/s | × Q4_0 | × bf16 | MB read a token |"]
+        lines[-1] += f" ({kernels or 'native, amx'}; llama-cpp-python {row['llama_cpp_python']};"
+        lines[-1] += f" one thread's matmul: {row['gflops']} GFLOP/s):"
+        lines += ["", "| model | prefill tokens/s | × Q4_0 | × twin | decode tokens/s | × Q4_0 | × twin | MB read a token |"]
         lines += ["|---" * 8 + "|"]
         for name, model in by.items():
             shown = [name]
             for phase, tokens in (("prefill", row["prompt_tokens"]), ("decode", row["new_tokens"])):
                 rates = sorted(tokens / s for s in model[phase])
                 shown.append(f"{statistics.median(rates):.0f} ({rates[0]:.0f} … {rates[-1]:.0f})")
-                for other in ("llama.cpp Q4_0", "bf16 twin"):
+                for other in ("llama.cpp Q4_0", twin):
                     ratio = statistics.median(a / b for a, b in zip(by[other][phase], model[phase], strict=False))
                     shown.append("–" if other == name else f"{ratio:.2f}")
             size = model["weight_bytes"]

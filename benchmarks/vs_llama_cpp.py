@@ -30,6 +30,8 @@ import torch
 from ladder import ROWS, code_version, keep, speed
 from sordino.measure.shapes import shape, stored
 from sordino.measure.workers import Order, Worker, in_turns
+from sordino.numerics.machine import multiplies_bf16
+from sordino.runtime.kernels import status
 from speed import recipe_file
 
 OURS = ["W4", "W4A8KV4 static"]
@@ -99,7 +101,8 @@ def compare(name: str, python: str, threads: int, tokens: tuple[int, int], no_f1
         for subject in OURS:
             storage = stored(config, str(recipe_file(subject, Path(folder))))
             workers.append(Worker(Order(subject, json.dumps(config), storage=storage), threads, tokens))
-        workers.append(Worker(Order("bf16 twin", json.dumps(config), "bf16"), threads, tokens))
+        twin = "bf16" if multiplies_bf16() else "fp32"
+        workers.append(Worker(Order(f"{twin} twin", json.dumps(config), twin), threads, tokens))
         for subject, file in (("llama.cpp Q4_0", four), ("llama.cpp F16", half))[: 1 if no_f16 else 2]:
             workers.append(Llama(subject, python, file, threads, tokens))
         for worker in workers:
@@ -111,6 +114,7 @@ def compare(name: str, python: str, threads: int, tokens: tuple[int, int], no_f1
         "version": code_version(),
         "cores": os.cpu_count(),
         "gflops": speed(),
+        "kernels": status(),
         "threads": threads,
         "prompt_tokens": tokens[0],
         "new_tokens": tokens[1],
