@@ -427,7 +427,9 @@ def test_other_commands_on_a_model(model: Path, tmp_path: Path, args: list[str],
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["quantize", "nothing", *GPTQ, "-o", "OUT"], ["no model 'nothing'"]),
         (["quantize", "MODEL", *GPTQ, "-o", "OUT", "--set", "format.weights.group=48"], ["48"]),
+        (["quantize", "MODEL", *GPTQ, "-o", "/proc/none/out"], ["/proc/none/out"]),
         (["eval", "OUT"], ["no model"]),
     ],
     ids=lambda x: " ".join(x[:2]),

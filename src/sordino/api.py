@@ -181,9 +181,9 @@ def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
 
 def _dtype_for(folder: Path) -> torch.dtype | str:
     """Of forwards on the CPU."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named: str | None = config.get("dtype") or config.get("torch_dtype")
-    return torch.float32 if named == "bfloat16" and fast(torch.bfloat16) == torch.float32 else "auto"
+    return fast(torch.bfloat16) if named == "bfloat16" else "auto"
 
 
 def _windows(source: Source, plan: Plan, text: Text | None, seed: int) -> Tensor | None:
