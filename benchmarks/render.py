@@ -328,9 +328,15 @@ def analyses() -> str:
     return "\n".join(lines) + "\n"
 
 
+def machine(kernels: str) -> str:
+    """Which machines' rows replace each other: one with AVX-512 is measured with matrix tiles or without."""
+    return "avx512" if kernels.endswith(("avx512", "amx")) else kernels
+
+
 def speeds(title: str = "") -> str:
     """Prefill and decode, from the last row of each part."""
-    rows = last("speed.jsonl", "part", "subject", "kernels")
+    every = read(ROWS / "speed.jsonl")
+    rows = {(r["part"], r["subject"], machine(r["bench"]["kernels"])): r for r in every}
     lines: list[str] = ["", title] if title and rows else []
     for (part, subject, _), row in rows.items():
         found = row["bench"]
@@ -415,7 +421,8 @@ def two_paths(title: str = "") -> str:
 
 def beside_llama_cpp(title: str = "") -> str:
     """Both engines, from the last row of each shape; ratios are medians of those within a round."""
-    rows = last("vs_llama_cpp.jsonl", "subject", "prompt_tokens", "kernels")
+    every = read(ROWS / "vs_llama_cpp.jsonl")  # the first ones do not say which kernels they had
+    rows = {(r["subject"], r["prompt_tokens"], r.get("kernels", "native, amx")): r for r in every}
     lines: list[str] = ["", title] if title and rows else []
     if rows:
         lines += ["", "llama.cpp was built for the machine at hand; beside AMX for AVX-512 with VNNI and BF16, without"]
@@ -424,7 +431,7 @@ def beside_llama_cpp(title: str = "") -> str:
         by = {m["model"]: m for m in row["models"]}
         twin = next(name for name in by if name.endswith("twin"))
         lines += ["", f"{subject}, {row['threads']} threads, after {row['prompt_tokens']} tokens, beside llama.cpp"]
-        lines[-1] += f" ({kernels or 'native, amx'}; llama-cpp-python {row['llama_cpp_python']};"
+        lines[-1] += f" ({kernels}; llama-cpp-python {row['llama_cpp_python']};"
         lines[-1] += f" one thread's matmul: {row['gflops']} GFLOP/s):"
         lines += ["", "| model | prefill tokens/s | × Q4_0 | × twin | decode tokens/s | × Q4_0 | × twin | MB read a token |"]
         lines += ["|---" * 8 + "|"]

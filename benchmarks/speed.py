@@ -55,7 +55,6 @@ def main() -> None:
         for part in args.parts:
             row = {"part": part, "subject": shape, "version": code_version(), "cores": os.cpu_count(), "gflops": speed()}
             row["bench"] = bench(shape, *PARTS[part], args.threads)
-            row["kernels"] = row["bench"]["kernels"]
             keep(ROWS / "speed.jsonl", row)
             print(shape, part, json.dumps(row["bench"])[:300], flush=True)
 

@@ -20,7 +20,7 @@ def latest(file: str) -> dict[tuple[str, int], Row]:
 
 def last(file: str, *fields: str) -> dict[Any, Row]:
     """The last row of each value of a field, or tuple of several; empty without the file."""
-    return {r[fields[0]] if len(fields) == 1 else tuple(r.get(f) for f in fields): r for r in read(ROWS / file)}
+    return {r[fields[0]] if len(fields) == 1 else tuple(r[f] for f in fields): r for r in read(ROWS / file)}
 
 
 def table(rows: dict[tuple[str, int], Row], names: list[str], columns: int = len(COLUMNS)) -> str:

@@ -19,6 +19,13 @@ bool fits(const Linear& w) { return (w.group % 8 == 0 || w.group == w.inputs) &&
 
 // ---- products ----
 
+// The n bytes at p where 64 may be read.
+inline const uint8_t* copied(const uint8_t* p, int64_t n, uint8_t (&copy)[64]) {
+  std::memset(copy, 0, sizeof copy);
+  std::memcpy(copy, p, static_cast<size_t>(n));
+  return copy;
+}
+
 // Codes and digits of R rows of a weight, from byte `at` of the rows on, for M tokens, `stride` digits apart. `kWhole`: 64 bytes may be
 // read behind each of the rows.
 template <class W, int kDigits, int M, int R, bool kWhole>
@@ -32,11 +39,7 @@ void add_products(const W& unpack, const uint8_t* row, int64_t bytes, int64_t at
       const uint8_t* p = row + r * bytes + at;
       _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
       uint8_t copy[64];
-      if (!kWhole) {
-        std::memset(copy, 0, 64);
-        std::memcpy(copy, p, static_cast<size_t>(bytes - at < unpack.size ? bytes - at : unpack.size));
-        p = copy;
-      }
+      if (!kWhole) p = copied(p, bytes - at < unpack.size ? bytes - at : unpack.size, copy);
       unpack(p, [&](int s, __m256i code) {
 #pragma GCC unroll 2
         for (int m = 0; m < M; ++m) {
@@ -149,10 +152,10 @@ void additive_tile(const W& unpack, const Linear& w, const Arranged& x, int64_t 
     int64_t at = g * w.group * w.bits / 8;
     for (int64_t i = 0; i < blocks; ++i, at += unpack.size, part += kBlock * kDigits) {
       if (i % kPart == 0) part += kLane * kDigits;  // what makes affine codes signed
-      uint8_t copy[64] = {};
-      std::memcpy(copy, w.codes + o * bytes + at, static_cast<size_t>(bytes - at < unpack.size ? bytes - at : unpack.size));
+      uint8_t copy[64];
+      const uint8_t* p = copied(w.codes + o * bytes + at, bytes - at < unpack.size ? bytes - at : unpack.size, copy);
       __m256i code[4];
-      unpack(copy, [&](int s, __m256i c) { code[s] = c; });
+      unpack(p, [&](int s, __m256i c) { code[s] = c; });
       for (int k = 0; k < w.bits; ++k) {
         __m256i digit[M][kDigits];
         for (auto& of_token : digit)
@@ -191,11 +194,11 @@ void integer_tile(const W& unpack, const Linear& w, const int16_t* x, int64_t st
 template <int n>
 using Constant = std::integral_constant<int, n>;
 
-// All outputs begin … end of `rows` tokens, two tokens side by side, or R outputs if there is one token: tile(first token, how many tokens and outputs, whether 64 bytes may be read behind
-// them, output, where to).
+// All outputs begin … end of `rows` tokens, two tokens side by side, or R outputs if there is one token: tile(first token, how many
+// tokens and outputs, whether 64 bytes may be read behind them, output, where to).
 template <int R, class Sum, class Tile>
 void by_tiles(const Linear& w, int rows, int64_t begin, int64_t end, Sum* y, Tile tile) {
-  const int64_t safe = w.outputs - 1 - 64 / (w.row_bytes() > 0 ? w.row_bytes() : 1);
+  const int64_t safe = w.whole_rows();
   for (int64_t o = begin; o < end;) {
     const auto run = [&](int m, auto tokens, auto outputs, auto is_whole) {
       Sum sums[outputs][tokens];

@@ -23,9 +23,6 @@ using Constant = std::integral_constant<int, n>;
 
 bool fits(const Linear& w) { return w.group % 8 == 0 || w.group == w.inputs; }
 
-// Rows of a matrix behind whose codes a register's width may be read.
-int64_t whole_rows(const Linear& w) { return w.outputs - 1 - 64 / (w.row_bytes() > 0 ? w.row_bytes() : 1); }
-
 // ---- activations: of every group a register for each digit, where its accumulator begins, then blocks of digits ----
 
 __m512 load16(const float* x, int64_t n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first(n)), x); }
@@ -189,7 +186,7 @@ template <class Sum, class Tile>
 void by_tiles(const Linear& w, int rows, int64_t begin, int64_t end, Sum* y, Tile tile) {
   const auto run = [&](auto tokens) {
     constexpr int M = tokens, R = M == 1 ? 4 : M == 2 ? 2 : 1;
-    const int64_t safe = whole_rows(w);
+    const int64_t safe = w.whole_rows();
     int64_t o = begin;
     for (; o + R <= end && o + R <= safe; o += R) tile(tokens, Constant<R>{}, std::true_type{}, o, y + (o - begin) * M);
     for (; o < end; ++o) tile(tokens, Constant<1>{}, std::false_type{}, o, y + (o - begin) * M);

@@ -10,8 +10,6 @@
 namespace sordino {
 namespace {
 
-constexpr int kAhead = 4096;  // bytes: the processor's own prefetching ends at every page
-
 constexpr int kEight = 8;  // words of a register
 
 // Eight rows of eight words, `stride` bytes apart, turned: word j of row i becomes word i of row j, `apart` bytes apart.

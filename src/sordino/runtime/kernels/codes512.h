@@ -11,8 +11,6 @@
 namespace sordino {
 namespace {
 
-constexpr int kAhead = 4096;  // bytes: the processor's own prefetching ends at every page
-
 // Control bytes of the unpacking: where the bytes of a unit of eight codes are, and where its fields begin.
 __m512i unit_bytes(int bits) {
   alignas(64) uint8_t at[64];

@@ -26,12 +26,16 @@ struct Linear {
   int64_t groups() const { return inputs / group; }
   int64_t row_bytes() const { return (inputs * bits + 31) / 32 * 4; }
   int middle() const { return 1 << (bits - 1); }
+  // Rows behind whose codes 64 bytes may be read.
+  int64_t whole_rows() const { return outputs - 1 - 64 / (row_bytes() > 0 ? row_bytes() : 1); }
 };
 
 constexpr int kMaxRows = 4;      // of activations that one pass over the weights serves
 constexpr int kLanes = 16;       // partial sums side by side, so that a compiler may use vectors without reordering a sum
 constexpr int kMaxPlanes = 4;    // bits of an additive code
 constexpr int64_t kBlock = 64;   // inputs that a vector unit handles at once; activations are padded to it
+
+constexpr int kAhead = 4096;     // bytes of a weight that are asked for ahead: the processor's own prefetching ends at every page
 
 inline int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 

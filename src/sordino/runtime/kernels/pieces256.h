@@ -20,6 +20,11 @@ inline __m256 exponential(__m256 x) {
   return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
 }
 
+inline __m256 silu(__m256 x) {
+  const __m256 below = _mm256_add_ps(_mm256_set1_ps(1), exponential(_mm256_sub_ps(_mm256_setzero_ps(), x)));
+  return _mm256_div_ps(x, below);
+}
+
 void glu256(const void* gate, const void* up, Type type, int64_t n, void* out) {
   if (type != kFloat) {  // by way of fp32, some at a time
     alignas(32) float g[kBlock], u[kBlock];
@@ -27,11 +32,7 @@ void glu256(const void* gate, const void* up, Type type, int64_t n, void* out) {
       const int64_t some = n - i < kBlock ? n - i : kBlock;
       for (int64_t k = 0; k < some; ++k) g[k] = read(gate, type, i + k), u[k] = read(up, type, i + k);
       for (int64_t k = some; k < kBlock; ++k) g[k] = 0;
-      for (int64_t k = 0; k < kBlock; k += kEight) {
-        const __m256 x = _mm256_load_ps(g + k);
-        const __m256 below = _mm256_add_ps(_mm256_set1_ps(1), exponential(_mm256_sub_ps(_mm256_setzero_ps(), x)));
-        _mm256_store_ps(g + k, _mm256_div_ps(x, below));
-      }
+      for (int64_t k = 0; k < kBlock; k += kEight) _mm256_store_ps(g + k, silu(_mm256_load_ps(g + k)));
       for (int64_t k = 0; k < some; ++k) write(out, type, i + k, widen(narrow(g[k])) * u[k]);
     }
     return;
@@ -40,9 +41,7 @@ void glu256(const void* gate, const void* up, Type type, int64_t n, void* out) {
   auto* to = static_cast<float*>(out);
   int64_t i = 0;
   for (; i + kEight <= n; i += kEight) {
-    const __m256 x = _mm256_loadu_ps(g + i);
-    const __m256 below = _mm256_add_ps(_mm256_set1_ps(1), exponential(_mm256_sub_ps(_mm256_setzero_ps(), x)));
-    _mm256_storeu_ps(to + i, _mm256_mul_ps(_mm256_div_ps(x, below), _mm256_loadu_ps(u + i)));
+    _mm256_storeu_ps(to + i, _mm256_mul_ps(silu(_mm256_loadu_ps(g + i)), _mm256_loadu_ps(u + i)));
   }
   if (i < n) glu_of(g + i, u + i, n - i, to + i);
 }
