@@ -173,6 +173,26 @@ def test_integer_products_are_bit_equal(
 
 
 @every_level
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_products_of_long_rows(level: str, bits: int, rows: int) -> None:
+    """Rows of a weight that are far apart in memory are read one after another, several sums each."""
+    inputs, groups = (64 * 77, (64, 64 * 7)) if rows == 2 else (5000, (8, 1000))  # odd blocks; a last one that is not full
+    for group in (*groups, inputs):
+        module, x = make((13, inputs), group, bits, True, group), normal(rows, inputs, seed=1).to(torch.bfloat16)
+        with kernels.using("off"):
+            weight = module.dequantize(torch.float32)
+        with kernels.using(level):
+            check_product(module(x), x, weight, None)
+    module = make((13, inputs), inputs, bits, True, 1, True, inputs={"bits": 8, "mode": "static"})
+    module.input_scale.fill_(0.03)
+    with kernels.using("off"):
+        expected = module(x)
+    with kernels.using(level):
+        assert torch.equal(module(x), expected)
+
+
+@every_level
 @pytest.mark.parametrize("bits", [4, 8])
 def test_largest_codes_do_not_overflow(level: str, bits: int) -> None:
     module = make((3, 4096), 4096, bits, True, 0, inputs={"bits": 8, "mode": "static"})

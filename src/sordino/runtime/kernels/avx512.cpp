@@ -110,6 +110,17 @@ __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm_add_ps(w, x), _mm_add_ps(y, z));
 }
 
+__m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const auto quarter = [](__m512i v) {
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  };
+  const __m128i w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
+  const __m128i low = _mm_add_epi32(_mm_unpacklo_epi32(w, x), _mm_unpackhi_epi32(w, x));  // w0+w2 x0+x2 w1+w3 x1+x3
+  const __m128i high = _mm_add_epi32(_mm_unpacklo_epi32(y, z), _mm_unpackhi_epi32(y, z));
+  return _mm_add_epi32(_mm_unpacklo_epi64(low, high), _mm_unpackhi_epi64(low, high));
+}
+
 // What the accumulators of a group's digits, least first, amount to. Two of two blocks have room for each other in 32 bits.
 template <int kDigits>
 __m512 whole(const __m512i* digit) {
@@ -119,17 +130,17 @@ __m512 whole(const __m512i* digit) {
   return sum;
 }
 
-// R rows of the weight side by side: their activations are loaded once, and no sum waits for another. `kBlocks`: of a group,
-// 0 for any number. `kWhole`: a register's width may be read behind each of the rows.
-template <int kBlocks, int kDigits, int M, int R, bool kWhole>
-void product_tile(const Linear& w, const Arranged& x, const Bytes& unpack, int64_t o, float* y) {
+// Sums of R rows of the weight for M tokens, still spread over a register: [R, M]. `kBlocks`: of a group, 0 for any number; `kLoad`: Bytes::at.
+template <int kBlocks, int kDigits, int M, int R, int kLoad>
+void product_rows(const Linear& w, const Arranged& x, const Bytes& unpack, int64_t o, __m512* out) {
+  constexpr int kSplit = kBlocks == 0 && R * M == 1 ? 2 : 1;  // of a long group, so that products do not wait for each other
   const int64_t groups = w.groups(), bytes = w.row_bytes();
   const int64_t blocks = kBlocks > 0 ? kBlocks : padded(w.group) / kBlock;
   const char* part = static_cast<const char*>(x.values);
   const uint8_t* row = w.codes + o * bytes;
-  __m512 sums[R][M];
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_ps();
+  __m512 sums[R][M];  // of its own, not in `out`: the compiler could not keep that in registers
+  for (auto& of_row : sums)
+    for (__m512& s : of_row) s = _mm512_setzero_ps();
   for (int64_t from = 0; from < groups; from += 16) {
     const int64_t some = groups - from < 16 ? groups - from : 16;
     const __mmask16 mask = static_cast<__mmask16>(first(some));
@@ -147,63 +158,93 @@ void product_tile(const Linear& w, const Arranged& x, const Bytes& unpack, int64
     }
     for (int64_t g = 0; g < some; ++g) {
       int64_t at = (from + g) * w.group * w.bits / 8;
-      __m512i digit[R][M][kDigits];
+      __m512i digit[kSplit][R][M][kDigits];
       for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m)
-          for (int d = 0; d < kDigits; ++d) digit[r][m][d] = _mm512_load_si512(part + m * x.stride + 64 * d);
+          for (int d = 0; d < kDigits; ++d) {
+            digit[0][r][m][d] = _mm512_load_si512(part + m * x.stride + 64 * d);
+            for (int u = 1; u < kSplit; ++u) digit[u][r][m][d] = _mm512_setzero_si512();
+          }
       part += 64 * kDigits;
-      for (int64_t i = 0; i < blocks; ++i, at += unpack.size, part += 64 * kDigits) {
+      const auto block = [&](__m512i (&to)[R][M][kDigits]) {
         for (int r = 0; r < R; ++r) {
           const uint8_t* p = row + r * bytes + at;
           _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
-          const __m512i code = unpack.at<kWhole>(p, bytes - at);
-          for (int m = 0; m < M; ++m) {
+          const __m512i code = unpack.at<kLoad>(p, bytes - at);
+          for (int m = 0; m < M; ++m)
             for (int d = 0; d < kDigits; ++d) {
-              const __m512i v = _mm512_load_si512(part + m * x.stride + 64 * d);
-              digit[r][m][d] = _mm512_dpbusd_epi32(digit[r][m][d], code, v);
+              to[r][m][d] = _mm512_dpbusd_epi32(to[r][m][d], code, _mm512_load_si512(part + m * x.stride + 64 * d));
             }
-          }
         }
-      }
-      for (int r = 0; r < R; ++r) {
+        at += unpack.size, part += 64 * kDigits;
+      };
+      int64_t i = 0;
+      for (; i + kSplit <= blocks; i += kSplit)
+        for (auto& to : digit) block(to);
+      for (; i < blocks; ++i) block(digit[0]);
+      for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m) {
-          sums[r][m] = _mm512_fmadd_ps(_mm512_set1_ps(scale[r][m][g]), whole<kDigits>(digit[r][m]), sums[r][m]);
+          for (int d = 0; d < kDigits; ++d)
+            for (int u = 1; u < kSplit; ++u) digit[0][r][m][d] = _mm512_add_epi32(digit[0][r][m][d], digit[u][r][m][d]);
+          sums[r][m] = _mm512_fmadd_ps(_mm512_set1_ps(scale[r][m][g]), whole<kDigits>(digit[0][r][m]), sums[r][m]);
         }
-      }
     }
   }
-  if constexpr (R * M % 4 == 0) {
-    const __m512* all = &sums[0][0];
-    for (int i = 0; i < R * M; i += 4) _mm_storeu_ps(y + i, totals(all[i], all[i + 1], all[i + 2], all[i + 3]));
-  } else {
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) y[r * M + m] = _mm512_reduce_add_ps(sums[r][m]);
-  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) out[r * M + m] = sums[r][m];
 }
 
-// All outputs begin … end for `rows` tokens: tile(M tokens, R outputs, whether they may be read whole, output, where to).
-template <class Sum, class Tile>
-void by_tiles(const Linear& w, int rows, int64_t begin, int64_t end, Sum* y, Tile tile) {
-  const auto run = [&](auto tokens) {
-    constexpr int M = tokens, R = M == 1 ? 4 : M == 2 ? 2 : 1;
-    const int64_t safe = w.whole_rows();
+// What the entries of a register add up to.
+float total(__m512 a) { return _mm512_reduce_add_ps(a); }
+int32_t total(__m512i a) { return _mm512_reduce_add_epi32(a); }
+void put(float* y, __m128 v) { _mm_storeu_ps(y, v); }
+void put(int32_t* y, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(y), v); }
+
+constexpr int64_t kShort = 1024;  // bytes of a weight's row: four of them still are one place in memory
+
+// All outputs begin … end for `rows` tokens, by some(M tokens, R rows, kLoad, output, sums). Long rows one after another, since memory
+// likes one stream of reads better than several; short ones side by side. What four sums amount to is found at once.
+template <class Register, class Sum, class Some>
+void by_rows(const Linear& w, int rows, int64_t begin, int64_t end, Sum* y, Some some) {
+  const auto run = [&](auto tokens, auto load) {
+    constexpr int M = tokens, R = M == 3 ? 1 : 4 / M;
+    const int64_t safe = w.whole_rows() < end ? w.whole_rows() : end;
     int64_t o = begin;
-    for (; o + R <= end && o + R <= safe; o += R) tile(tokens, Constant<R>{}, std::true_type{}, o, y + (o - begin) * M);
-    for (; o < end; ++o) tile(tokens, Constant<1>{}, std::false_type{}, o, y + (o - begin) * M);
+    for (; o + R <= safe; o += R, y += R * M) {
+      Register sums[R * M];
+      if (w.row_bytes() < kShort) some(tokens, Constant<R>{}, load, o, sums);
+      else
+        for (int r = 0; r < R; ++r) some(tokens, Constant<1>{}, load, o + r, sums + r * M);
+      if constexpr (R * M == 4) put(y, totals(sums[0], sums[1], sums[2], sums[3]));
+      else
+        for (int m = 0; m < M; ++m) y[m] = total(sums[m]);
+    }
+    for (; o < end; ++o, y += M) {
+      Register sums[M];
+      some(tokens, Constant<1>{}, Constant<0>{}, o, sums);
+      for (int m = 0; m < M; ++m) y[m] = total(sums[m]);
+    }
+  };
+  const auto of = [&](auto tokens) {
+    switch (load_of(w.bits)) {
+      case 16: return run(tokens, Constant<16>{});
+      case 32: return run(tokens, Constant<32>{});
+      default: return run(tokens, Constant<64>{});
+    }
   };
   switch (rows) {
-    case 1: return run(Constant<1>{});
-    case 2: return run(Constant<2>{});
-    case 3: return run(Constant<3>{});
-    default: return run(Constant<4>{});
+    case 1: return of(Constant<1>{});
+    case 2: return of(Constant<2>{});
+    case 3: return of(Constant<3>{});
+    default: return of(Constant<4>{});
   }
 }
 
 template <int kBlocks, int kDigits>
 void product_of(const Linear& w, const Arranged& x, int rows, int64_t begin, int64_t end, float* y) {
   const Bytes unpack(w.bits);
-  by_tiles(w, rows, begin, end, y, [&](auto m, auto r, auto is_whole, int64_t o, float* to) {
-    product_tile<kBlocks, kDigits, m, r, is_whole>(w, x, unpack, o, to);
+  by_rows<__m512>(w, rows, begin, end, y, [&](auto m, auto r, auto load, int64_t o, __m512* sums) {
+    product_rows<kBlocks, kDigits, m, r, load>(w, x, unpack, o, sums);
   });
 }
 
@@ -283,49 +324,35 @@ void product(const Linear& w, const Arranged& x, Type type, int rows, int64_t be
   run(w, x, rows, begin, end, y);
 }
 
-// Sums of four registers.
-__m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const auto quarter = [](__m512i v) {
-    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-  };
-  const __m128i w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
-  const __m128i low = _mm_add_epi32(_mm_unpacklo_epi32(w, x), _mm_unpackhi_epi32(w, x));  // w0+w2 x0+x2 w1+w3 x1+x3
-  const __m128i high = _mm_add_epi32(_mm_unpacklo_epi32(y, z), _mm_unpackhi_epi32(y, z));
-  return _mm_add_epi32(_mm_unpacklo_epi64(low, high), _mm_unpackhi_epi64(low, high));
-}
-
-// As product_tile: R rows of the weight side by side.
-template <int M, int R, bool kWhole>
-void integer_tile(const Linear& w, const int8_t* x, int64_t stride, const Bytes& unpack, int64_t o, int32_t* y) {
+// As product_rows of one row, of integers.
+template <int M, int kLoad>
+void integer_row(const Linear& w, const int8_t* x, int64_t stride, const Bytes& unpack, int64_t o, __m512i* sums) {
+  constexpr int kSplit = M == 1 ? 4 : 1;
   const int64_t bytes = w.row_bytes();
   const uint8_t* row = w.codes + o * bytes;
-  __m512i sums[R][M];
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_si512();
-  for (int64_t i = 0, at = 0; i < w.inputs; i += kBlock, at += unpack.size) {
-    for (int r = 0; r < R; ++r) {
-      const uint8_t* p = row + r * bytes + at;
-      _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
-      const __m512i code = unpack.at<kWhole>(p, bytes - at);
-      for (int m = 0; m < M; ++m) sums[r][m] = _mm512_dpbusd_epi32(sums[r][m], code, _mm512_loadu_si512(x + m * stride + i));
-    }
-  }
-  if constexpr (R * M % 4 == 0) {
-    const __m512i* all = &sums[0][0];
-    for (int i = 0; i < R * M; i += 4) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i), totals(all[i], all[i + 1], all[i + 2], all[i + 3]));
-    }
-  } else {
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) y[r * M + m] = _mm512_reduce_add_epi32(sums[r][m]);
+  __m512i part[kSplit][M];
+  for (auto& of_split : part)
+    for (__m512i& s : of_split) s = _mm512_setzero_si512();
+  int64_t i = 0, at = 0;
+  const auto block = [&](__m512i (&to)[M]) {
+    _mm_prefetch(reinterpret_cast<const char*>(row + at) + kAhead, _MM_HINT_T0);
+    const __m512i code = unpack.at<kLoad>(row + at, bytes - at);
+    for (int m = 0; m < M; ++m) to[m] = _mm512_dpbusd_epi32(to[m], code, _mm512_loadu_si512(x + m * stride + i));
+    i += kBlock, at += unpack.size;
+  };
+  while (i + kBlock * (kSplit - 1) < w.inputs)
+    for (auto& to : part) block(to);
+  while (i < w.inputs) block(part[0]);
+  for (int m = 0; m < M; ++m) {
+    sums[m] = part[0][m];
+    for (int u = 1; u < kSplit; ++u) sums[m] = _mm512_add_epi32(sums[m], part[u][m]);
   }
 }
 
 void integer(const Linear& w, const int8_t* x, int64_t stride, int rows, int64_t begin, int64_t end, int32_t* y) {
   const Bytes unpack(w.bits);
-  by_tiles(w, rows, begin, end, y, [&](auto m, auto r, auto is_whole, int64_t o, int32_t* to) {
-    integer_tile<m, r, is_whole>(w, x, stride, unpack, o, to);
+  by_rows<__m512i>(w, rows, begin, end, y, [&](auto m, auto r, auto load, int64_t o, __m512i* sums) {
+    for (int i = 0; i < r; ++i) integer_row<m, load>(w, x, stride, unpack, o + i, sums + i * m);
   });
 }
 

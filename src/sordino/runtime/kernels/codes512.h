@@ -28,6 +28,9 @@ __mmask64 first(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : _bzhi_u64(~0u
 
 __m512 widen16(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
 
+// The least register that holds a block, in bytes: a wider load reaches into the next cache line and costs a second read.
+constexpr int load_of(int bits) { return bits <= 2 ? 16 : bits <= 4 ? 32 : 64; }
+
 // Codes of a block as bytes, in their order.
 struct Bytes {
   __m512i bytes, all, mask;
@@ -40,10 +43,13 @@ struct Bytes {
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(all, _mm512_permutexvar_epi8(bytes, block)), mask);
   }
 
-  // Of the block at p, where `left` bytes of the row remain. `kWhole`: a register's width may be read.
-  template <bool kWhole = false>
+  // Of the block at p, where `left` bytes of the row remain. `kLoad` (load_of): so many may be read, whatever remains; 0: only the row's.
+  template <int kLoad = 0>
   __m512i at(const uint8_t* p, int64_t left) const {
-    return (*this)(kWhole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(first(left < size ? left : size), p));
+    if constexpr (kLoad == 16) return (*this)(_mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    if constexpr (kLoad == 32) return (*this)(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    if constexpr (kLoad == 64) return (*this)(_mm512_loadu_si512(p));
+    return (*this)(_mm512_maskz_loadu_epi8(first(left < size ? left : size), p));
   }
 };
 

@@ -16,7 +16,8 @@ const Kernels& in_use();  // what was chosen (dispatch.cpp)
 
 namespace {
 
-constexpr int64_t kPiece = 1 << 15;  // weights that a thread takes at once: some microseconds of work
+constexpr int64_t kPiece = 1 << 15;  // weights that a thread takes at once, at least: some microseconds of work
+constexpr int64_t kTimes = 4;        // that it takes some, where that makes them more: every new place in memory is read slowly at first
 constexpr int64_t kMostRows = 512;   // of a weight in such a piece
 
 // Grows, never shrinks; 64-byte aligned. One a thread and purpose.
@@ -40,9 +41,10 @@ struct Scratch {
   ~Scratch() { release(); }
 };
 
-// Pieces of rows of the weight: about kPiece weights, a multiple of 8 rows.
-inline int64_t rows_at_once(const Linear& w) {
-  const int64_t rows = kPiece / (w.inputs > 0 ? w.inputs : 1) / 8 * 8;
+// Pieces of rows of the weight, a multiple of 8.
+inline int64_t rows_at_once(const Linear& w, int threads) {
+  const int64_t even = w.outputs * w.inputs / (kTimes * threads), most = even > kPiece ? even : kPiece;
+  const int64_t rows = most / (w.inputs > 0 ? w.inputs : 1) / 8 * 8;
   return rows < 8 ? 8 : rows > kMostRows ? kMostRows : rows;
 }
 
@@ -91,7 +93,7 @@ void over(int64_t n, int64_t step, int threads, Body body) {
 // The same over all rows of the weight.
 template <class Body>
 void over_outputs(const Linear& w, int threads, Body body) {
-  over(w.outputs, rows_at_once(w), threads, body);
+  over(w.outputs, rows_at_once(w, threads), threads, body);
 }
 
 }  // namespace
