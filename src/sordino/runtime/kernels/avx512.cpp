@@ -200,8 +200,6 @@ int32_t total(__m512i a) { return _mm512_reduce_add_epi32(a); }
 void put(float* y, __m128 v) { _mm_storeu_ps(y, v); }
 void put(int32_t* y, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(y), v); }
 
-constexpr int64_t kShort = 1024;  // bytes of a weight's row: four of them still are one place in memory
-
 // All outputs begin … end for `rows` tokens, by some(M tokens, R rows, kLoad, output, sums). Long rows one after another, since memory
 // likes one stream of reads better than several; short ones side by side. What four sums amount to is found at once.
 template <class Register, class Sum, class Some>

@@ -35,6 +35,7 @@ constexpr int kLanes = 16;       // partial sums side by side, so that a compile
 constexpr int kMaxPlanes = 4;    // bits of an additive code
 constexpr int64_t kBlock = 64;   // inputs that a vector unit handles at once; activations are padded to it
 
+constexpr int64_t kShort = 1024;  // bytes of a weight's row: several of them still are one place in memory
 constexpr int kAhead = 4096;     // bytes of a weight that are asked for ahead: the processor's own prefetching ends at every page
 
 inline int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
