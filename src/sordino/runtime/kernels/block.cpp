@@ -129,7 +129,7 @@ struct Call {
   void multiply(Ready* const* some, int n, char* const* outs) const {
     int64_t steps[3], pieces = 0;
     for (int i = 0; i < n; ++i) {
-      steps[i] = rows_at_once(*some[i]->w, s.threads);
+      steps[i] = rows_at_once(*some[i]->w, some[i]->w->outputs, s.threads);
       pieces += (some[i]->w->outputs + steps[i] - 1) / steps[i];
     }
     parallel_for(pieces, s.threads, [&](int64_t piece) {

@@ -149,7 +149,7 @@ SORDINO_API int sordino_rescale(const Linear* w, const int32_t* sums, int64_t ro
 SORDINO_API int sordino_values(const Linear* w, int64_t begin, int64_t end, int type, void* out, int threads) {
   const Kernels& k = in_use();
   const int64_t bytes = w->inputs * width(type);
-  over(end - begin, rows_at_once(*w, threads), threads, [&](int64_t first, int64_t last) {
+  over(end - begin, rows_at_once(*w, end - begin, threads), threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) k.values(*w, begin + i, static_cast<Type>(type), static_cast<char*>(out) + i * bytes);
   });
   return 0;
@@ -158,7 +158,7 @@ SORDINO_API int sordino_values(const Linear* w, int64_t begin, int64_t end, int 
 // Codes less 2^(b-1) of rows begin … end: int8 [end - begin, inputs].
 SORDINO_API int sordino_centred(const Linear* w, int64_t begin, int64_t end, int8_t* out, int threads) {
   const Kernels& k = in_use();
-  over(end - begin, rows_at_once(*w, threads), threads, [&](int64_t first, int64_t last) {
+  over(end - begin, rows_at_once(*w, end - begin, threads), threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) k.centred(*w, begin + i, out + i * w->inputs);
   });
   return 0;

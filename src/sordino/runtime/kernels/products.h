@@ -41,9 +41,9 @@ struct Scratch {
   ~Scratch() { release(); }
 };
 
-// Pieces of rows of the weight, a multiple of 8.
-inline int64_t rows_at_once(const Linear& w, int threads) {
-  const int64_t even = w.outputs * w.inputs / (kTimes * threads), most = even > kPiece ? even : kPiece;
+// How many of `outputs` rows of the weight a thread takes at once: a multiple of 8.
+inline int64_t rows_at_once(const Linear& w, int64_t outputs, int threads) {
+  const int64_t even = outputs * w.inputs / (kTimes * threads), most = even > kPiece ? even : kPiece;
   const int64_t rows = most / (w.inputs > 0 ? w.inputs : 1) / 8 * 8;
   return rows < 8 ? 8 : rows > kMostRows ? kMostRows : rows;
 }
@@ -93,7 +93,7 @@ void over(int64_t n, int64_t step, int threads, Body body) {
 // The same over all rows of the weight.
 template <class Body>
 void over_outputs(const Linear& w, int threads, Body body) {
-  over(w.outputs, rows_at_once(w, threads), threads, body);
+  over(w.outputs, rows_at_once(w, w.outputs, threads), threads, body);
 }
 
 }  // namespace
