@@ -195,7 +195,7 @@ def _check(module: Any, *_: Any) -> None:
 
 def _positions(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Count the positions of a padded batch from its first real token: the prefix stands right before that one."""
-    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or given.get("position_ids") is not None or bool(mask.all()):
         return None

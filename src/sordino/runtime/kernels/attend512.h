@@ -4,7 +4,7 @@
 // is decoded of a key head's row.
 #include <type_traits>
 
-#include "attend_half.h"
+#include "attend_few.h"
 #include "block.h"
 #include "reader512.h"
 
@@ -135,6 +135,7 @@ void over_queries(int count, Body body) {
 void attend512(const float* query, int count, int64_t n, float scaling, const Span& keys, const Span& values, int64_t begin,
                int64_t end, const int64_t* ends, float* out) {
   if (n % kBlock != 0) return attend_to(query, count, n, scaling, keys, values, begin, end, ends, out);
+  if (keys.type == kBfloat && count <= kFew) return attend_few(query, count, n, scaling, keys, values, begin, end, ends, out);
   if (keys.type == kBfloat) return attend_half<Dots>(query, count, n, scaling, keys, values, begin, end, ends, out);
   Reader key(keys, n, scaling), value(values, n, 1);
   float scores[kMaxQueries][kTogether], zeros[kMaxQueries];

@@ -212,7 +212,7 @@ void by_tiles(const Linear& w, int rows, int64_t begin, int64_t end, Sum* y, Til
       if (m < rows) run(m, Constant<1>{}, Constant<1>{}, is_whole);
       ++o;
     };
-    if (rows == 1 && w.row_bytes() <= kShort && o + R <= end && o + R <= safe) run(0, Constant<1>{}, Constant<R>{}, std::true_type{}), o += R;
+    if (rows == 1 && w.row_bytes() <= 2 * kShort && o + R <= end && o + R <= safe) run(0, Constant<1>{}, Constant<R>{}, std::true_type{}), o += R;
     else if (o < safe) all(std::true_type{});
     else all(std::false_type{});
   }

@@ -255,18 +255,20 @@ int decode(const Kernels& k, const Block* blocks, const Held* held, int n, const
   thread_local Scratch stream, memory;
   const int64_t bytes = token.texts * blocks[0].linear[kQuery].inputs * width(blocks[0].type);
   char* between = static_cast<char*>(stream.get(2 * bytes));
-  Token now = token;
-  for (int i = 0; i < n; ++i) {
-    const Block& b = blocks[i];
-    now.x = i == 0 ? token.x : now.out;
-    now.out = i == n - 1 ? token.out : between + i % 2 * bytes;
-    const Type type = static_cast<Type>(b.type);
-    const Call call{k, b, held[i], now, type, width(type)};
-    Arena count{nullptr};
-    call.run(count);
-    Arena arena{static_cast<char*>(memory.get(count.used))};
-    call.run(arena);
-  }
+  together(token.threads, [&] {
+    Token now = token;
+    for (int i = 0; i < n; ++i) {
+      const Block& b = blocks[i];
+      now.x = i == 0 ? token.x : now.out;
+      now.out = i == n - 1 ? token.out : between + i % 2 * bytes;
+      const Type type = static_cast<Type>(b.type);
+      const Call call{k, b, held[i], now, type, width(type)};
+      Arena count{nullptr};
+      call.run(count);
+      Arena arena{static_cast<char*>(memory.get(count.used))};
+      call.run(arena);
+    }
+  });
   return 0;
 }
 

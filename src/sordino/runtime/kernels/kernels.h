@@ -35,7 +35,7 @@ constexpr int kLanes = 16;       // partial sums side by side, so that a compile
 constexpr int kMaxPlanes = 4;    // bits of an additive code
 constexpr int64_t kBlock = 64;   // inputs that a vector unit handles at once; activations are padded to it
 
-constexpr int64_t kShort = 1024;  // bytes of a weight's row: several of them still are one place in memory
+constexpr int64_t kShort = 512;  // bytes of a weight's row: several of them still are one place in memory
 constexpr int kAhead = 4096;     // bytes of a weight that are asked for ahead: the processor's own prefetching ends at every page
 
 inline int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
@@ -130,6 +130,14 @@ void parallel(int64_t n, int threads, void (*body)(void*, int64_t), void* contex
 template <class Body>
 void parallel_for(int64_t n, int threads, Body body) {
   parallel(n, threads, [](void* c, int64_t i) { (*static_cast<Body*>(c))(i); }, &body);
+}
+
+// Calls body(context) once, which may call parallel() many times, with `threads` at most: threads stay awake in between.
+void with_crew(int threads, void (*body)(void*), void* context);
+
+template <class Body>
+void together(int threads, Body body) {
+  with_crew(threads, [](void* c) { (*static_cast<Body*>(c))(); }, &body);
 }
 
 namespace {  // small helpers: a copy in every unit, compiled with that unit's flags, never merged across units

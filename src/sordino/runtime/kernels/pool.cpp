@@ -35,26 +35,54 @@ struct Job {
   }
 };
 
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// One job after another, for threads that follow them.
+struct Team {
+  std::atomic<uint64_t> round{0};       // grows by one a job
+  std::atomic<int64_t> next{0};         // piece to take
+  std::atomic<int> places{0}, busy{0};  // followers that may still join this job; those inside it
+  Job job{};
+
+  // Does a job together with up to `others` followers; `call` makes `round` grow.
+  template <class Call>
+  void lead(const Job& wanted, int others, Call call) {
+    job = wanted;
+    next.store(0, std::memory_order_relaxed);
+    places.store(others);
+    call();
+    job.take(next);
+    places.store(0);
+    while (busy.load() != 0) pause();
+  }
+
+  // `busy` first, then look whether the job is still open: lead() closes it before it waits for `busy` to be zero.
+  void join() {
+    busy.fetch_add(1);
+    if (places.fetch_sub(1) > 0) job.take(next);
+    busy.fetch_sub(1);
+  }
+};
+
 struct Pool {
   std::mutex callers;  // one job at a time
   std::mutex lock;
   std::condition_variable wake;
-  std::atomic<uint64_t> round{0};     // grows by one a job
-  std::atomic<int64_t> next{0};       // piece to take
-  std::atomic<int> places{0}, busy{0};  // workers that may still join this job; workers inside it
-  Job job{};
+  Team team;
   int workers = 0, sleeping = 0;
 
   void await(uint64_t seen) {
     const auto until = std::chrono::steady_clock::now() + kPatience;
-    for (int spin = 0; round.load(std::memory_order_acquire) == seen; ++spin) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
+    for (int spin = 0; team.round.load(std::memory_order_acquire) == seen; ++spin) {
+      pause();
       if (spin % 64 == 63 && std::chrono::steady_clock::now() > until) {
         std::unique_lock<std::mutex> hold(lock);
         ++sleeping;
-        wake.wait(hold, [&] { return round.load() != seen; });
+        wake.wait(hold, [&] { return team.round.load() != seen; });
         --sleeping;
       }
     }
@@ -63,33 +91,51 @@ struct Pool {
   void work(uint64_t seen) {
     for (;;) {
       await(seen);
-      seen = round.load(std::memory_order_acquire);
-      // `busy` first, then look whether the job is still open: run() closes it before it waits for `busy` to be zero.
-      busy.fetch_add(1);
-      if (places.fetch_sub(1) > 0) job.take(next);
-      busy.fetch_sub(1);
+      seen = team.round.load(std::memory_order_acquire);
+      team.join();
     }
   }
 
   void run(const Job& wanted, int threads) {
-    job = wanted;
-    next.store(0, std::memory_order_relaxed);
-    places.store(threads - 1);
-    {
+    team.lead(wanted, threads - 1, [&] {
       std::lock_guard<std::mutex> hold(lock);
-      for (; workers < threads - 1; ++workers) std::thread([this, seen = round.load()] { work(seen); }).detach();
-      round.fetch_add(1);
+      for (; workers < threads - 1; ++workers) std::thread([this, seen = team.round.load()] { work(seen); }).detach();
+      team.round.fetch_add(1);
       if (sleeping > 0) wake.notify_all();
-    }
-    job.take(next);
-    places.store(0);
-    while (busy.load() != 0) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
+    });
   }
 };
+
+// OpenMP's threads while one call sends many jobs: they stay in one parallel region, since its beginning and end cost some
+// microseconds each.
+struct Crew {
+  Team team;
+  std::atomic<bool> over{false};
+
+  void run(const Job& wanted, int threads) {
+    team.lead(wanted, threads - 1, [&] { team.round.fetch_add(1); });
+  }
+
+  void follow() {
+    constexpr int kSpins = 1 << 14;  // then others may have the processor
+    for (uint64_t seen = 0;;) {
+      for (int spin = 0; team.round.load(std::memory_order_acquire) == seen; ++spin) {
+        if (spin < kSpins) pause();
+        else std::this_thread::yield();
+      }
+      seen = team.round.load(std::memory_order_acquire);
+      if (over.load()) return;  // set before `round` grew for the last time
+      team.join();
+    }
+  }
+
+  void dismiss() {
+    over = true;
+    team.round.fetch_add(1);
+  }
+};
+
+thread_local Crew* crew = nullptr;  // of the call that this thread is in
 
 // Never destroyed: detached workers may outlive main's statics.
 std::atomic<Pool*> pool{nullptr};
@@ -110,6 +156,7 @@ Pool* the_pool() {
 
 void parallel(int64_t n, int threads, void (*body)(void*, int64_t), void* context) {
   if (threads > n) threads = static_cast<int>(n);
+  if (crew != nullptr && threads > 1) return crew->run({body, context, n}, threads);
   if (const OpenMp run = openmp.load(std::memory_order_relaxed); run != nullptr && threads > 1) {
     struct Shared {
       Job job;
@@ -125,6 +172,26 @@ void parallel(int64_t n, int threads, void (*body)(void*, int64_t), void* contex
   }
   shared->run({body, context, n}, threads);
   shared->callers.unlock();
+}
+
+void with_crew(int threads, void (*body)(void*), void* context) {
+  const OpenMp run = openmp.load(std::memory_order_relaxed);
+  if (run == nullptr || threads <= 1 || crew != nullptr) return body(context);
+  struct Shared {
+    void (*body)(void*);
+    void* context;
+    std::thread::id captain;
+    Crew crew;
+  } shared{body, context, std::this_thread::get_id(), {}};
+  const auto part = [](void* of) {
+    Shared& mine = *static_cast<Shared*>(of);
+    if (std::this_thread::get_id() != mine.captain) return mine.crew.follow();
+    crew = &mine.crew;
+    mine.body(mine.context);
+    crew = nullptr;
+    mine.crew.dismiss();
+  };
+  run(part, &shared, static_cast<unsigned>(threads), 0);
 }
 
 // Address of GOMP_parallel of the runtime that torch uses; null for the pool here.
