@@ -15,6 +15,7 @@ import weight_only
 import zeroshot
 from ladder import ROOT, ROWS, read
 from sordino.recipe import presets
+from speed_tables import beside, beside_torch, loading, speeds, two_paths
 from tables import cells, last, latest, spread, table
 
 HEAD = """# Measured results
@@ -74,7 +75,8 @@ def main() -> None:
     body += equivalence("## Ways to compute the same thing (`benchmarks/equivalence.py`)")
     body += prompt("## A protected system prompt (`benchmarks/prompt.py`)")
     body += zeroshot.rendered() + solver_options() + analyses() + large_shape() + speeds("## Speed (`benchmarks/speed.py`)")
-    body += beside_llama_cpp("## Speed beside llama.cpp (`benchmarks/vs_llama_cpp.py`)")
+    body += beside("llama.cpp", "## Speed beside llama.cpp (`benchmarks/vs_llama_cpp.py`)")
+    body += beside("OpenVINO", "## Speed beside OpenVINO (`benchmarks/vs_openvino.py`)")
     body += beside_torch("## One linear beside torch's int4 (`benchmarks/vs_torch_int4.py`)")
     body += loading("## Loading (`benchmarks/loading.py`)") + two_paths("## Two paths (`benchmarks/native_vs_torch.py`)")
     (ROOT / "docs" / "results.md").write_text(body)
@@ -83,7 +85,8 @@ def main() -> None:
     fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + means() + prefix() + equivalence())
     fill(
         ROOT / "docs" / "kernels.md",
-        speeds() + beside_llama_cpp() + loading() + two_paths() or "Nothing yet: `benchmarks/speed.py` was not run.\n",
+        speeds() + beside("llama.cpp") + beside("OpenVINO") + loading() + two_paths()
+        or "Nothing yet: `benchmarks/speed.py` was not run.\n",
     )
     fill(ROOT / "docs" / "howto" / "cost.md", costs())
     none = "Nothing yet: `benchmarks/bisup.py` is written and was not run.\n"
@@ -326,126 +329,6 @@ def analyses() -> str:
         ]
         lines += [f"({m['ppl']['before rounding']:.3f} → {m['ppl']['as stored']:.3f}, fp32, held-out windows)."]
     return "\n".join(lines) + "\n"
-
-
-def machine(kernels: str) -> str:
-    """Which machines' rows replace each other: one with AVX-512 is measured with matrix tiles or without."""
-    return "avx512" if kernels.endswith(("avx512", "amx")) else kernels
-
-
-def speeds(title: str = "") -> str:
-    """Prefill and decode, from the last row of each part."""
-    every = read(ROWS / "speed.jsonl")
-    rows = {(r["part"], r["subject"], machine(r["bench"]["kernels"])): r for r in every}
-    lines: list[str] = ["", title] if title and rows else []
-    for (part, subject, _), row in rows.items():
-        found = row["bench"]
-        lines += ["", f"{subject}, {found['threads']} threads, after {found['prompt_tokens']} tokens"]
-        lines[-1] += ", without the one call a token" if part == "no call" else ""
-        lines[-1] += f" ({found['kernels']}; one thread's matmul: {row['gflops']} GFLOP/s):"
-        lines += ["", "| model | prefill tokens/s | × bf16 | × fp32 | decode tokens/s | × bf16 | × fp32 | peak MiB |"]
-        lines += ["|---" * 8 + "|"]
-        for model in found["models"]:
-            shown = [model["model"]]
-            for phase in ("prefill", "decode"):
-                low, high = model[f"{phase}_tokens_per_s_range"]
-                shown.append(f"{model[f'{phase}_tokens_per_s']:.0f} ({low:.0f} … {high:.0f})")
-                ratios = [model[f"ratio_to_{p}"] for p in ("bf16", "fp32")]
-                shown += ["–" if r is None else f"{r[phase]:.2f}" for r in ratios]
-            lines.append("| " + " | ".join([*shown, f"{model['peak_memory_bytes'] / 2**20:.0f}"]) + " |")
-        lines += where(found)
-    return "\n".join(lines) + "\n" if lines else ""
-
-
-def where(bench: dict[str, Any]) -> list[str]:
-    """What was read and multiplied at which rate, where a run has it."""
-    machine = bench.get("machine")
-    if machine is None:
-        return []
-    lines = ["", f"The machine reads {machine['read_gb_per_s']:.1f} GB/s; torch multiplies"]
-    lines[-1] += f" {machine['int8_gop_per_s']:.0f} GOP/s in int8, {machine['bf16_gop_per_s']:.0f} in bf16."
-    names = ["model", "MB read a token", "GB/s", "of memory's", "linears of the prompt, GOP/s", "of int8's"]
-    names += ["kernels' share of the prompt", "of a token"]
-    lines += ["", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for m in [m for m in bench["models"] if "kernel_share" in m]:  # very slow ones were not run once more
-        shown = [m["model"], f"{m['weight_bytes_per_token'] / 1e6:.0f}", f"{m['decode_gb_per_s']:.1f}"]
-        shown += [
-            f"{m['decode_share_of_read']:.0%}",
-            f"{m['prefill_linears_gop_per_s']:.0f}",
-            f"{m['prefill_share_of_int8']:.0%}",
-        ]
-        shown += [f"{m['kernel_share'][phase]:.0%}" for phase in ("prefill", "decode")]
-        lines.append("| " + " | ".join(shown) + " |")
-    return lines
-
-
-def loading(title: str = "") -> str:
-    """Seconds until a checkpoint is there, from the last row of each shape."""
-    rows = last("loading.jsonl", "subject")
-    lines = ["", title] if title and rows else []
-    if rows:
-        lines += ["", "Seconds of `sordino.load` in a new process, files in the page cache, median and range of five:", ""]
-        lines += ["| shape | checkpoint | s |", "|---|---|---|"]
-    for subject, row in rows.items():
-        for what, seconds in row["seconds"].items():
-            lines.append(f"| {subject} | {what} | {statistics.median(seconds):.2f} ({min(seconds):.2f} … {max(seconds):.2f}) |")
-    return "\n".join(lines) + "\n" if lines else ""
-
-
-def beside_torch(title: str = "") -> str:
-    """One linear beside torch's own int4 product, from the last row."""
-    rows = last("vs_torch_int4.jsonl", "threads")
-    lines = ["", title] if title and rows else []
-    for row in rows.values():
-        names = list(next(iter(row["microseconds"].values())))
-        lines += ["", f"One linear, {row['threads']} threads ({row['kernels']}), microseconds, median and range of 15:", ""]
-        lines += ["| linear, rows of inputs | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
-        for what, times in row["microseconds"].items():
-            lines.append(f"| {what} | " + " | ".join(f"{m:.0f} ({a:.0f} … {b:.0f})" for m, a, b in times.values()) + " |")
-    return "\n".join(lines) + "\n" if lines else ""
-
-
-def two_paths(title: str = "") -> str:
-    """Perplexity by the kernels and by torch, from the last row of each recipe."""
-    rows = last("native_vs_torch.jsonl", "recipe")
-    lines = ["", title] if title and rows else []
-    if rows:
-        lines += ["", "Perplexity of one checkpoint by the kernels and by torch alone (smollm2, bf16, WikiText-2 test):", ""]
-        lines += ["| recipe | windows | kernels | torch | apart |", "|---" * 5 + "|"]
-    for recipe, r in rows.items():
-        lines.append(
-            f"| {recipe} | {r['windows']} | {r['native']:.3f} | {r['torch']:.3f} | {r['native'] / r['torch'] - 1:+.2%} |"
-        )
-    return "\n".join(lines) + "\n" if lines else ""
-
-
-def beside_llama_cpp(title: str = "") -> str:
-    """Both engines, from the last row of each shape; ratios are medians of those within a round."""
-    every = read(ROWS / "vs_llama_cpp.jsonl")  # the first ones do not say which kernels they had
-    rows = {(r["subject"], r["prompt_tokens"], r.get("kernels", "native, amx")): r for r in every}
-    lines: list[str] = ["", title] if title and rows else []
-    if rows:
-        lines += ["", "llama.cpp was built for the machine at hand; beside AMX for AVX-512 with VNNI and BF16, without"]
-        lines += ["matrix tiles: its own path for them died of an illegal instruction on that virtual machine."]
-    for (subject, _, kernels), row in rows.items():
-        by = {m["model"]: m for m in row["models"]}
-        twin = next(name for name in by if name.endswith("twin"))
-        lines += ["", f"{subject}, {row['threads']} threads, after {row['prompt_tokens']} tokens, beside llama.cpp"]
-        lines[-1] += f" ({kernels}; llama-cpp-python {row['llama_cpp_python']};"
-        lines[-1] += f" one thread's matmul: {row['gflops']} GFLOP/s):"
-        lines += ["", "| model | prefill tokens/s | × Q4_0 | × twin | decode tokens/s | × Q4_0 | × twin | MB read a token |"]
-        lines += ["|---" * 8 + "|"]
-        for name, model in by.items():
-            shown = [name]
-            for phase, tokens in (("prefill", row["prompt_tokens"]), ("decode", row["new_tokens"])):
-                rates = sorted(tokens / s for s in model[phase])
-                shown.append(f"{statistics.median(rates):.0f} ({rates[0]:.0f} … {rates[-1]:.0f})")
-                for other in ("llama.cpp Q4_0", twin):
-                    ratio = statistics.median(a / b for a, b in zip(by[other][phase], model[phase], strict=False))
-                    shown.append("–" if other == name else f"{ratio:.2f}")
-            size = model["weight_bytes"]
-            lines.append("| " + " | ".join([*shown, "–" if size is None else f"{size / 1e6:.0f}"]) + " |")
-    return "\n".join(lines) + "\n" if lines else ""
 
 
 def large_shape() -> str:

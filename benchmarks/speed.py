@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ladder import ROWS, code_version, keep, speed
+from ladder import ROWS, code_version, cpu, keep, speed
 from sordino.recipe import load_recipe
 
 SORDINO = str(Path(sys.executable).parent / "sordino")
@@ -53,7 +53,8 @@ def main() -> None:
     args = parser.parse_args()
     for shape in args.shapes:
         for part in args.parts:
-            row = {"part": part, "subject": shape, "version": code_version(), "cores": os.cpu_count(), "gflops": speed()}
+            row = {"part": part, "subject": shape, "version": code_version(), "cores": os.cpu_count()}
+            row |= {"cpu": cpu(), "gflops": speed()}
             row["bench"] = bench(shape, *PARTS[part], args.threads)
             keep(ROWS / "speed.jsonl", row)
             print(shape, part, json.dumps(row["bench"])[:300], flush=True)

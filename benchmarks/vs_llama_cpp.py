@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +25,10 @@ import gguf
 import numpy as np
 import torch
 
-from ladder import ROWS, code_version, keep, speed
-from sordino.measure.shapes import shape, stored
-from sordino.measure.workers import Order, Worker, in_turns
-from sordino.numerics.machine import multiplies_bf16
-from sordino.runtime.kernels import status
-from speed import recipe_file
+from foreign import beside, version_of
+from ladder import ROWS, keep
+from sordino.measure.shapes import shape
 
-OURS = ["W4", "W4A8KV4 static"]
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 
 
@@ -53,83 +47,20 @@ def main() -> None:
         print(json.dumps(row, indent=1), flush=True)
 
 
-class Llama:
-    """A process with a GGUF file."""
-
-    def __init__(self, name: str, python: str, file: Path, threads: int, tokens: tuple[int, int]):
-        self.name = name
-        command = [python, str(WORKER), "serve", str(file), *(str(n) for n in (threads, *tokens))]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-
-    def __enter__(self) -> Llama:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait()
-
-    def ask(self, what: str) -> Any:
-        """What llama_cpp_worker.py answers to "run" or "memory"."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
-        return self.answer()
-
-    def shares(self) -> None:
-        """Not known of this engine."""
-
-    def answer(self) -> Any:
-        """The next line it writes."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name}: the process died")
-        return json.loads(line)
-
-
 def compare(name: str, python: str, threads: int, tokens: tuple[int, int], no_f16: bool) -> dict[str, Any]:
     """One shape: both engines, and transformers in bf16."""
     config = shape(name)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         half, four = Path(folder) / "f16.gguf", Path(folder) / "q4_0.gguf"
         write(half, config)
         subprocess.run([python, str(WORKER), "quantize", str(half), str(four)], check=True, stderr=subprocess.DEVNULL)
-        size = {"llama.cpp F16": half.stat().st_size, "llama.cpp Q4_0": four.stat().st_size}
-        workers: list[Any] = []
-        for subject in OURS:
-            storage = stored(config, str(recipe_file(subject, Path(folder))))
-            workers.append(Worker(Order(subject, json.dumps(config), storage=storage), threads, tokens))
-        twin = "bf16" if multiplies_bf16() else "fp32"
-        workers.append(Worker(Order(f"{twin} twin", json.dumps(config), twin), threads, tokens))
-        for subject, file in (("llama.cpp Q4_0", four), ("llama.cpp F16", half))[: 1 if no_f16 else 2]:
-            workers.append(Llama(subject, python, file, threads, tokens))
-        for worker in workers:
-            stack.enter_context(worker)
-        speeds = in_turns(workers)
-    version = subprocess.run([python, "-c", "import llama_cpp; print(llama_cpp.__version__)"], capture_output=True, text=True)
-    return {
-        "subject": name,
-        "version": code_version(),
-        "cores": os.cpu_count(),
-        "gflops": speed(),
-        "kernels": status(),
-        "threads": threads,
-        "prompt_tokens": tokens[0],
-        "new_tokens": tokens[1],
-        "llama_cpp_python": version.stdout.strip(),
-        "models": [
-            {
-                "model": s.name,
-                "prefill": s.prefill,
-                "decode": s.decode,
-                "peak_memory_bytes": s.peak_memory_bytes,
-                "weight_bytes": size.get(s.name) if s.shares is None else s.shares.weight_bytes,
-            }
-            for s in speeds
-        ],
-    }
+        given = [str(n) for n in (threads, *tokens)]
+        others = {
+            subject: ([python, str(WORKER), "serve", str(file), *given], file.stat().st_size)
+            for subject, file in (("llama.cpp Q4_0", four), ("llama.cpp F16", half))[: 1 if no_f16 else 2]
+        }
+        row = beside(name, config, Path(folder), others, threads, tokens)
+    return row | {"llama_cpp_python": version_of(python, "llama_cpp")}
 
 
 def write(file: Path, config: dict[str, Any]) -> None:
