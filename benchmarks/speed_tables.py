@@ -83,8 +83,8 @@ OTHERS = {
         "vs_openvino.jsonl",
         "OpenVINO int4",
         "openvino",
-        "OpenVINO has symmetric codes of 4 bits in groups of 64, and of 8 in embedding and head; activations and cache are as it\n"
-        "likes best itself.",
+        "OpenVINO has symmetric codes of 4 bits in groups of 64, and of 8 in embedding and head; activations and cache\n"
+        "are as it likes best itself.",
     ),
 }
 
@@ -102,7 +102,7 @@ def beside(engine: str, title: str = "") -> str:
         twin = next(name for name in by if name.endswith("twin"))
         lines += [
             "",
-            f"{subject}, {row['threads']} threads, after {row['prompt_tokens']} tokens, beside {engine} {row[version]}",
+            f"{subject}, {row['threads']} threads, after {row['prompt_tokens']} tokens, beside {engine} {row[version].partition("-")[0]}",
         ]
         lines[-1] += f" ({kernels}; {processor(row)}):"
         of = reference.removeprefix(engine).strip()

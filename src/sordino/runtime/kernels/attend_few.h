@@ -22,21 +22,30 @@ void with_count(int n, Body body) {
   body(std::integral_constant<int, kMost>{});
 }
 
-// What rows of a piece are multiplied with, and what is taken off their codes, as 16 less the zero point.
+// What rows of a piece are multiplied with, and what is taken off their codes, as 16 less the zero point: unit_of() of all of them.
 struct Units {
   alignas(64) float scale[kChunk];
   alignas(64) uint8_t lift[kChunk];
 
   Units(const Span& s, int64_t n, const uint8_t* data, int64_t rows, float times) {
-    for (int64_t i = 0; i < rows; ++i) {
-      float one = 1, zero = 0;
-      if (s.bits != 0) unit_of(s, data + i * s.stride, n, &one, &zero);
-      scale[i] = one * times, lift[i] = static_cast<uint8_t>(16 - static_cast<int>(zero));
+    const int middle = s.bits == 0 ? 0 : 1 << (s.bits - 1);
+    const uint8_t* row = data + code_bytes(n, s.bits);
+    for (int64_t i = 0; i < rows; ++i, row += s.stride) {
+      uint16_t kept = 0;
+      if (s.bits != 0 && !s.fixed) std::memcpy(&kept, row, 2);
+      scale[i] = (s.bits == 0 ? 1 : s.fixed ? s.share : widen(kept)) * times;
+      lift[i] = static_cast<uint8_t>(16 - (s.fixed || s.symmetric ? middle : row[2]));
     }
     const int64_t room = (rows + kLanes - 1) / kLanes * kLanes;
     for (int64_t i = rows; i < room; ++i) scale[i] = 0, lift[i] = kLanes;
   }
 };
+
+// Asks for 64 numbers of bf16 that come later.
+inline void ahead(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead + kBlock, _MM_HINT_T0);
+}
 
 // Rows of bf16.
 struct Numbers {
@@ -50,6 +59,7 @@ struct Numbers {
     alignas(64) uint8_t some[kLanes][2 * kBlock];
     const uint8_t* from = data + i * stride + 2 * at;
     int64_t step = stride;
+    for (int64_t r = 0; r < kLanes; ++r) ahead(from + r * stride);
     if (rows - i < kLanes) {
       for (int64_t r = 0; r < kLanes; ++r) std::memcpy(some[r], from + (i + r < rows ? r : 0) * stride, sizeof some[r]);
       from = some[0], step = sizeof some[0];
@@ -65,6 +75,7 @@ struct Numbers {
   void two(int64_t i, int64_t at, __m512i out[4]) const {
     const uint8_t* from = data + i * stride + 2 * at;
     const __mmask64 there = i + 1 < rows ? ~0ull : 0;
+    ahead(from), ahead(from + stride);
     for (int half = 0; half < 2; ++half, from += kBlock) {
       const __m512i a = _mm512_loadu_si512(from), b = _mm512_maskz_loadu_epi8(there, there ? from + stride : from);
       out[2 * half] = _mm512_permutex2var_epi16(a, zip.low, b);

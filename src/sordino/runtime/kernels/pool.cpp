@@ -41,6 +41,16 @@ inline void pause() {
 #endif
 }
 
+// Waits actively, then lets others have the processor in between.
+template <class Done>
+void wait_until(Done done) {
+  constexpr int kSpins = 1 << 14;
+  for (int spin = 0; !done(); ++spin) {
+    if (spin < kSpins) pause();
+    else std::this_thread::yield();
+  }
+}
+
 // One job after another, for threads that follow them.
 struct Team {
   std::atomic<uint64_t> round{0};       // grows by one a job
@@ -57,7 +67,7 @@ struct Team {
     call();
     job.take(next);
     places.store(0);
-    while (busy.load() != 0) pause();
+    wait_until([&] { return busy.load() == 0; });
   }
 
   // `busy` first, then look whether the job is still open: lead() closes it before it waits for `busy` to be zero.
@@ -117,12 +127,8 @@ struct Crew {
   }
 
   void follow() {
-    constexpr int kSpins = 1 << 14;  // then others may have the processor
     for (uint64_t seen = 0;;) {
-      for (int spin = 0; team.round.load(std::memory_order_acquire) == seen; ++spin) {
-        if (spin < kSpins) pause();
-        else std::this_thread::yield();
-      }
+      wait_until([&] { return team.round.load(std::memory_order_acquire) != seen; });
       seen = team.round.load(std::memory_order_acquire);
       if (over.load()) return;  // set before `round` grew for the last time
       team.join();
