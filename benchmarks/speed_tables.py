@@ -100,10 +100,8 @@ def beside(engine: str, title: str = "") -> str:
     for (subject, _, kernels, _), row in rows.items():
         by = {m["model"]: m for m in row["models"]}
         twin = next(name for name in by if name.endswith("twin"))
-        lines += [
-            "",
-            f"{subject}, {row['threads']} threads, after {row['prompt_tokens']} tokens, beside {engine} {row[version].partition("-")[0]}",
-        ]
+        number = row[version].partition("-")[0]
+        lines += ["", f"{subject}, {row['threads']} threads, after {row['prompt_tokens']} tokens, beside {engine} {number}"]
         lines[-1] += f" ({kernels}; {processor(row)}):"
         of = reference.removeprefix(engine).strip()
         lines += ["", f"| model | prefill tokens/s | × {of} | × twin | decode tokens/s | × {of} | × twin | MB read a token |"]
