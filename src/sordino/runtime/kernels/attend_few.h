@@ -10,8 +10,8 @@ namespace sordino {
 namespace {
 
 constexpr int kFew = 8;   // queries that are faster so
+constexpr int kLift = 16;  // middle of the table of numbers
 constexpr int kPass = 4;  // of them that values are decoded for at once: 4 registers each
-constexpr int kLanes = 16;
 
 // body(n) with n as a constant, 1 <= n <= kMost.
 template <int kMost, class Body>
@@ -22,7 +22,7 @@ void with_count(int n, Body body) {
   body(std::integral_constant<int, kMost>{});
 }
 
-// What rows of a piece are multiplied with, and what is taken off their codes, as 16 less the zero point: unit_of() of all of them.
+// What rows of a piece are multiplied with, and what is taken off their codes, as kLift less the zero point: unit_of() of all of them.
 struct Units {
   alignas(64) float scale[kChunk];
   alignas(64) uint8_t lift[kChunk];
@@ -34,10 +34,10 @@ struct Units {
       uint16_t kept = 0;
       if (s.bits != 0 && !s.fixed) std::memcpy(&kept, row, 2);
       scale[i] = (s.bits == 0 ? 1 : s.fixed ? s.share : widen(kept)) * times;
-      lift[i] = static_cast<uint8_t>(16 - (s.fixed || s.symmetric ? middle : row[2]));
+      lift[i] = static_cast<uint8_t>(kLift - (s.fixed || s.symmetric ? middle : row[2]));
     }
-    const int64_t room = (rows + kLanes - 1) / kLanes * kLanes;
-    for (int64_t i = rows; i < room; ++i) scale[i] = 0, lift[i] = kLanes;
+    const int64_t room = (rows + kSide - 1) / kSide * kSide;
+    for (int64_t i = rows; i < room; ++i) scale[i] = 0, lift[i] = kLift;
   }
 };
 
@@ -56,18 +56,18 @@ struct Numbers {
   // use(p, entries at + 2p and at + 2p + 1 of rows i … i + 16), p < 32; behind the last row, any.
   template <class Use>
   void pairs(int64_t i, int64_t at, Use use) const {
-    alignas(64) uint8_t some[kLanes][2 * kBlock];
+    alignas(64) uint8_t some[kSide][2 * kBlock];
     const uint8_t* from = data + i * stride + 2 * at;
     int64_t step = stride;
-    for (int64_t r = 0; r < kLanes; ++r) ahead(from + r * stride);
-    if (rows - i < kLanes) {
-      for (int64_t r = 0; r < kLanes; ++r) std::memcpy(some[r], from + (i + r < rows ? r : 0) * stride, sizeof some[r]);
+    for (int64_t r = 0; r < kSide; ++r) ahead(from + r * stride);
+    if (rows - i < kSide) {
+      for (int64_t r = 0; r < kSide; ++r) std::memcpy(some[r], from + (i + r < rows ? r : 0) * stride, sizeof some[r]);
       from = some[0], step = sizeof some[0];
     }
-    alignas(64) int8_t tile[kLanes * kBlock];
+    alignas(64) int8_t tile[kSide * kBlock];
     for (int half = 0; half < 2; ++half) {
       transpose(reinterpret_cast<const int8_t*>(from) + half * kBlock, step, tile);
-      for (int p = 0; p < kLanes; ++p) use(half * kLanes + p, _mm512_load_si512(tile + p * kBlock));
+      for (int p = 0; p < kSide; ++p) use(half * kSide + p, _mm512_load_si512(tile + p * kBlock));
     }
   }
 
@@ -97,7 +97,7 @@ struct Codes {
   Codes(const Span& s, const uint8_t* first_row, int64_t n, const uint8_t* lifts)
       : data(first_row), stride(s.stride), rows(n), lift(lifts), bits(s.bits), block(static_cast<__mmask32>(first(8 * bits))), unpack(bits) {
     alignas(64) uint8_t at[64], from[4][64], together[4][64];
-    alignas(64) uint16_t numbers[32];
+    alignas(64) uint16_t numbers[2 * kLift];
     for (int i = 0; i < 64; ++i) {
       at[i] = static_cast<uint8_t>(i / 32 * 32 + (i % 32 / 4 * bits + i % 4) % 32);  // a unit of eight codes in 32 bits
       for (int m = 0; m < 4; ++m) {
@@ -105,7 +105,7 @@ struct Codes {
         together[m][i] = static_cast<uint8_t>(i / 2 % 2 * 64 + 16 * m + i / 4);
       }
     }
-    for (int i = 0; i < 32; ++i) numbers[i] = narrow(static_cast<float>(i - 16));
+    for (int i = 0; i < 2 * kLift; ++i) numbers[i] = narrow(static_cast<float>(i - kLift));
     units = _mm512_load_si512(at), table = _mm512_load_si512(numbers);
     for (int m = 0; m < 4; ++m) fields[m] = _mm512_load_si512(from[m]), mix[m] = _mm512_load_si512(together[m]);
     mask = _mm512_set1_epi16(static_cast<int16_t>((1 << bits) - 1));
@@ -156,7 +156,7 @@ struct Codes {
   }
 
   void two(int64_t i, int64_t at, __m512i out[4]) const {
-    const __m512i a = lifted_codes(i, at), b = i + 1 < rows ? lifted_codes(i + 1, at) : _mm512_set1_epi8(kLanes);
+    const __m512i a = lifted_codes(i, at), b = i + 1 < rows ? lifted_codes(i + 1, at) : _mm512_set1_epi8(kLift);
     for (int k = 0; k < 4; ++k) out[k] = _mm512_permutexvar_epi16(_mm512_permutex2var_epi8(a, mix[k], b), table);
   }
 };
@@ -183,7 +183,7 @@ __m512bh for_all(const uint16_t* pair) {
 // Scores [kQ][kChunk] of queries [kQ, n] and rows.
 template <int kQ, class Source>
 void scores_of_few(const Source& keys, const uint16_t* query, int64_t n, const float* scale, float (*scores)[kChunk]) {
-  for (int64_t i = 0; i < keys.rows; i += kLanes) {
+  for (int64_t i = 0; i < keys.rows; i += kSide) {
     __m512 sums[kQ];
     for (__m512& s : sums) s = _mm512_setzero_ps();
     for (int64_t at = 0; at < n; at += kBlock) {
@@ -200,14 +200,14 @@ void scores_of_few(const Source& keys, const uint16_t* query, int64_t n, const f
 void weights_of(float* scores, int64_t sees, int64_t rows, const float* scale, uint16_t* weights, float* out) {
   const __m512 nothing = _mm512_set1_ps(-INFINITY);
   __m512 most = nothing;
-  for (int64_t i = 0; i < rows; i += kLanes) {
+  for (int64_t i = 0; i < rows; i += kSide) {
     const __m512 x = _mm512_mask_mov_ps(nothing, static_cast<__mmask16>(first(sees - i)), _mm512_load_ps(scores + i));
     _mm512_store_ps(scores + i, x);
     most = _mm512_max_ps(x, most);
   }
   const float largest = _mm512_reduce_max_ps(most);
   const __m512 base = _mm512_set1_ps(largest == -INFINITY ? 0.0f : largest);
-  for (int64_t i = 0; i < rows; i += kLanes) {
+  for (int64_t i = 0; i < rows; i += kSide) {
     const __m512 weight = exp2_of(_mm512_sub_ps(_mm512_load_ps(scores + i), base));
     _mm512_store_ps(scores + i, weight);
     const __m512 scaled = _mm512_mul_ps(weight, _mm512_load_ps(scale + i));

@@ -138,6 +138,7 @@ void product_rows(const Linear& w, const Arranged& x, const Bytes& unpack, int64
   const int64_t blocks = kBlocks > 0 ? kBlocks : padded(w.group) / kBlock;
   const char* part = static_cast<const char*>(x.values);
   const uint8_t* row = w.codes + o * bytes;
+  const int64_t ahead = w.bits > 4 ? light_ahead : kAhead;
   __m512 sums[R][M];  // of its own, not in `out`: the compiler could not keep that in registers
   for (auto& of_row : sums)
     for (__m512& s : of_row) s = _mm512_setzero_ps();
@@ -169,7 +170,7 @@ void product_rows(const Linear& w, const Arranged& x, const Bytes& unpack, int64
       const auto block = [&](__m512i (&to)[R][M][kDigits]) {
         for (int r = 0; r < R; ++r) {
           const uint8_t* p = row + r * bytes + at;
-          _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(p) + ahead, _MM_HINT_T0);
           const __m512i code = unpack.at<kLoad>(p, bytes - at);
           for (int m = 0; m < M; ++m)
             for (int d = 0; d < kDigits; ++d) {
@@ -333,7 +334,7 @@ void integer_row(const Linear& w, const int8_t* x, int64_t stride, const Bytes& 
     for (__m512i& s : of_split) s = _mm512_setzero_si512();
   int64_t i = 0, at = 0;
   const auto block = [&](__m512i (&to)[M]) {
-    _mm_prefetch(reinterpret_cast<const char*>(row + at) + kAhead, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(row + at) + light_ahead, _MM_HINT_T0);
     const __m512i code = unpack.at<kLoad>(row + at, bytes - at);
     for (int m = 0; m < M; ++m) to[m] = _mm512_dpbusd_epi32(to[m], code, _mm512_loadu_si512(x + m * stride + i));
     i += kBlock, at += unpack.size;

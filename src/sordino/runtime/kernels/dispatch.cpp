@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 
-#ifdef SORDINO_AMX
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
@@ -14,6 +14,20 @@
 
 namespace sordino {
 namespace {
+
+// Zen 4, AMD's only family 25 with AVX-512, reads weights of integer products and heads of 8 bits a tenth to a fifth faster when nothing is
+// asked for ahead; products that take longer than memory (floating activations, 4 bits) lose as much.
+int64_t best_ahead() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAuth = 0x68747541;  // "Auth"enticAMD
+  if (__get_cpuid(0, &a, &b, &c, &d) && b == kAuth && __get_cpuid(1, &a, &b, &c, &d)) {
+    const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
+    if (family == 25) return 0;
+  }
+#endif
+  return kAhead;
+}
 
 std::atomic<const Kernels*> chosen{&kPortable};
 
@@ -58,6 +72,8 @@ void integer_product(const Kernels& k, const Linear& w, const int8_t* codes, int
 }
 
 }  // namespace
+
+int64_t light_ahead = best_ahead();
 
 const Kernels& in_use() { return *chosen.load(); }
 

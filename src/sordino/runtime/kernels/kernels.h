@@ -36,7 +36,8 @@ constexpr int kMaxPlanes = 4;    // bits of an additive code
 constexpr int64_t kBlock = 64;   // inputs that a vector unit handles at once; activations are padded to it
 
 constexpr int64_t kShort = 512;  // bytes of a weight's row: several of them still are one place in memory
-constexpr int kAhead = 4096;     // bytes of a weight that are asked for ahead: the processor's own prefetching ends at every page
+constexpr int kAhead = 4096;     // bytes that are asked for ahead: the processor's own prefetching ends at every page
+extern int64_t light_ahead;      // the same with AVX-512 where there is little to do but to wait for memory (dispatch.cpp)
 
 inline int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 
