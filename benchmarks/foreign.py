@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,6 +19,17 @@ from sordino.runtime.kernels import status
 from speed import recipe_file
 
 OURS = ["W4", "W4A8KV4 static"]
+
+
+def making_parser(description: str, needed: str) -> argparse.ArgumentParser:
+    """Arguments of a comparison with an engine that is a module under another interpreter."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", required=True, help=f"an interpreter that has {needed}")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shapes", nargs="*", default=["smollm2-135m", "llama-3.2-1b"])
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    return parser
 
 
 class Foreign:

@@ -29,10 +29,8 @@ def main() -> None:
 
 
 def export(source: str, target: str, group: int) -> None:
-    from optimum.intel import (
-        OVModelForCausalLM,
-        OVWeightQuantizationConfig,
-    )  # slow to import, and the measured process needs none of it
+    # Slow to import, and the measured process needs none of it.
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
     # Codes of 4 bits in every linear, of 8 in the embedding and the head, which is OpenVINO's own default.
     how = OVWeightQuantizationConfig(bits=4, sym=True, group_size=group, ratio=1.0)

@@ -14,7 +14,6 @@ goes to benchmarks/rows/vs_llama_cpp.jsonl; `python benchmarks/render.py` shows 
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
@@ -25,7 +24,7 @@ import gguf
 import numpy as np
 import torch
 
-from foreign import beside, version_of
+from foreign import beside, making_parser, version_of
 from ladder import ROWS, keep
 from sordino.measure.shapes import shape
 
@@ -33,12 +32,7 @@ WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", required=True, help="an interpreter that has llama-cpp-python")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--shapes", nargs="*", default=["smollm2-135m", "llama-3.2-1b"])
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser = making_parser(__doc__ or "", "llama-cpp-python")
     parser.add_argument("--no-f16", action="store_true", help="leave llama.cpp in F16 out, which takes longest")
     args = parser.parse_args()
     for name in args.shapes:

@@ -13,7 +13,6 @@ row a shape goes to benchmarks/rows/vs_openvino.jsonl; `python benchmarks/render
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 
-from foreign import beside, version_of
+from foreign import beside, making_parser, version_of
 from ladder import ROWS, keep
 from sordino.measure.shapes import config_of, shape
 
@@ -32,13 +31,7 @@ NAME, GROUP = "OpenVINO int4", 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", required=True, help="an interpreter that has optimum-intel[openvino]")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--shapes", nargs="*", default=["smollm2-135m", "llama-3.2-1b"])
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    args = parser.parse_args()
+    args = making_parser(__doc__ or "", "optimum-intel[openvino]").parse_args()
     for name in args.shapes:
         row = compare(name, args.python, args.threads, (args.prompt_tokens, args.new_tokens))
         keep(ROWS / "vs_openvino.jsonl", row)

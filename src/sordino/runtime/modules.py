@@ -332,7 +332,7 @@ class QuantEmbedding(_Packed):
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of the table, [..., D] in the model's dtype."""
         flat = ids.reshape(-1)
-        values = self.weight_packed[flat].view(torch.uint8)[:, : self.embedding_dim].to(self.dtype) - 128
+        values = unpack(self.weight_packed[flat], 8, self.embedding_dim).to(self.dtype) - 128
         return (values * self.weight_scale[flat].to(self.dtype)).view(*ids.shape, -1)
 
     def extra_repr(self) -> str:

@@ -2,8 +2,6 @@
 //
 // Codes are multiplied as they are: q · (c - z) s = s (q · c - z Σq), and Σ w s (c - z) = Σ (w s) c - Σ (w s) z. Up to six queries share what
 // is decoded of a key head's row.
-#include <type_traits>
-
 #include "attend_few.h"
 #include "block.h"
 #include "reader512.h"
@@ -115,23 +113,6 @@ void add_values(const Reader& values, int64_t n, int64_t at, int64_t rows, const
     }
 }
 
-// body(number of queries, first one) for some of them at once, as even as can be.
-template <class Body>
-void over_queries(int count, Body body) {
-  for (int left = count, passes = (count + kQueries - 1) / kQueries; left > 0; --passes) {
-    const int now = (left + passes - 1) / passes, h = count - left;
-    switch (now) {
-      case 1: body(std::integral_constant<int, 1>{}, h); break;
-      case 2: body(std::integral_constant<int, 2>{}, h); break;
-      case 3: body(std::integral_constant<int, 3>{}, h); break;
-      case 4: body(std::integral_constant<int, 4>{}, h); break;
-      case 5: body(std::integral_constant<int, 5>{}, h); break;
-      default: body(std::integral_constant<int, kQueries>{}, h);
-    }
-    left -= now;
-  }
-}
-
 void attend512(const float* query, int count, int64_t n, float scaling, const Span& keys, const Span& values, int64_t begin,
                int64_t end, const int64_t* ends, float* out) {
   if (n % kBlock != 0) return attend_to(query, count, n, scaling, keys, values, begin, end, ends, out);
@@ -144,12 +125,12 @@ void attend512(const float* query, int count, int64_t n, float scaling, const Sp
   for (int64_t from = begin; from < end; from += kTogether) {
     const int64_t some = end - from < kTogether ? end - from : kTogether;
     key.begin(from, some);
-    over_queries(count, [&](auto now, int h) { scores_of<now()>(query + h * n, n, key, some, scores + h); });
+    over_queries<kQueries>(count, [&](auto now, int h) { scores_of<now()>(query + h * n, n, key, some, scores + h); });
     renew_all(renew512, scores, count, from, some, ends, n, out);
     value.begin(from, some);
     for (int h = 0; h < count; ++h) zeros[h] = scale_weights(value, some, scores[h]);
     for (int64_t at = 0; at < n; at += kBlock) {
-      over_queries(count, [&](auto now, int h) { add_values<now()>(value, n, at, some, scores + h, zeros + h, out + h * (n + 2) + 2); });
+      over_queries<kQueries>(count, [&](auto now, int h) { add_values<now()>(value, n, at, some, scores + h, zeros + h, out + h * (n + 2) + 2); });
     }
   }
 }

@@ -4,14 +4,16 @@
 // Scores: sixteen rows lie side by side, one a lane. Values: entries lie side by side. Codes of up to 4 bits become numbers of bf16, less
 // their zero point, by a look into a table, straight from the stored bits.
 #pragma once
+#include <type_traits>
+
 #include "attend_half.h"
 
 namespace sordino {
 namespace {
 
-constexpr int kFew = 8;   // queries that are faster so
+constexpr int kFew = 8;    // queries that are faster so
+constexpr int kPass = 4;   // of them that values are decoded for at once: 4 registers each
 constexpr int kLift = 16;  // middle of the table of numbers
-constexpr int kPass = 4;  // of them that values are decoded for at once: 4 registers each
 
 // body(n) with n as a constant, 1 <= n <= kMost.
 template <int kMost, class Body>
@@ -22,19 +24,26 @@ void with_count(int n, Body body) {
   body(std::integral_constant<int, kMost>{});
 }
 
-// What rows of a piece are multiplied with, and what is taken off their codes, as kLift less the zero point: unit_of() of all of them.
+// body(number of queries, first one) for up to kMost of them at once, as even as can be.
+template <int kMost, class Body>
+void over_queries(int count, Body body) {
+  for (int left = count, passes = (count + kMost - 1) / kMost; left > 0; --passes) {
+    const int now = (left + passes - 1) / passes, h = count - left;
+    with_count<kMost>(now, [&](auto some) { body(some, h); });
+    left -= now;
+  }
+}
+
+// What rows of a piece are multiplied with, and what is taken off their codes, as kLift less the zero point.
 struct Units {
   alignas(64) float scale[kChunk];
   alignas(64) uint8_t lift[kChunk];
 
   Units(const Span& s, int64_t n, const uint8_t* data, int64_t rows, float times) {
-    const int middle = s.bits == 0 ? 0 : 1 << (s.bits - 1);
-    const uint8_t* row = data + code_bytes(n, s.bits);
-    for (int64_t i = 0; i < rows; ++i, row += s.stride) {
-      uint16_t kept = 0;
-      if (s.bits != 0 && !s.fixed) std::memcpy(&kept, row, 2);
-      scale[i] = (s.bits == 0 ? 1 : s.fixed ? s.share : widen(kept)) * times;
-      lift[i] = static_cast<uint8_t>(kLift - (s.fixed || s.symmetric ? middle : row[2]));
+    for (int64_t i = 0; i < rows; ++i) {
+      float one = 1, zero = 0;
+      if (s.bits != 0) unit_of(s, data + i * s.stride, n, &one, &zero);
+      scale[i] = one * times, lift[i] = static_cast<uint8_t>(kLift - static_cast<int>(zero));
     }
     const int64_t room = (rows + kSide - 1) / kSide * kSide;
     for (int64_t i = rows; i < room; ++i) scale[i] = 0, lift[i] = kLift;
@@ -173,13 +182,6 @@ void with_rows(const Span& s, int64_t begin, int64_t rows, int64_t n, const Unit
   body(Numbers{reinterpret_cast<const uint8_t*>(d.plain), 2 * n, rows});
 }
 
-// A pair of numbers for all lanes.
-__m512bh for_all(const uint16_t* pair) {
-  int both;
-  std::memcpy(&both, pair, 4);
-  return (__m512bh)_mm512_set1_epi32(both);
-}
-
 // Scores [kQ][kChunk] of queries [kQ, n] and rows.
 template <int kQ, class Source>
 void scores_of_few(const Source& keys, const uint16_t* query, int64_t n, const float* scale, float (*scores)[kChunk]) {
@@ -188,7 +190,7 @@ void scores_of_few(const Source& keys, const uint16_t* query, int64_t n, const f
     for (__m512& s : sums) s = _mm512_setzero_ps();
     for (int64_t at = 0; at < n; at += kBlock) {
       keys.pairs(i, at, [&](int p, __m512i pair) {
-        for (int h = 0; h < kQ; ++h) sums[h] = _mm512_dpbf16_ps(sums[h], (__m512bh)pair, for_all(query + h * n + at + 2 * p));
+        for (int h = 0; h < kQ; ++h) sums[h] = _mm512_dpbf16_ps(sums[h], (__m512bh)pair, (__m512bh)Dots::all(query + h * n + at + 2 * p));
       });
     }
     for (int h = 0; h < kQ; ++h) _mm512_store_ps(scores[h] + i, _mm512_mul_ps(sums[h], _mm512_load_ps(scale + i)));
@@ -215,7 +217,7 @@ void weights_of(float* scores, int64_t sees, int64_t rows, const float* scale, u
   }
   float sum = 0;
   for (int64_t i = 0; i < rows; i += 2) sum += scores[i] + scores[i + 1];
-  out[0] = largest * 0.693147180559945f, out[1] = sum;
+  out[0] = largest * kOctave, out[1] = sum;
 }
 
 // Adds up weights times rows: out [kQ, n + 2].
@@ -229,7 +231,7 @@ void weigh_few(const Source& values, const uint16_t (*weights)[kChunk], int64_t 
       __m512i x[4];
       values.two(i, at, x);
       for (int h = 0; h < kQ; ++h) {
-        const __m512bh weight = for_all(weights[h] + i);
+        const __m512bh weight = (__m512bh)Dots::all(weights[h] + i);
         for (int k = 0; k < 4; ++k) sums[h][k] = _mm512_dpbf16_ps(sums[h][k], weight, (__m512bh)x[k]);
       }
     }
@@ -241,25 +243,19 @@ void weigh_few(const Source& values, const uint16_t (*weights)[kChunk], int64_t 
 // As attend_half(), for count <= kFew.
 void attend_few(const float* query, int count, int64_t n, float scaling, const Span& keys, const Span& values, int64_t begin,
                 int64_t end, const int64_t* ends, float* out) {
-  int64_t rows = 0, sees[kFew];
-  for (int h = 0; h < count; ++h) {
-    sees[h] = (ends == nullptr || ends[h] > end ? end : ends[h]) - begin;
-    if (sees[h] < 0) sees[h] = 0;
-    rows = sees[h] > rows ? sees[h] : rows;
-  }
+  int64_t sees[kFew];
+  const int64_t rows = rows_seen(ends, count, begin, end, sees);
   alignas(64) uint16_t half[kFew * kMaxSize], weights[kFew][kChunk];
   alignas(64) float scores[kFew][kChunk];
   for (int64_t i = 0; i < count * n; i += 32) put32(half + i, _mm512_loadu_ps(query + i), _mm512_loadu_ps(query + i + 16));
-  const Units key(keys, n, keys.data + begin * keys.stride, rows, scaling * 1.44269504088896341f);  // so that 2^score is exp(score)
+  const Units key(keys, n, keys.data + begin * keys.stride, rows, scaling * kOctaves);  // so that 2^score is exp(score)
   const Units value(values, n, values.data + begin * values.stride, rows, 1);
   with_rows(keys, begin, rows, n, key, [&](const auto& source) {
     with_count<kFew>(count, [&](auto q) { scores_of_few<q()>(source, half, n, key.scale, scores); });
   });
   for (int h = 0; h < count; ++h) weights_of(scores[h], sees[h], rows, value.scale, weights[h], out + h * (n + 2));
   with_rows(values, begin, rows, n, value, [&](const auto& source) {
-    for (int h = 0; h < count; h += kPass) {
-      with_count<kPass>(count - h < kPass ? count - h : kPass, [&](auto q) { weigh_few<q()>(source, weights + h, n, out + h * (n + 2) + 2); });
-    }
+    over_queries<kPass>(count, [&](auto q, int h) { weigh_few<q()>(source, weights + h, n, out + h * (n + 2) + 2); });
   });
 }
 

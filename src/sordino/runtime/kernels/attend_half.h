@@ -20,6 +20,8 @@ constexpr int64_t kPairs = kSide * 2 * kSide;  // numbers of a tile: 16 rows of 
 // 2^r for |r| <= 1/2, to 2e-7; from a weighted fit of ours, less the constant term, 1.
 constexpr float kExp2[] = {1.32765e-3f, 9.67554e-3f, 5.550713e-2f, 2.402212e-1f, 6.9314697e-1f};
 
+constexpr float kOctaves = 1.44269504088896341f, kOctave = 0.693147180559945f;  // of e; ln 2
+
 // 2^x for x <= 0, and 0 below 2^-80: what the scales make of less is no normal number, and slow. NaN stays.
 __m512 exp2_of(__m512 x) {
   const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-80), _CMP_NLT_UQ);
@@ -156,7 +158,7 @@ struct Half {
     }
     Products::weigh(d.weights, blocks, n, d.values, count, d.sums);
     alignas(64) float largest[kSide], total[kSide];
-    _mm512_store_ps(largest, _mm512_mul_ps(most, _mm512_set1_ps(0.693147180559945f)));
+    _mm512_store_ps(largest, _mm512_mul_ps(most, _mm512_set1_ps(kOctave)));
     _mm512_store_ps(total, sum);
     for (int h = 0; h < count; ++h) {
       float* mine = out + h * (n + 2);
@@ -166,19 +168,26 @@ struct Half {
   }
 };
 
-template <class Products>
-void attend_half(const float* query, int count, int64_t n, float scaling, const Span& keys, const Span& values, int64_t begin,
-                 int64_t end, const int64_t* ends, float* out) {
-  int64_t rows = 0, sees[kMaxQueries];
+// How many of the rows begin … end every query sees; returns the most.
+int64_t rows_seen(const int64_t* ends, int count, int64_t begin, int64_t end, int64_t* sees) {
+  int64_t most = 0;
   for (int h = 0; h < count; ++h) {
     sees[h] = (ends == nullptr || ends[h] > end ? end : ends[h]) - begin;
     if (sees[h] < 0) sees[h] = 0;
-    rows = sees[h] > rows ? sees[h] : rows;
+    most = sees[h] > most ? sees[h] : most;
   }
+  return most;
+}
+
+template <class Products>
+void attend_half(const float* query, int count, int64_t n, float scaling, const Span& keys, const Span& values, int64_t begin,
+                 int64_t end, const int64_t* ends, float* out) {
+  int64_t sees[kMaxQueries];
+  const int64_t rows = rows_seen(ends, count, begin, end, sees);
   const int64_t room = (rows + 31) / 32 * 32;
   const Half<Products> half{{}, desk_of(n), n};
   const Desk& d = half.d;
-  Reader key(keys, n, scaling * 1.44269504088896341f), value(values, n, 1);  // so that 2^score is exp(score)
+  Reader key(keys, n, scaling * kOctaves), value(values, n, 1);  // so that 2^score is exp(score)
   gather(key, begin, rows, room, d.keys, d.key_scale);
   gather(value, begin, rows, room, d.plain, d.value_scale);
   pair_up(half.zip, d.plain, room, n, d.values);
