@@ -25,7 +25,7 @@ from sordino.runtime.kernels import library
 pytestmark = needs_kernels
 PROMPT, NEW = 12, 14
 
-wholes: list[int] = []  # an entry for every layer that went through layers.py
+wholes: list[int] = []  # an entry for every layer that took many tokens: in layers.py, or one of several in one call
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -45,6 +45,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def sordino_glu(self, *args: Any) -> int:
             wholes.append(1)
             return int(native.sordino_glu(*args))
+
+        def sordino_prompt(self, *args: Any) -> int:
+            done = int(native.sordino_prompt(*args))
+            wholes.extend([2] * args[2] if done == 0 else [])
+            return done
 
     monkeypatch.setattr(library._State, "library", Counting())
     return seen
@@ -185,6 +190,38 @@ def test_prompts(recipe: str, family: str, tmp_path: Path, calls: list[int]) -> 
         # A sum in another order may let a code at a tie fall the other way. What padding sees is nobody's business.
         assert float(apart(a, b).median()) <= 1e-5 and (len(a) == 1 or float(apart(a[1:], b[1:]).max()) <= 5e-2)
     assert len(wholes) == 2 * 5
+
+
+@every_level
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("recipe", ["static, prefix, R3, R4", "dynamic, prefix, R3, R4"])
+def test_one_call_for_a_prompt_is_bit_equal(
+    recipe: str, family: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To layer after layer: several texts, padded, behind others, longer than what goes through the layers at once."""
+    exact = quantized(tmp_path, *RECIPES[recipe], family=family)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
+    ids = torch.randint(2, 300, (3, 700), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with kernels.using(level):
+        counted(monkeypatch)
+        for model in (exact, half):
+            outs = []
+            for one in (True, False):
+                wholes.clear()
+                with monkeypatch.context() as patched:
+                    if not one:
+                        patched.setattr(block, "_prompt", lambda *_: None)
+                    first = model(ids[:, :600], attention_mask=mask[:, :600], use_cache=True)
+                    more = model(ids[:, 600:], attention_mask=mask, past_key_values=first.past_key_values)
+                    alone = model(ids[:1, :9], use_cache=False)
+                # The portable kernels leave products of many rows to torch.
+                assert wholes == [2] * 6 if one and level != "portable" else wholes == [1] * 6
+                held = [x for layer in more.past_key_values.layers for x in (layer.keys, layer.values)]
+                outs.append([first.logits, more.logits, alone.logits, *held])
+            assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
 
 
 @torch.no_grad()

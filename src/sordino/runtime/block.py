@@ -3,7 +3,8 @@
 It looks whether everything is as the kernels know it (known.py): no hook of anybody else's, nothing asked but the last hidden
 state. While text is being decoded (one new token of a few texts, a cache that grows) all layers are one native call: norms,
 linears, rotary embedding, R3, R4, the rounding of inputs, the cache's new rows and attention over them, the prefix included
-(kernels/block.h); embedding, rotary angles and the final norm stay torch's. Prompts and larger batches go through layers.py.
+(kernels/block.h); embedding, rotary angles and the final norm stay torch's. So are prompts and larger batches where all linears
+multiply codes with codes and the cache is packed; others go through layers.py.
 Everything else takes transformers' own forward. All round at the same places.
 
 The layers are looked at when the first token of a text is decoded, since that takes longer than the token's products: what is
@@ -92,7 +93,10 @@ def _forward(
     if ids.shape[1] == 1 and ids.shape[0] <= FEW_TEXTS and use_cache and seen is not None:
         out = _step(decoder, ids, position_ids, cache, seen)
     if out is None:
-        out = _whole(decoder, ids, attention_mask, position_ids, cache, seen)
+        known = _known(decoder)
+        out = None if seen is None else _prompt(decoder, known, ids, position_ids, cache, seen)
+        if out is None:
+            out = _whole(decoder, known, ids, attention_mask, position_ids, cache, seen)
     return None if out is None else BaseModelOutputWithPast(last_hidden_state=decoder.norm(out), past_key_values=cache)
 
 
@@ -140,9 +144,42 @@ def _step(decoder: Any, ids: Tensor, position_ids: Tensor | None, cache: Any, se
     return out
 
 
-def _whole(decoder: Any, ids: Tensor, mask: Any, position_ids: Tensor | None, cache: Any, seen: _Seen | None) -> Tensor | None:
+def _prompt(decoder: Any, known: Known, ids: Tensor, position_ids: Tensor | None, cache: Any, seen: _Seen) -> Tensor | None:
+    """What one call makes of many tokens, where linears multiply codes with codes and the cache holds codes; else None."""
+    native = library.active()
+    cache = DynamicCache(config=decoder.config) if cache is None else cache
+    past, length = cache.get_seq_length(), cache.get_seq_length() + ids.shape[1]
+    if native is None or known.blocks is None or not (known.packed and known.rounded) or known.window is not None:
+        return None
+    if ids.numel() == 0 or not seen.fits(len(ids), length) or not _fast(known, length, ids.shape[1]):
+        return None
+    places = torch.arange(past, length)[None] if position_ids is None else position_ids
+    embedded = known.embed(decoder, ids, places)
+    held = None if embedded is None else known.enter(decoder, cache, *ids.shape)
+    if embedded is None or held is None:
+        return None
+    x, cos, sin = embedded
+    out = torch.empty_like(x)
+    done = native.sordino_prompt(
+        known.blocks, held, len(held), x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), int(cos.shape[0] == 1),
+        seen.address(), *ids.shape, torch.get_num_threads(),
+    )  # fmt: skip
+    if done != 0:
+        return None
+    for layer in cache.layers:
+        layer.length += ids.shape[1]
+    return out
+
+
+def _fast(known: Known, length: int, tokens: int) -> bool:
+    """Whether the kernels' attention over so many rows is faster than torch's."""
+    return length <= LONG or tokens == 1 or known.dtype == torch.float32 or library.multiplies_bf16(known.size)
+
+
+def _whole(
+    decoder: Any, known: Known, ids: Tensor, mask: Any, position_ids: Tensor | None, cache: Any, seen: _Seen | None
+) -> Tensor | None:
     """What layers.py makes of any tokens; None if a layer is not what it knows."""
-    known = _known(decoder)
     if known.norms is None or known.window is not None or ids.numel() == 0:
         return None
     past = 0 if cache is None else cache.get_seq_length()
@@ -152,8 +189,8 @@ def _whole(decoder: Any, ids: Tensor, mask: Any, position_ids: Tensor | None, ca
         return None
     x, cos, sin = embedded
     length = past + ids.shape[1]
-    fast = length <= LONG or ids.shape[1] == 1 or x.dtype == torch.float32 or library.multiplies_bf16(known.size)
-    if known.attentions is not None and seen is not None and seen.fits(len(ids), length) and fast:
+    fits = seen is not None and seen.fits(len(ids), length) and _fast(known, length, ids.shape[1])
+    if known.attentions is not None and seen is not None and fits:
         if cache is None and known.packed:
             cache = DynamicCache(config=decoder.config)  # keys and values are rounded on their way in
         attend = layers.by_rows(known.attentions, seen.first, cache)

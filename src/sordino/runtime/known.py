@@ -10,6 +10,7 @@ from transformers.activations import SiLUActivation
 
 from sordino.numerics.hadamard import rotation
 from sordino.runtime.attention import KEY_MEAN, KEY_SCALE, OWN_HOOKS, VALUE_SCALE, does_all_of
+from sordino.runtime.cache import enter
 from sordino.runtime.inputs import OrderInput, RotateInput
 from sordino.runtime.kernels import library
 from sordino.runtime.kernels.linear import TYPES, able
@@ -34,6 +35,7 @@ class Known:
         norms: of every layer; None if one of them is more than its family's, so that transformers has to run it.
         attentions: of every layer, what the kernels have to know of its attention; None if they cannot do one of them.
         blocks: every layer for the one call; None if it cannot take one of them.
+        rounded: whether all linears round their inputs.
     """
 
     def __init__(self, decoder: Any):
@@ -53,10 +55,12 @@ class Known:
         usual = usual and does_all_of(self._attention, [layer.self_attn for layer in layers])
         self.norms = [_norms(layer) for layer in layers] if usual else None
         self.size: int = layers[0].self_attn.head_dim
+        self.key_heads: int = decoder.config.num_key_value_heads
         self.packed = getattr(layers[0].self_attn, "kv_grid", None) is not None
         usual = usual and all((getattr(x.self_attn, "kv_grid", None) is not None) == self.packed for x in layers)
         self.attentions = _all([_attention(layer.self_attn, self.dtype) for layer in layers] if usual else [None])
         self.blocks = _all([_describe(layer, self.dtype) for layer in layers] if self.attentions else [None])
+        self.rounded = self.blocks is not None and all(x.inputs is not None for layer in layers for x in _parts(layer)[0])
         self.window: int | None = getattr(decoder.config, "sliding_window", None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -85,6 +89,27 @@ class Known:
         if cos.ndim != 3 or cos.shape[0] not in (1, len(ids)) or cos.shape[1:] != (ids.shape[1], self.size):
             return None
         return x.contiguous(), cos.contiguous(), sin.contiguous()
+
+    def enter(self, decoder: Any, cache: Any, texts: int, tokens: int) -> Any:
+        """Where the packed rows of a cache are, with room for so many more; None if a layer is not what the kernels know.
+
+        Raises:
+            InputError: if the cache already holds plain keys and values, or another checkpoint's.
+        """
+        for layer in decoder.layers:
+            enter(layer.self_attn, (), {"past_key_values": cache})
+        if len(cache.layers) != len(decoder.layers):
+            return None
+        empty = torch.empty((texts, self.key_heads, 0, self.size), dtype=self.dtype)
+        for layer in cache.layers:
+            if not layer.is_initialized:
+                layer.lazy_initialization(empty, empty)
+        rooms = [layer.make_room(tokens) for layer in cache.layers]
+        length = cache.layers[0].length
+        for layer, (keys, _) in zip(cache.layers, rooms, strict=True):
+            if layer.length != length or keys.shape[0] != texts or layer.dtype != self.dtype:
+                return None
+        return Places(rooms).at(length)
 
     def find(self, cache: Any, texts: int) -> Any:
         """Where the rows of a cache are, with room for one more; None if a layer is not what it was, or sees not all rows."""

@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 #include "attend_half.h"
-#include "products.h"
+#include "many_outputs512.h"
 
 namespace sordino {
 namespace {
@@ -37,43 +37,13 @@ struct InUse {
   ~InUse() { _tile_release(); }
 };
 
-// Outputs o … o + 31 (those that are there) as tiles: for every 64 inputs two tiles [16 quads of inputs, 16 outputs, 4]; `plain` has room
-// for 16 rows of codes.
-void lay_out(const Linear& w, int64_t o, int8_t* to, int8_t* plain) {
-  const int64_t steps = padded(w.inputs) / kBlock, stride = padded(w.inputs);
-  for (int half = 0; half < 2; ++half) {
-    for (int r = 0; r < kTile; ++r) {
-      int8_t* row = plain + r * stride;
-      const int64_t at = o + half * kTile + r, used = at < w.outputs ? w.inputs : 0;
-      if (used > 0) kAvx512.centred(w, at, row);
-      std::memset(row + used, 0, static_cast<size_t>(stride - used));
-    }
-    for (int64_t step = 0; step < steps; ++step) {
-      transpose(plain + step * kBlock, stride, to + (step * 2 + half) * kBytes);
-    }
-  }
-}
-
-struct Scaled {
-  alignas(64) float scale[kWide], bias[kWide];
-  int64_t outputs;
-};
-
-// 16 rows of 32 sums into rows of out [rows, outputs], from output o on.
-void put_rows(const int32_t* sums, const Scaled& w, const float* scale, bool one_scale, int64_t m, int64_t rows, int64_t o,
-              Type type, void* out) {
+// 16 rows of 32 sums into rows m … of out [rows, outputs], from output o on.
+void put_rows(const int32_t* sums, const Linear& w, const Scaled<2>& scaled, const float* scale, bool one_scale, int64_t m, int64_t rows,
+              int64_t o, Type type, void* out) {
   for (int64_t r = 0; r < kTile && m + r < rows; ++r) {
-    const __m512 s = _mm512_set1_ps(scale[one_scale ? 0 : m + r]);
-    for (int half = 0; half < 2; ++half) {
-      const int64_t from = o + half * kTile, left = w.outputs - from;
-      if (left <= 0) break;
-      const __mmask16 some = static_cast<__mmask16>(left >= kTile ? 0xffff : (1u << left) - 1);
-      const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * kWide + half * kTile));
-      __m512 v = _mm512_mul_ps(sum, _mm512_mul_ps(s, _mm512_load_ps(w.scale + half * kTile)));
-      v = _mm512_add_ps(v, _mm512_load_ps(w.bias + half * kTile));
-      const int64_t at = (m + r) * w.outputs + from;
-      if (type == kFloat) _mm512_mask_storeu_ps(static_cast<float*>(out) + at, some, v);
-      else _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + at, some, (__m256i)_mm512_cvtneps_pbh(v));
+    char* to = static_cast<char*>(out) + (m + r) * w.outputs * width(type);
+    for (int s = 0; s < 2; ++s) {
+      scaled.put(_mm512_loadu_si512(sums + r * kWide + s * kTile), s, scale[one_scale ? 0 : m + r], type, o, w.outputs, to);
     }
   }
 }
@@ -129,15 +99,13 @@ void many(const Linear& w, const int8_t* x, const float* scale, bool one_scale, 
   parallel_for((strips + together - 1) / together, threads, [&](int64_t piece) {
     const int64_t first = piece * together, n = first + together < strips ? together : strips - first;
     thread_local Scratch memory;
-    int8_t* tiles = static_cast<int8_t*>(memory.get(n * strip + kTile * stride + n * static_cast<int64_t>(sizeof(Scaled))));
-    int8_t* plain = tiles + n * strip;
-    Scaled* scaled = reinterpret_cast<Scaled*>(plain + kTile * stride);
+    int8_t* tiles = static_cast<int8_t*>(memory.get(n * (strip + static_cast<int64_t>(sizeof(Scaled<2>)))));
+    Scaled<2>* scaled = reinterpret_cast<Scaled<2>*>(tiles + n * strip);
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t o = (first + i) * kWide;
-      lay_out(w, o, tiles + i * strip, plain);
-      scaled[i] = {{}, {}, w.outputs};
-      for (int64_t j = 0; j < kWide && o + j < w.outputs; ++j) {
-        scaled[i].scale[j] = widen(w.scale[o + j]), scaled[i].bias[j] = bias_at(w, o + j);
+      for (int s = 0; s < 2; ++s) {
+        const int64_t o = (first + i) * kWide + s * kTile;
+        lay_out<true>(w, o, tiles + i * strip + s * kBytes, kBlock, 2 * kBytes);
+        scaled[i].set(w, o, s);
       }
     }
     const InUse tiles_in_use;
@@ -146,8 +114,8 @@ void many(const Linear& w, const int8_t* x, const float* scale, bool one_scale, 
         alignas(64) int32_t sums[2][kTile * kWide];
         multiply(cuts + m * stride, tiles + i * strip, steps, sums);
         const int64_t o = (first + i) * kWide;
-        put_rows(sums[0], scaled[i], scale, one_scale, m, rows, o, type, out);
-        if (m + kTile < rows) put_rows(sums[1], scaled[i], scale, one_scale, m + kTile, rows, o, type, out);
+        put_rows(sums[0], w, scaled[i], scale, one_scale, m, rows, o, type, out);
+        if (m + kTile < rows) put_rows(sums[1], w, scaled[i], scale, one_scale, m + kTile, rows, o, type, out);
       }
     }
   });

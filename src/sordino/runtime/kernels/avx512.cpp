@@ -443,14 +443,16 @@ int64_t first_steps(float* work, int64_t size, int64_t n) {
   return steps_of<1>(work, n, partner), 16;
 }
 
+template <int kEntries>
 void mix(const Turn& turn, const float* work, int64_t size, int64_t of, int64_t to, float* out) {
-  __m512 sums[4];
+  constexpr int kRegisters = kEntries / 16;
+  __m512 sums[kRegisters];
   for (__m512& s : sums) s = _mm512_setzero_ps();
   for (int64_t from = 0; from < turn.order; ++from) {
     const __m512 factor = _mm512_set1_ps(turn.left[from * turn.order + of]);
-    for (int k = 0; k < 4; ++k) sums[k] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(work + from * size + to + 16 * k), sums[k]);
+    for (int k = 0; k < kRegisters; ++k) sums[k] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(work + from * size + to + 16 * k), sums[k]);
   }
-  for (int k = 0; k < 4; ++k) _mm512_storeu_ps(out + 16 * k, sums[k]);
+  for (int k = 0; k < kRegisters; ++k) _mm512_storeu_ps(out + 16 * k, sums[k]);
 }
 
 }  // namespace
@@ -461,11 +463,12 @@ void mix(const Turn& turn, const float* work, int64_t size, int64_t of, int64_t 
 #include "pieces.h"
 #include "training.h"
 #include "attend512.h"
+#include "many512.h"
 #include "pieces512.h"
 #include "training512.h"
 
 namespace sordino {
 
-const Kernels kAvx512 = {"avx512", 8, fits, arrange, product, integer, values, centred, encode_token, &kPieces512, &kTraining512, nullptr};
+const Kernels kAvx512 = {"avx512", 8, fits, arrange, product, integer, values, centred, encode_token, &kPieces512, &kTraining512, many512};
 
 }  // namespace sordino

@@ -1,25 +1,10 @@
 // One token through decoder layers: norms, linears, rotary embedding, cache and attention in one call.
 //
 // Every intermediate is rounded to the model's dtype where torch's operations round it; what is summed is summed in fp32.
-#include <cmath>
-
-#include "attention.h"
-#include "products.h"
+#include "steps.h"
 
 namespace sordino {
 namespace {
-
-// Memory of one call, handed out piece by piece; a first pass without memory adds up what is needed.
-struct Arena {
-  char* data;
-  int64_t used = 0;
-
-  char* take(int64_t bytes) {
-    char* here = data == nullptr ? nullptr : data + used;
-    used += padded(bytes);
-    return here;
-  }
-};
 
 // The input of one linear as its kernel wants it.
 struct Ready {
@@ -33,11 +18,6 @@ struct Ready {
   int32_t sums[kMaxRows];
   bool integer;
 };
-
-// Whether input codes are multiplied with weight codes: both have one scale a row.
-bool whole(const Linear& w, const Rounding& r) {
-  return r.bits != 0 && w.additive == 0 && w.group == w.inputs && w.zero == nullptr && !r.uneven && (r.fixed || r.group == w.inputs);
-}
 
 struct Call {
   const Kernels& k;
@@ -76,10 +56,9 @@ struct Call {
     for (int64_t m = 0; how.bits != 0 && m < s.texts; ++m) {
       const char* row = x + m * w.inputs * wide;
       if (r.integer) {
-        const float share = how.fixed ? 0 : static_cast<float>(static_cast<double>(how.scale[0]) / static_cast<double>(high));
         r.scale[m] = how.scale[0];
         int8_t* to = r.codes + m * r.stride;
-        r.sums[m] = k.encode(row, type, w.inputs, how.bits, share, &r.scale[m], to);
+        r.sums[m] = k.encode(row, type, w.inputs, how.bits, step_of(how), &r.scale[m], to);
         std::memset(to + w.inputs, 0, static_cast<size_t>(r.stride - w.inputs));
         continue;
       }
@@ -144,19 +123,6 @@ struct Call {
     for (int64_t m = 0; m < s.texts; ++m) k.pieces->norm(x + m * n * wide, b.norm[where], type, n, out + m * n * wide);
   }
 
-  // Norm, rotary embedding and R3 of all heads of one token, in place.
-  void place(char* x, int64_t heads, Where of, int64_t m, char* work) const {
-    const int64_t one = b.size * wide, at = s.one_place ? 0 : m * one;
-    const char *cos = static_cast<const char*>(s.cos) + at, *sin = static_cast<const char*>(s.sin) + at;
-    for (int64_t h = 0; h < heads; ++h, x += one) {
-      if (b.norm[of].gain != nullptr) k.pieces->norm(x, b.norm[of], type, b.size, x);
-      k.pieces->rope(x, cos, sin, type, b.size, work);
-      std::memcpy(x, work, static_cast<size_t>(one));
-      if (of == kOfKey && b.key_mean != nullptr) take_off(x, static_cast<const char*>(b.key_mean) + h * one, b.size, type);
-      if (b.keys.order != 0) k.pieces->turn(x, b.keys, type, reinterpret_cast<float*>(work));
-    }
-  }
-
   // Attention over the prefix and length + 1 rows of the cache, pieces of it side by side, then put together.
   void attention(const char* query, char* out, float* wide_query, float* parts) const {
     const int64_t group = b.heads / b.key_heads, one = part_size(b) * group, pieces = pieces_of(b, most_rows());
@@ -176,14 +142,6 @@ struct Call {
     int64_t least = held.length;
     for (int64_t m = 0; m < s.texts; ++m) least = first_of(s.first, m) < least ? first_of(s.first, m) : least;
     return held.length + 1 - least;
-  }
-
-  void store(const char* x, const Format& f, uint8_t* data) const {
-    const int64_t bytes = row_bytes(f, type, b.size);
-    for (int64_t pair = 0; pair < s.texts * b.key_heads; ++pair) {
-      uint8_t* row = data + (pair * held.room + held.length) * bytes;
-      k.pieces->store(x + pair * b.size * wide, f, pair % b.key_heads, type, b.size, row);
-    }
   }
 
   // With no memory in the arena: only counts.
@@ -210,11 +168,13 @@ struct Call {
     char* outs[] = {query, key, value};
     multiply(first, 3, outs);
     for (int64_t m = 0; m < s.texts; ++m) {
-      place(query + m * queries * wide, b.heads, kOfQuery, m, work);
-      place(key + m * keys * wide, b.key_heads, kOfKey, m, work);
+      const int64_t at = s.one_place ? 0 : m * b.size * wide;
+      const char *cos = static_cast<const char*>(s.cos) + at, *sin = static_cast<const char*>(s.sin) + at;
+      place(k, b, query + m * queries * wide, b.heads, kOfQuery, cos, sin, work);
+      place(k, b, key + m * keys * wide, b.key_heads, kOfKey, cos, sin, work);
+      store(k, b, key + m * keys * wide, b.key, held.keys, held.room, m, held.length);
+      store(k, b, value + m * keys * wide, b.value, held.values, held.room, m, held.length);
     }
-    store(key, b.key, held.keys);
-    store(value, b.value, held.values);
     attention(query, seen, wide_query, parts);
     prepare(ready[kOutput], seen);
     over_outputs(linear(kOutput), s.threads, [&](int64_t begin, int64_t end) { multiply(ready[kOutput], begin, end, added); });

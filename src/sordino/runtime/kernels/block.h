@@ -110,4 +110,13 @@ struct Token {
 // Takes a token through `n` layers; -1 for shapes it does not take, and then nothing is written.
 int decode(const Kernels&, const Block* blocks, const Held* held, int n, const Token&);
 
+// Many tokens of each text, which follow those that the cache holds: x, out [texts, tokens, hidden], cos, sin [texts or 1, tokens, size].
+struct Prompt {
+  Token all;
+  int64_t tokens;
+};
+
+// The same of a prompt, for layers whose linears multiply codes with codes.
+int prompt(const Kernels&, const Block* blocks, const Held* held, int n, const Prompt&);
+
 }  // namespace sordino

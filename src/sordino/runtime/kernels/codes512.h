@@ -53,11 +53,10 @@ struct Bytes {
   }
 };
 
-// 16 rows of 16 quads of bytes, `stride` apart, to 16 x 16 quads, contiguous.
-void transpose(const int8_t* from, int64_t stride, int8_t* to) {
+// 16 rows of 16 quads of bytes to 16 x 16 quads, rows of which are `step` apart.
+inline void transpose(__m512i (&row)[16], int8_t* to, int64_t step) {
   constexpr int kTile = 16;
-  __m512i row[kTile], pair[kTile];
-  for (int i = 0; i < kTile; ++i) row[i] = _mm512_loadu_si512(from + i * stride);
+  __m512i pair[kTile];
   for (int i = 0; i < kTile; i += 2) {
     pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
     pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
@@ -72,11 +71,18 @@ void transpose(const int8_t* from, int64_t stride, int8_t* to) {
     const __m512i even = _mm512_shuffle_i32x4(row[k], row[k + 4], 0x88), odd = _mm512_shuffle_i32x4(row[k], row[k + 4], 0xdd);
     const __m512i last_even = _mm512_shuffle_i32x4(row[k + 8], row[k + 12], 0x88);
     const __m512i last_odd = _mm512_shuffle_i32x4(row[k + 8], row[k + 12], 0xdd);
-    _mm512_storeu_si512(to + k * 64, _mm512_shuffle_i32x4(even, last_even, 0x88));
-    _mm512_storeu_si512(to + (k + 4) * 64, _mm512_shuffle_i32x4(odd, last_odd, 0x88));
-    _mm512_storeu_si512(to + (k + 8) * 64, _mm512_shuffle_i32x4(even, last_even, 0xdd));
-    _mm512_storeu_si512(to + (k + 12) * 64, _mm512_shuffle_i32x4(odd, last_odd, 0xdd));
+    _mm512_storeu_si512(to + k * step, _mm512_shuffle_i32x4(even, last_even, 0x88));
+    _mm512_storeu_si512(to + (k + 4) * step, _mm512_shuffle_i32x4(odd, last_odd, 0x88));
+    _mm512_storeu_si512(to + (k + 8) * step, _mm512_shuffle_i32x4(even, last_even, 0xdd));
+    _mm512_storeu_si512(to + (k + 12) * step, _mm512_shuffle_i32x4(odd, last_odd, 0xdd));
   }
+}
+
+// The same of rows `stride` apart, to contiguous ones.
+void transpose(const int8_t* from, int64_t stride, int8_t* to) {
+  __m512i row[16];
+  for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(from + i * stride);
+  transpose(row, to, kBlock);
 }
 
 }  // namespace

@@ -186,6 +186,12 @@ SORDINO_API int sordino_decode(const Block* blocks, const Held* held, int n, con
   return decode(in_use(), blocks, held, n, {x, out, cos, sin, first, texts, one_place, threads});
 }
 
+// The same of `tokens` tokens of each text, for layers whose linears multiply codes with codes.
+SORDINO_API int sordino_prompt(const Block* blocks, const Held* held, int n, const void* x, void* out, const void* cos,
+                               const void* sin, int one_place, const int64_t* first, int64_t texts, int64_t tokens, int threads) {
+  return prompt(in_use(), blocks, held, n, {{x, out, cos, sin, first, texts, one_place, threads}, tokens});
+}
+
 // Scaled products of input codes and weight codes (Kernels::many); -1 where the instruction set has nothing for it.
 SORDINO_API int sordino_many(const Linear* w, const int8_t* codes, int64_t rows, const float* scale, int one_scale, void* out,
                              int type, int threads) {

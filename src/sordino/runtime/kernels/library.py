@@ -53,6 +53,7 @@ _SIGNATURES = {
     "sordino_weigh": (_P, _I64, _I64, _I64, _I64, _F32, _P, _I32),
     "sordino_weigh_back": (_P, _P, _P, _I64, _I64, _I64, _I64, _F32, _P, _I32),
     "sordino_decode": (_P, _P, _I32, _P, _P, _P, _P, _I32, _P, _I64, _I32),
+    "sordino_prompt": (_P, _P, _I32, _P, _P, _P, _P, _I32, _P, _I64, _I64, _I32),
     "sordino_attend": (_P, _P, _P, _P, _I64, _I64, _P, _I32),
 }
 

@@ -91,18 +91,20 @@ inline void butterfly(float* __restrict a, float* __restrict b, int64_t n) {
 // Sixteen numbers at once: compilers map them to whatever registers a unit has.
 typedef float Sixteen __attribute__((vector_size(64)));
 
-// Entries to … to + 64 of row `of` of left^T times the rows of `work`, each `size` long.
-inline void mix(const Turn& turn, const float* work, int64_t size, int64_t of, int64_t to, float* out) {
-  Sixteen sums[4] = {};
+// kEntries from `to` on (16 or 64) of row `of` of left^T times the rows of `work`, each `size` long.
+template <int kEntries>
+void mix(const Turn& turn, const float* work, int64_t size, int64_t of, int64_t to, float* out) {
+  constexpr int kRegisters = kEntries / 16;
+  Sixteen sums[kRegisters] = {};
   for (int64_t from = 0; from < turn.order; ++from) {
     const float factor = turn.left[from * turn.order + of], *row = work + from * size + to;
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < kRegisters; ++k) {
       Sixteen v;
       std::memcpy(&v, row + 16 * k, 64);
       sums[k] += factor * v;
     }
   }
-  std::memcpy(out, sums, 256);
+  std::memcpy(out, sums, sizeof sums);
 }
 #endif
 
@@ -119,10 +121,14 @@ void turn_of(T* x, const Turn& turn, float* work) {
   }
   for (int64_t of = 0; of < turn.order; ++of) {
     int64_t t = 0;
+    float sums[64];
     for (; t + 64 <= size; t += 64) {
-      float sums[64];
-      mix(turn, work, size, of, t, sums);
+      mix<64>(turn, work, size, of, t, sums);
       for (int64_t i = 0; i < 64; ++i) put(x, of * size + t + i, sums[i]);
+    }
+    for (; t + 16 <= size; t += 16) {
+      mix<16>(turn, work, size, of, t, sums);
+      for (int64_t i = 0; i < 16; ++i) put(x, of * size + t + i, sums[i]);
     }
     for (; t < size; ++t) {
       float sum = 0;

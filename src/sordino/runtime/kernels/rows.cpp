@@ -127,32 +127,16 @@ SORDINO_API int sordino_attend(const Block* block, const void* query, const Held
   const Block& b = *block;
   if (!attends(b) || held->length > held->room || tokens > held->length) return -1;
   const Kernels& k = in_use();
-  const Type type = static_cast<Type>(b.type);
-  const int64_t group = b.heads / b.key_heads, wide = width(type), least = kMaxHeads / group, most = kMaxQueries / group;
-  const int64_t step = tokens / 8 < least ? least : tokens / 8 > most ? most : tokens / 8;  // shares of a prompt for every thread
-  const int64_t blocks = (tokens + step - 1) / step, before = held->length - tokens;
+  const int64_t wide = width(b.type), step = tokens_at_once(b, tokens), blocks = (tokens + step - 1) / step, before = held->length - tokens;
   parallel_for(texts * b.key_heads * blocks, threads, [&](int64_t i) {
     const int64_t pair = i / blocks, text = pair / b.key_heads, from = i % blocks * step;
-    const int64_t some = tokens - from < step ? tokens - from : step, count = some * group;
-    const int64_t begin = first_of(first, text), end = before + from + some, pieces = pieces_of(b, end > begin ? end - begin : 0);
-    const auto head = [&](int64_t n) { return pair % b.key_heads * group + n % group; };
-    const auto token = [&](int64_t n) { return from + n / group; };
-    thread_local Scratch memory;
-    float* queries = static_cast<float*>(memory.get(count * (b.size + pieces * part_size(b)) * 4));
-    float* parts = queries + count * b.size;
-    int64_t ends[kMaxQueries];
-    for (int64_t n = 0; n < count; ++n) {
-      const int64_t at = ((text * b.heads + head(n)) * tokens + token(n)) * b.size;
-      for (int64_t j = 0; j < b.size; ++j) queries[n * b.size + j] = read(query, type, at + j);
-      ends[n] = before + token(n) + 1;
-    }
-    const Rows rows{b, *held, pair, begin, end};
-    const int64_t one = count * part_size(b);
-    for (int64_t p = 0; p < pieces; ++p) rows.attend(k, p, queries, static_cast<int>(count), ends, parts + p * one);
-    for (int64_t n = 0; n < count; ++n) {
-      const int64_t to = ((text * tokens + token(n)) * b.heads + head(n)) * b.size;
-      k.pieces->merge(parts + n * part_size(b), pieces, one, type, b.size, static_cast<char*>(out) + to * wide);
-    }
+    const auto queried = [&](int64_t head, int64_t token) {
+      return static_cast<const char*>(query) + ((text * b.heads + head) * tokens + token) * b.size * wide;
+    };
+    const auto found = [&](int64_t head, int64_t token) {
+      return static_cast<char*>(out) + ((text * tokens + token) * b.heads + head) * b.size * wide;
+    };
+    attend_tokens(k, b, *held, first_of(first, text), pair, from, tokens - from < step ? tokens - from : step, before, queried, found);
   });
   return 0;
 }

@@ -41,15 +41,17 @@ inline int64_t first_steps(float* work, int64_t size, int64_t n) {
   return 1;
 }
 
-// Entries to … to + 64 of row `of` of left^T times the rows of `work`, each `size` long.
-inline void mix(const Turn& turn, const float* work, int64_t size, int64_t of, int64_t to, float* out) {
-  __m256 sums[8];
+// kEntries from `to` on (16 or 64) of row `of` of left^T times the rows of `work`, each `size` long.
+template <int kEntries>
+void mix(const Turn& turn, const float* work, int64_t size, int64_t of, int64_t to, float* out) {
+  constexpr int kRegisters = kEntries / 8;
+  __m256 sums[kRegisters];
   for (__m256& s : sums) s = _mm256_setzero_ps();
   for (int64_t from = 0; from < turn.order; ++from) {
     const __m256 factor = _mm256_set1_ps(turn.left[from * turn.order + of]);
-    for (int k = 0; k < 8; ++k) sums[k] = _mm256_fmadd_ps(factor, _mm256_loadu_ps(work + from * size + to + 8 * k), sums[k]);
+    for (int k = 0; k < kRegisters; ++k) sums[k] = _mm256_fmadd_ps(factor, _mm256_loadu_ps(work + from * size + to + 8 * k), sums[k]);
   }
-  for (int k = 0; k < 8; ++k) _mm256_storeu_ps(out + 8 * k, sums[k]);
+  for (int k = 0; k < kRegisters; ++k) _mm256_storeu_ps(out + 8 * k, sums[k]);
 }
 
 }  // namespace
