@@ -67,7 +67,7 @@ class Foreign:
         return json.loads(line)
 
 
-def beside(
+def measured_beside(
     name: str,
     config: dict[str, Any],
     folder: Path,

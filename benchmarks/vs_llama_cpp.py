@@ -24,7 +24,7 @@ import gguf
 import numpy as np
 import torch
 
-from foreign import beside, making_parser, version_of
+from foreign import making_parser, measured_beside, version_of
 from ladder import ROWS, keep
 from sordino.measure.shapes import shape
 
@@ -53,7 +53,7 @@ def compare(name: str, python: str, threads: int, tokens: tuple[int, int], no_f1
             subject: ([python, str(WORKER), "serve", str(file), *given], file.stat().st_size)
             for subject, file in (("llama.cpp Q4_0", four), ("llama.cpp F16", half))[: 1 if no_f16 else 2]
         }
-        row = beside(name, config, Path(folder), others, threads, tokens)
+        row = measured_beside(name, config, Path(folder), others, threads, tokens)
     return row | {"llama_cpp_python": version_of(python, "llama_cpp")}
 
 

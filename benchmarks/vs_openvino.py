@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 
-from foreign import beside, making_parser, version_of
+from foreign import making_parser, measured_beside, version_of
 from ladder import ROWS, keep
 from sordino.measure.shapes import config_of, shape
 
@@ -47,7 +47,7 @@ def compare(name: str, python: str, threads: int, tokens: tuple[int, int]) -> di
         subprocess.run([python, WORKER, "export", str(plain), str(four), str(GROUP)], check=True)
         command = [python, WORKER, "serve", str(four), *(str(n) for n in (threads, *tokens))]
         size = (four / "openvino_model.bin").stat().st_size
-        row = beside(name, config, Path(folder), {NAME: (command, size)}, threads, tokens)
+        row = measured_beside(name, config, Path(folder), {NAME: (command, size)}, threads, tokens)
     return row | {"openvino": version_of(python, "openvino")}
 
 

@@ -177,3 +177,23 @@ def test_a_cache_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="another checkpoint"):
             eight(ids, past_key_values=cache)
         assert four(ids, past_key_values=cache).past_key_values.get_seq_length() == 18
+
+
+@pytest.mark.parametrize("recipe", [kv_only(), "prefixquant-w4a4kv4-dynamic"])
+def test_a_cache_of_other_shapes_is_refused(recipe: Recipe | str, tmp_path: Path) -> None:
+    """Rows of dynamic grids tell nothing of their width: nothing may be written where they do not fit."""
+    ours = []
+    for size in (32, 64):
+        model = make_tiny(tmp_path / f"model{size}", layers=2, head_dim=size)
+        given = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, ["moves=[]", "guard=off"])
+        sordino.quantize(str(model), given, tmp_path / str(size), **SMALL)
+        ours.append(AutoModelForCausalLM.from_pretrained(tmp_path / str(size)))
+    ids = torch.randint(2, 300, (3, 20))
+    with torch.no_grad():
+        cache = ours[0](ids[:1], use_cache=True).past_key_values
+        for tokens in (20, 2, 1):
+            with pytest.raises(InputError, match="another checkpoint"):
+                ours[1](ids[:1, :tokens], past_key_values=cache)
+            with pytest.raises(InputError, match="holds 1 texts, and 3"):
+                ours[0](ids[:, :tokens], past_key_values=cache)
+        assert ours[0](ids[:1], past_key_values=cache).past_key_values.get_seq_length() == 40

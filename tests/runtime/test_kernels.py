@@ -193,15 +193,38 @@ def test_products_of_long_rows(level: str, bits: int, rows: int) -> None:
 
 
 @every_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs, inputs, rows", [(500, 4100, 210), (129, 9000, 100), (1030, 1026, 97)])
+def test_integer_products_that_do_not_fit_the_caches(
+    level: str, outputs: int, inputs: int, rows: int, dtype: torch.dtype
+) -> None:
+    """Weights laid out in several rounds, rows shared among threads in pieces."""
+    module = make((outputs, inputs), inputs, 4, True, 1, True, inputs={"bits": 8, "mode": "dynamic"})
+    module.input_scale.fill_(0.9)
+    x = normal(rows, inputs, seed=2).to(dtype)
+    with kernels.using("off"):
+        expected = module(x)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with kernels.using(level):
+                assert torch.equal(module(x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_level
 @pytest.mark.parametrize("bits", [4, 8])
-def test_largest_codes_do_not_overflow(level: str, bits: int) -> None:
+@pytest.mark.parametrize("rows", [2, 20])
+def test_largest_codes_do_not_overflow(level: str, bits: int, rows: int) -> None:
     module = make((3, 4096), 4096, bits, True, 0, inputs={"bits": 8, "mode": "static"})
     module.weight_packed.fill_(-1)
     module.weight_scale.fill_(1.0)
     module.input_scale.fill_(1.0)
-    x = torch.full((2, 4096), -1000.0)
+    x = torch.full((rows, 4096), -1000.0)
     with kernels.using(level):
-        assert torch.equal(module(x), torch.full((2, 3), -128.0 * 4096 * ((1 << (bits - 1)) - 1)))
+        assert torch.equal(module(x), torch.full((rows, 3), -128.0 * 4096 * ((1 << (bits - 1)) - 1)))
 
 
 @every_level

@@ -41,7 +41,7 @@ def test_every_code_is_the_same(recipe: str, dtype: torch.dtype, level: str, tmp
 def test_so_is_every_code_of_a_long_text(level: str, tmp_path: Path) -> None:
     """No length sends half precision to torch's attention where the kernels make theirs of products of bf16."""
     with kernels.using(level):
-        dtype = torch.bfloat16 if library.multiplies_bf16(64) else torch.float32
+        dtype = torch.bfloat16 if library.attends_in_bf16(64) else torch.float32
     model = tiny_checkpoint(tmp_path, *RECIPES[ROUNDED[0]], dtype=dtype, head_dim=64, max_position_embeddings=2048)
     apart = [float(((a - b).abs() / (1 + b.abs())).max()) for _, a, b in several_ways(model, level, (LONG + 70, 40))]
     assert max(apart) <= {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype]

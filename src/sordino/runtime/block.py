@@ -31,7 +31,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from sordino.runtime import layers
 from sordino.runtime.cache import PackedLayer, RoomyLayer, enter
 from sordino.runtime.kernels import library
-from sordino.runtime.kernels.linear import traced
+from sordino.runtime.kernels.linear import FEW_ROWS, traced
 from sordino.runtime.known import FAMILIES, Known
 
 VARIABLE = "SORDINO_ONE_CALL"
@@ -147,14 +147,19 @@ def _step(decoder: Any, ids: Tensor, position_ids: Tensor | None, cache: Any, se
 def _prompt(decoder: Any, known: Known, ids: Tensor, position_ids: Tensor | None, cache: Any, seen: _Seen) -> Tensor | None:
     """What one call makes of many tokens, where linears multiply codes with codes and the cache holds codes; else None."""
     native = library.active()
-    cache = DynamicCache(config=decoder.config) if cache is None else cache
-    past, length = cache.get_seq_length(), cache.get_seq_length() + ids.shape[1]
-    if native is None or known.blocks is None or not (known.packed and known.rounded) or known.window is not None:
+    if native is None or known.blocks is None or not known.packed or known.window is not None or ids.numel() <= FEW_ROWS:
         return None
-    if ids.numel() == 0 or not seen.fits(len(ids), length) or not _fast(known, length, ids.shape[1]):
+    past = 0 if cache is None else cache.get_seq_length()
+    length = past + ids.shape[1]
+    if (
+        native.sordino_suits_prompt(known.blocks, len(known.blocks)) != 0
+        or not seen.fits(len(ids), length)
+        or not _fast(known, length, ids.shape[1])
+    ):
         return None
     places = torch.arange(past, length)[None] if position_ids is None else position_ids
     embedded = known.embed(decoder, ids, places)
+    cache = DynamicCache(config=decoder.config) if cache is None else cache
     held = None if embedded is None else known.enter(decoder, cache, *ids.shape)
     if embedded is None or held is None:
         return None
@@ -173,7 +178,7 @@ def _prompt(decoder: Any, known: Known, ids: Tensor, position_ids: Tensor | None
 
 def _fast(known: Known, length: int, tokens: int) -> bool:
     """Whether the kernels' attention over so many rows is faster than torch's."""
-    return length <= LONG or tokens == 1 or known.dtype == torch.float32 or library.multiplies_bf16(known.size)
+    return length <= LONG or tokens == 1 or known.dtype == torch.float32 or library.attends_in_bf16(known.size)
 
 
 def _whole(

@@ -130,6 +130,10 @@ class PackedLayer(RoomyLayer):
         """Whether the rows are what this attention module would have made."""
         if self.grid != attention.kv_grid or self.turn is not getattr(attention, "key_rotation", None):
             return False
+        if self.is_initialized:
+            shape, size = self.keys.shape, attention.head_dim
+            if shape[1] != attention.config.num_key_value_heads or shape[3] != self.grid.row_bytes(size):
+                return False
         own, mean = [*self.scales, self.mean], getattr(attention, "key_mean", None)
         pairs = zip(own, (attention.key_scale, attention.value_scale, mean), strict=True)
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
@@ -147,7 +151,11 @@ class PackedLayer(RoomyLayer):
         return self._unpacked(0, key_states), self._unpacked(1, value_states)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[int, Tensor, Tensor]:
-        """Round and pack new keys and values [B, K, n, d]; returns how many tokens there are, and :attr:`room`."""
+        """Round and pack new keys and values [B, K, n, d]; returns how many tokens there are, and :attr:`room`.
+
+        Raises:
+            InputError: if the cache holds more or fewer texts.
+        """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self._pack(keys, values)
@@ -157,6 +165,8 @@ class PackedLayer(RoomyLayer):
     def _pack(self, keys: Tensor, values: Tensor) -> None:
         more, (key_scale, value_scale) = keys.shape[2], self.scales
         room, length = self.make_room(more), self.length
+        if room[0].shape[0] != keys.shape[0]:
+            raise InputError(f"the cache holds {room[0].shape[0]} texts, and {keys.shape[0]} were given to go on with")
         if rows.store(self.grid, key_scale, self.mean, self.turn, keys, room[0], length) and rows.store(
             self.grid, value_scale, None, None, values, room[1], length
         ):

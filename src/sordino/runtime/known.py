@@ -35,7 +35,6 @@ class Known:
         norms: of every layer; None if one of them is more than its family's, so that transformers has to run it.
         attentions: of every layer, what the kernels have to know of its attention; None if they cannot do one of them.
         blocks: every layer for the one call; None if it cannot take one of them.
-        rounded: whether all linears round their inputs.
     """
 
     def __init__(self, decoder: Any):
@@ -58,9 +57,9 @@ class Known:
         self.key_heads: int = decoder.config.num_key_value_heads
         self.packed = getattr(layers[0].self_attn, "kv_grid", None) is not None
         usual = usual and all((getattr(x.self_attn, "kv_grid", None) is not None) == self.packed for x in layers)
+        usual = usual and all(x.self_attn.layer_idx == i for i, x in enumerate(layers))  # the cache has them in that order
         self.attentions = _all([_attention(layer.self_attn, self.dtype) for layer in layers] if usual else [None])
         self.blocks = _all([_describe(layer, self.dtype) for layer in layers] if self.attentions else [None])
-        self.rounded = self.blocks is not None and all(x.inputs is not None for layer in layers for x in _parts(layer)[0])
         self.window: int | None = getattr(decoder.config, "sliding_window", None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -94,13 +93,13 @@ class Known:
         """Where the packed rows of a cache are, with room for so many more; None if a layer is not what the kernels know.
 
         Raises:
-            InputError: if the cache already holds plain keys and values, or another checkpoint's.
+            InputError: if the cache already holds plain keys and values, another checkpoint's.
         """
         for layer in decoder.layers:
             enter(layer.self_attn, (), {"past_key_values": cache})
         if len(cache.layers) != len(decoder.layers):
             return None
-        empty = torch.empty((texts, self.key_heads, 0, self.size), dtype=self.dtype)
+        empty = torch.empty((texts, self.key_heads, 0, self.size), dtype=self.dtype, device="cpu")
         for layer in cache.layers:
             if not layer.is_initialized:
                 layer.lazy_initialization(empty, empty)

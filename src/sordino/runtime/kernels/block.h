@@ -116,7 +116,10 @@ struct Prompt {
   int64_t tokens;
 };
 
-// The same of a prompt, for layers whose linears multiply codes with codes.
+// What decode() does, of a prompt, for layers whose linears multiply codes with codes.
 int prompt(const Kernels&, const Block* blocks, const Held* held, int n, const Prompt&);
+
+// 0 if it takes such layers, else -1.
+int suits_prompt(const Kernels&, const Block* blocks, int n);
 
 }  // namespace sordino

@@ -186,7 +186,10 @@ SORDINO_API int sordino_decode(const Block* blocks, const Held* held, int n, con
   return decode(in_use(), blocks, held, n, {x, out, cos, sin, first, texts, one_place, threads});
 }
 
-// The same of `tokens` tokens of each text, for layers whose linears multiply codes with codes.
+// 0 if sordino_prompt takes such layers, else -1.
+SORDINO_API int sordino_suits_prompt(const Block* blocks, int n) { return suits_prompt(in_use(), blocks, n); }
+
+// The same as sordino_decode of `tokens` tokens of each text, for layers whose linears multiply codes with codes.
 SORDINO_API int sordino_prompt(const Block* blocks, const Held* held, int n, const void* x, void* out, const void* cos,
                                const void* sin, int one_place, const int64_t* first, int64_t texts, int64_t tokens, int threads) {
   return prompt(in_use(), blocks, held, n, {{x, out, cos, sin, first, texts, one_place, threads}, tokens});

@@ -109,7 +109,7 @@ struct Kernels {
   const Pieces* pieces;
   const Training* training;
   // Products of input codes x int8 [rows, inputs] and weight codes less 2^(b-1), scaled, into out [rows, outputs]: many rows,
-  // one scale a row of the weight, symmetric. Null: torch has a faster one.
+  // one scale a row of the weight, symmetric. Null: torch's is used.
   void (*many)(const Linear&, const int8_t* x, const float* scale, bool one_scale, Type, int64_t rows, void* out, int threads);
 };
 

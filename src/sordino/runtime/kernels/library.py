@@ -53,6 +53,7 @@ _SIGNATURES = {
     "sordino_weigh": (_P, _I64, _I64, _I64, _I64, _F32, _P, _I32),
     "sordino_weigh_back": (_P, _P, _P, _I64, _I64, _I64, _I64, _F32, _P, _I32),
     "sordino_decode": (_P, _P, _I32, _P, _P, _P, _P, _I32, _P, _I64, _I32),
+    "sordino_suits_prompt": (_P, _I32),
     "sordino_prompt": (_P, _P, _I32, _P, _P, _P, _P, _I32, _P, _I64, _I64, _I32),
     "sordino_attend": (_P, _P, _P, _P, _I64, _I64, _P, _I32),
 }
@@ -234,7 +235,7 @@ def present() -> ctypes.CDLL:
     return found
 
 
-def multiplies_bf16(size: int) -> bool:
+def attends_in_bf16(size: int) -> bool:
     """Whether attention of heads of some size is made of products of bf16 (attend_half.h)."""
     return _State.name in ("avx512", "amx") and size % 64 == 0
 

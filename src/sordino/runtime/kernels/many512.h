@@ -2,7 +2,7 @@
 // codes each; `dpbusd` multiplies it and four codes of a token, broadcast. Six tokens and 64 outputs at a time are 24 registers of
 // sums, which begin with -2^(b-1) times the token's sum, since weight codes are read as stored, and are scaled where they end.
 //
-// A panel of 64 outputs is laid out once for all rows, as many panels as the caches hold; then panels and pieces of rows are shared
+// A panel of 64 outputs is laid out once for all rows, some panels at a time that stay in the caches; then panels and pieces of rows are shared
 // among threads, so that weights with few outputs keep all of them busy.
 #pragma once
 #include <algorithm>
@@ -14,7 +14,8 @@ namespace {
 
 constexpr int kSix = 6, kStrips = 4;            // tokens, and registers of outputs, side by side
 constexpr int64_t kPanel = kStrips * kStrip;    // outputs
-constexpr int64_t kPanels = 768 << 10;            // bytes of weights laid out at once
+constexpr int64_t kHeld = 768 << 10;            // bytes of weights laid out at once, if that is a panel for each of kHelpers threads
+constexpr int kHelpers = 16;
 constexpr int64_t kShares = 8;                  // pieces of work for a thread, where rows are enough
 constexpr int64_t kFewest = 16 * kSix;           // rows of a piece
 
@@ -68,7 +69,7 @@ void multiply(const Tokens& x, int64_t m, int64_t rows, const int8_t* panel, int
 
 void many512(const Linear& w, const int8_t* x, const float* scale, bool one_scale, Type type, int64_t rows, void* out, int threads) {
   const int64_t quads = (w.inputs + 3) / 4, tall = padded(w.inputs) / 4 * kStrips * kBlock;
-  const int64_t panels = (w.outputs + kPanel - 1) / kPanel, held = std::min(panels, std::max<int64_t>(kPanels / tall, threads));
+  const int64_t panels = (w.outputs + kPanel - 1) / kPanel, held = std::min(panels, std::max<int64_t>(kHeld / tall, std::min(threads, kHelpers)));
   const bool whole = w.inputs % 4 == 0;  // else the last word of the last row ends behind it
   thread_local Scratch memory;
   char* data = static_cast<char*>(memory.get(held * (tall + sizeof(Scaled<kStrips>)) + (whole ? 0 : rows * 4 * quads) + rows * 4));

@@ -11,7 +11,7 @@
 namespace sordino {
 namespace {
 
-constexpr int64_t kAtOnce = 1024;      // tokens
+constexpr int64_t kAtOnce = 1024;      // tokens at most
 constexpr int64_t kLongest = 1 << 16;  // inputs whose products with 8 bits fit 32 bits when they are summed
 
 // Tokens from … from + some of a text.
@@ -161,27 +161,39 @@ struct Layer {
 
 bool alike(const Rounding& a, const Rounding& b) { return a.bits == b.bits && a.fixed == b.fixed && a.scale[0] == b.scale[0]; }
 
-bool takes(const Kernels& k, const Block& b, const Held& held, const Prompt& s) {
-  if (k.many == nullptr || s.all.texts < 1 || s.tokens < 1 || !attends(b) || held.length + s.tokens > held.room) return false;
-  for (int64_t m = 0; m < s.all.texts; ++m)
-    if (first_of(s.all.first, m) < 0) return false;
+bool suits(const Kernels& k, const Block& b) {
+  if (k.many == nullptr || !attends(b)) return false;
   for (int i = 0; i < kLinears; ++i)
     if (!whole(b.linear[i], b.rounding[i]) || b.linear[i].inputs > kLongest) return false;
   const Rounding* r = b.rounding;
   return alike(r[kQuery], r[kKey]) && alike(r[kQuery], r[kValue]) && alike(r[kGate], r[kUp]);
 }
 
+bool takes(const Kernels& k, const Block& b, const Held& held, const Prompt& s) {
+  if (!suits(k, b) || s.all.texts < 1 || s.tokens < 1 || held.length + s.tokens > held.room) return false;
+  for (int64_t m = 0; m < s.all.texts; ++m)
+    if (first_of(s.all.first, m) < 0) return false;
+  return true;
+}
+
 }  // namespace
+
+int suits_prompt(const Kernels& k, const Block* blocks, int n) {
+  for (int i = 0; i < n; ++i)
+    if (!suits(k, blocks[i])) return -1;
+  return 0;
+}
 
 int prompt(const Kernels& k, const Block* blocks, const Held* held, int n, const Prompt& s) {
   for (int i = 0; i < n; ++i)
     if (!takes(k, blocks[i], held[i], s)) return -1;
   const Type type = static_cast<Type>(blocks[0].type);
   const int64_t hidden = blocks[0].linear[kQuery].inputs, wide = width(type), all = s.all.texts * s.tokens;
+  const int64_t pieces = (all + kAtOnce - 1) / kAtOnce, step = (all + pieces - 1) / pieces;
   Scratch memory;
   together(s.all.threads, [&] {
-    for (int64_t from = 0; from < all; from += kAtOnce) {
-      Piece piece{k, s, from, std::min(from + kAtOnce, all), {}};
+    for (int64_t from = 0; from < all; from += step) {
+      Piece piece{k, s, from, std::min(from + step, all), {}};
       piece.cut(blocks[0]);
       char* stream = static_cast<char*>(s.all.out) + from * hidden * wide;
       std::memcpy(stream, static_cast<const char*>(s.all.x) + from * hidden * wide, static_cast<size_t>(piece.rows() * hidden * wide));
@@ -193,11 +205,12 @@ int prompt(const Kernels& k, const Block* blocks, const Held* held, int n, const
         layer(i).run(count);
         most = std::max(most, count.used);
       }
+      char* data = static_cast<char*>(memory.get(most));
       for (int i = 0; i < n; ++i) {
-        Arena arena{static_cast<char*>(memory.get(most))};
+        Arena arena{data};
         added = layer(i).run(arena);
       }
-      if (n > 0) k.pieces->add(stream, added, type, piece.rows() * hidden, stream);
+      k.pieces->add(stream, added, type, piece.rows() * hidden, stream);
     }
   });
   return 0;

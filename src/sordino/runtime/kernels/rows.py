@@ -148,6 +148,8 @@ def store(grid: KvGrid, share: Tensor, mean: Tensor | None, turn: Rotation | Non
         return False
     x = x.contiguous()
     texts, heads, tokens, size = x.shape
+    if room.shape[:2] != x.shape[:2] or room.shape[3] != grid.row_bytes(size) or place + tokens > room.shape[2]:
+        return False
     rotation, off = _NO_TURN if turn is None else turn_of(turn), None if mean is None else mean.data_ptr()
     done = native.sordino_store(
         ctypes.addressof(how), ctypes.addressof(rotation), off, x.data_ptr(), TYPES[x.dtype],
