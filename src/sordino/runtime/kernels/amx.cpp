@@ -88,7 +88,7 @@ void multiply(const int8_t* a, const int8_t* b, int64_t steps, int32_t (*sums)[k
   written(sums);
 }
 
-void many(const Linear& w, const int8_t* x, const float* scale, bool one_scale, Type type, int64_t rows, void* out, int threads) {
+void many_of(const Linear& w, const int8_t* x, const float* scale, bool one_scale, Type type, int64_t rows, void* out, int threads) {
   const int64_t steps = padded(w.inputs) / kBlock, stride = padded(w.inputs), strip = steps * 2 * kBytes;
   thread_local Scratch all;
   int8_t* cuts = static_cast<int8_t*>(all.get((rows + kWide) * stride));
@@ -119,6 +119,10 @@ void many(const Linear& w, const int8_t* x, const float* scale, bool one_scale, 
       }
     }
   });
+}
+
+void many(const Product* products, int n, const int8_t* x, const float* scale, bool one_scale, Type type, int64_t rows, int threads) {
+  for (int i = 0; i < n; ++i) many_of(*products[i].w, x, scale, one_scale, type, rows, products[i].out, threads);
 }
 
 // Products of attention (attend_half.h).

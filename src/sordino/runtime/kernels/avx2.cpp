@@ -316,6 +316,6 @@ void unpack_row(const uint8_t* row, int64_t bytes, int bits, int64_t n, uint8_t*
 
 namespace sordino {
 
-const Kernels kAvx2 = {"avx2", 5, fits, arrange, product, integer, values, centred, encode_token, &kPieces256, &kTraining, many};
+const Kernels kAvx2 = {"avx2", 5, fits, arrange, product, integer, values, centred, encode_token, &kPieces256, &kTraining, many256};
 
 }  // namespace sordino

@@ -443,6 +443,12 @@ int64_t first_steps(float* work, int64_t size, int64_t n) {
   return steps_of<1>(work, n, partner), 16;
 }
 
+uint64_t pack(const uint8_t* codes, int bits) {
+  uint64_t word;
+  std::memcpy(&word, codes, 8);
+  return _pext_u64(word, 0x0101010101010101ull * ((1u << bits) - 1));
+}
+
 template <int kEntries>
 void mix(const Turn& turn, const float* work, int64_t size, int64_t of, int64_t to, float* out) {
   constexpr int kRegisters = kEntries / 16;
@@ -460,6 +466,7 @@ void mix(const Turn& turn, const float* work, int64_t size, int64_t of, int64_t 
 
 #define SORDINO_FIRST_STEPS
 #define SORDINO_MIX
+#define SORDINO_PACK
 #include "pieces.h"
 #include "training.h"
 #include "attend512.h"

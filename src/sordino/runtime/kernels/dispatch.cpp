@@ -200,6 +200,7 @@ SORDINO_API int sordino_many(const Linear* w, const int8_t* codes, int64_t rows,
                              int type, int threads) {
   const Kernels& k = in_use();
   if (k.many == nullptr) return -1;
-  k.many(*w, codes, scale, one_scale != 0, static_cast<Type>(type), rows, out, threads);
+  const Product product{w, out};
+  k.many(&product, 1, codes, scale, one_scale != 0, static_cast<Type>(type), rows, threads);
   return 0;
 }

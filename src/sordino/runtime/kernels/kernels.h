@@ -41,6 +41,12 @@ extern int64_t light_ahead;      // the same with AVX-512 where there is little 
 
 inline int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 
+// A weight, and where its products T [rows, outputs] go.
+struct Product {
+  const Linear* w;
+  void* out;
+};
+
 // Activations as an instruction set wants them, written by its `arrange`.
 struct Arranged {
   void* values;    // for M rows, `stride` bytes each, 64-byte aligned; padding is zero
@@ -108,9 +114,9 @@ struct Kernels {
   int32_t (*encode)(const void* x, Type, int64_t n, int bits, float share, float* scale, int8_t* codes);
   const Pieces* pieces;
   const Training* training;
-  // Products of input codes x int8 [rows, inputs] and weight codes less 2^(b-1), scaled, into out [rows, outputs]: many rows,
-  // one scale a row of the weight, symmetric. Null: torch's is used.
-  void (*many)(const Linear&, const int8_t* x, const float* scale, bool one_scale, Type, int64_t rows, void* out, int threads);
+  // Products of input codes x int8 [rows, inputs] and weight codes less 2^(b-1), scaled: many rows, `n` weights of one input, one scale a
+  // row of each, symmetric. Null: torch's is used.
+  void (*many)(const Product*, int n, const int8_t* x, const float* scale, bool one_scale, Type, int64_t rows, int threads);
 };
 
 extern const Kernels kPortable;

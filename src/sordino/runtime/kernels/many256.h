@@ -153,7 +153,7 @@ void many_rows(const Linear& w, const int8_t* x, const float* scale, bool one_sc
   });
 }
 
-void many(const Linear& w, const int8_t* x, const float* scale, bool one_scale, Type type, int64_t rows, void* out, int threads) {
+void many_of(const Linear& w, const int8_t* x, const float* scale, bool one_scale, Type type, int64_t rows, void* out, int threads) {
   for (int64_t m = 0; m < rows; m += kManyTokens) {
     const int64_t some = std::min(kManyTokens, rows - m);
     char* to = static_cast<char*>(out) + m * w.outputs * width(type);
@@ -161,6 +161,10 @@ void many(const Linear& w, const int8_t* x, const float* scale, bool one_scale, 
     if (w.bits == 8) many_rows<true>(w, x + m * w.inputs, scales, one_scale, type, some, to, threads);
     else many_rows<false>(w, x + m * w.inputs, scales, one_scale, type, some, to, threads);
   }
+}
+
+void many256(const Product* products, int n, const int8_t* x, const float* scale, bool one_scale, Type type, int64_t rows, int threads) {
+  for (int i = 0; i < n; ++i) many_of(*products[i].w, x, scale, one_scale, type, rows, products[i].out, threads);
 }
 
 }  // namespace

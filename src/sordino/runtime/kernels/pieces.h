@@ -176,6 +176,15 @@ void add_of(const T* a, const T* b, int64_t n, T* out) {
   for (int64_t i = 0; i < n; ++i) put(out, i, get(a, i) + get(b, i));
 }
 
+#ifndef SORDINO_PACK
+// The low bits of eight codes, a byte each, one behind another.
+inline uint64_t pack(const uint8_t* codes, int bits) {
+  uint64_t word = 0;
+  for (int k = 0; k < 8; ++k) word |= static_cast<uint64_t>(codes[k]) << (k * bits);
+  return word;
+}
+#endif
+
 inline float stored_scale(float s) { return widen(narrow(s < 1e-8f ? 1e-8f : s)); }
 
 template <class T>
@@ -227,8 +236,7 @@ void store_row(const T* x, const Format& f, int64_t head, int64_t n, uint8_t* ro
   const int64_t words = code_bytes(n, f.bits);
   std::memset(row, 0, static_cast<size_t>(words));
   for (int64_t i = 0; i < n; i += 8) {
-    uint64_t word = 0;
-    for (int k = 0; k < 8; ++k) word |= static_cast<uint64_t>(codes[i + k]) << (k * f.bits);
+    const uint64_t word = pack(codes + i, f.bits);
     const int64_t at = i / 8 * f.bits, left = words - at;
     std::memcpy(row + at, &word, static_cast<size_t>(left < f.bits ? left : f.bits));
   }

@@ -4,6 +4,7 @@
 // needed. Whatever happens to a token alone between two products is one pass: residual sum, norm and rounding; gated activation, R4 and
 // rounding; head norms, rotary embedding, R3 and the cache's new rows. Every intermediate is rounded to the model's dtype as in block.cpp.
 #include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "steps.h"
@@ -81,8 +82,12 @@ struct Layer {
     });
   }
 
-  void multiply(int which, const Rounded& x, char* out) const {
-    p.k.many(linear(which), x.codes, x.scale, b.rounding[which].fixed != 0, type, p.rows(), out, threads());
+  // Linears of one input, `which` and those behind it.
+  void multiply(int which, const Rounded& x, std::initializer_list<char*> outs) const {
+    Product products[kLinears];
+    int n = 0;
+    for (char* out : outs) products[n] = {&linear(which + n), out}, ++n;
+    p.k.many(products, n, x.codes, x.scale, b.rounding[which].fixed != 0, type, p.rows(), threads());
   }
 
   // Head norms, rotary embedding, R3; the cache gets its rows.
@@ -144,17 +149,14 @@ struct Layer {
     if (arena.data == nullptr) return nullptr;
     char* seen = gate;  // they are not needed at the same time
     enter(kBefore, kQuery, added, x);
-    multiply(kQuery, x, query);
-    multiply(kKey, x, key);
-    multiply(kValue, x, value);
+    multiply(kQuery, x, {query, key, value});
     place_all(query, key, value);
     attend(query, seen, x);
-    multiply(kOutput, x, more);
+    multiply(kOutput, x, {more});
     enter(kBetween, kGate, more, x);
-    multiply(kGate, x, gate);
-    multiply(kUp, x, up);
+    multiply(kGate, x, {gate, up});
     gated(gate, up, x);
-    multiply(kDown, x, more);
+    multiply(kDown, x, {more});
     return more;
   }
 };
