@@ -28,9 +28,14 @@ def test_ratios_are_medians_of_rounds() -> None:
     assert figures["peak_memory_bytes"] == 7
 
 
-def test_bench_measures_checkpoint_and_full_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [("rtn-w4", ("format.weights.group=32",)), ("prefixquant-w4a8kv4-dynamic", ("moves=[]", "guard=off"))],
+)
+def test_bench_measures_checkpoint_and_full_precision(recipe: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """Of linears multiplied by themselves, and of a prompt that is one call."""
     model, out, file = make_tiny(tmp_path / "model", layers=2), tmp_path / "out", tmp_path / "speed.json"
-    sordino.quantize(str(model), "rtn-w4", out, overrides=("format.weights.group=32",))
+    sordino.quantize(str(model), recipe, out, overrides=overrides, windows=8, seqlen=48)
     words = ["bench", str(out), str(model), "--prompt-tokens", "20", "--new-tokens", "3", "--threads", "1", "--json", str(file)]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output

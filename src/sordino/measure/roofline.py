@@ -109,9 +109,9 @@ def shares(model: Any, run: Callable[[], Iterator[float]], prompt_tokens: int) -
     """
     inside = [m for layer in model.get_decoder().layers for m in layer.modules() if isinstance(m, (QuantLinear, nn.Linear))]
     with _timed(inside) as linears, library.timed() as native:
-        phases = run()
+        phases, before = run(), library.products_seconds()
         prefill = next(phases)
-        of_prompt = linears[0], sum(native.values())
+        of_prompt = linears[0] + library.products_seconds() - before, sum(native.values())
         decode = next(phases)
         of_tokens = sum(native.values()) - of_prompt[1]
     operations = 2 * prompt_tokens * sum(m.in_features * m.out_features for m in inside)

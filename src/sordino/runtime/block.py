@@ -13,6 +13,7 @@ changed in the middle of a text counts from the next one. ``SORDINO_ONE_CALL=off
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,11 +165,12 @@ def _prompt(decoder: Any, known: Known, ids: Tensor, position_ids: Tensor | None
     if embedded is None or held is None:
         return None
     x, cos, sin = embedded
-    out = torch.empty_like(x)
+    out, products = torch.empty_like(x), ctypes.c_double()
     done = native.sordino_prompt(
         known.blocks, held, len(held), x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), int(cos.shape[0] == 1),
-        seen.address(), *ids.shape, torch.get_num_threads(),
+        seen.address(), *ids.shape, ctypes.addressof(products), torch.get_num_threads(),
     )  # fmt: skip
+    library.products_seconds(products.value)
     if done != 0:
         return None
     for layer in cache.layers:

@@ -114,6 +114,7 @@ int decode(const Kernels&, const Block* blocks, const Held* held, int n, const T
 struct Prompt {
   Token all;
   int64_t tokens;
+  double* products;  // seconds in products of linears are added here
 };
 
 // What decode() does, of a prompt, for layers whose linears multiply codes with codes.

@@ -189,10 +189,12 @@ SORDINO_API int sordino_decode(const Block* blocks, const Held* held, int n, con
 // 0 if sordino_prompt takes such layers, else -1.
 SORDINO_API int sordino_suits_prompt(const Block* blocks, int n) { return suits_prompt(in_use(), blocks, n); }
 
-// The same as sordino_decode of `tokens` tokens of each text, for layers whose linears multiply codes with codes.
+// The same as sordino_decode of `tokens` tokens of each text, for layers whose linears multiply codes with codes; seconds in their products are
+// added to `products`.
 SORDINO_API int sordino_prompt(const Block* blocks, const Held* held, int n, const void* x, void* out, const void* cos,
-                               const void* sin, int one_place, const int64_t* first, int64_t texts, int64_t tokens, int threads) {
-  return prompt(in_use(), blocks, held, n, {{x, out, cos, sin, first, texts, one_place, threads}, tokens});
+                               const void* sin, int one_place, const int64_t* first, int64_t texts, int64_t tokens, double* products,
+                               int threads) {
+  return prompt(in_use(), blocks, held, n, {{x, out, cos, sin, first, texts, one_place, threads}, tokens, products});
 }
 
 // Scaled products of input codes and weight codes (Kernels::many); -1 where the instruction set has nothing for it.

@@ -54,7 +54,7 @@ _SIGNATURES = {
     "sordino_weigh_back": (_P, _P, _P, _I64, _I64, _I64, _I64, _F32, _P, _I32),
     "sordino_decode": (_P, _P, _I32, _P, _P, _P, _P, _I32, _P, _I64, _I32),
     "sordino_suits_prompt": (_P, _I32),
-    "sordino_prompt": (_P, _P, _I32, _P, _P, _P, _P, _I32, _P, _I64, _I64, _I32),
+    "sordino_prompt": (_P, _P, _I32, _P, _P, _P, _P, _I32, _P, _I64, _I64, _P, _I32),
     "sordino_attend": (_P, _P, _P, _P, _I64, _I64, _P, _I32),
 }
 
@@ -154,6 +154,7 @@ class _State:
 
     library: ctypes.CDLL | None = None
     name: str = ""
+    products = 0.0  # see products_seconds
 
 
 @lru_cache
@@ -226,6 +227,12 @@ def active() -> ctypes.CDLL | None:
     if not _State.name:  # threads that come meanwhile wait for the first one's choice
         choose(os.environ.get(VARIABLE) or None)
     return _State.library
+
+
+def products_seconds(more: float = 0.0) -> float:
+    """Seconds that prompts in one call have spent in products of linears, with so many more from now on."""
+    _State.products += more
+    return _State.products
 
 
 def present() -> ctypes.CDLL:

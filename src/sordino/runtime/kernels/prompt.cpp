@@ -4,6 +4,7 @@
 // needed. Whatever happens to a token alone between two products is one pass: residual sum, norm and rounding; gated activation, R4 and
 // rounding; head norms, rotary embedding, R3 and the cache's new rows. Every intermediate is rounded to the model's dtype as in block.cpp.
 #include <algorithm>
+#include <chrono>
 #include <initializer_list>
 #include <vector>
 
@@ -87,7 +88,9 @@ struct Layer {
     Product products[kLinears];
     int n = 0;
     for (char* out : outs) products[n] = {&linear(which + n), out}, ++n;
+    const auto started = std::chrono::steady_clock::now();
     p.k.many(products, n, x.codes, x.scale, b.rounding[which].fixed != 0, type, p.rows(), threads());
+    *p.s.products += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   }
 
   // Head norms, rotary embedding, R3; the cache gets its rows.
