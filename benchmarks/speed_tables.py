@@ -9,7 +9,7 @@ from ladder import ROWS, read
 from tables import last
 
 # What /proc/cpuinfo says of processors that were measured, and what they are.
-PROCESSORS = {"AuthenticAMD 25 17": "AMD Zen 4"}
+PROCESSORS = {"AuthenticAMD 25 17": "AMD Zen 4", "AuthenticAMD 26 2": "AMD Zen 5"}
 
 
 def processor(row: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
 It looks whether everything is as the kernels know it (known.py): no hook of anybody else's, nothing asked but the last hidden
 state. While text is being decoded (one new token of a few texts, a cache that grows) all layers are one native call: norms,
 linears, rotary embedding, R3, R4, the rounding of inputs, the cache's new rows and attention over them, the prefix included
-(kernels/block.h); embedding, rotary angles and the final norm stay torch's. So are prompts and larger batches where all linears
-multiply codes with codes and the cache is packed; others go through layers.py.
+(kernels/block.h); embedding, rotary angles and the final norm stay torch's. Prompts and larger batches are one call, too, where
+all linears multiply codes with codes and the cache is packed; others go through layers.py.
 Everything else takes transformers' own forward. All round at the same places.
 
 The layers are looked at when the first token of a text is decoded, since that takes longer than the token's products: what is
@@ -94,10 +94,7 @@ def _forward(
     if ids.shape[1] == 1 and ids.shape[0] <= FEW_TEXTS and use_cache and seen is not None:
         out = _step(decoder, ids, position_ids, cache, seen)
     if out is None:
-        known = _known(decoder)
-        out = None if seen is None else _prompt(decoder, known, ids, position_ids, cache, seen)
-        if out is None:
-            out = _whole(decoder, known, ids, attention_mask, position_ids, cache, seen)
+        out = _whole(decoder, ids, attention_mask, position_ids, cache, seen)
     return None if out is None else BaseModelOutputWithPast(last_hidden_state=decoder.norm(out), past_key_values=cache)
 
 
@@ -145,48 +142,9 @@ def _step(decoder: Any, ids: Tensor, position_ids: Tensor | None, cache: Any, se
     return out
 
 
-def _prompt(decoder: Any, known: Known, ids: Tensor, position_ids: Tensor | None, cache: Any, seen: _Seen) -> Tensor | None:
-    """What one call makes of many tokens, where linears multiply codes with codes and the cache holds codes; else None."""
-    native = library.active()
-    if native is None or known.blocks is None or not known.packed or known.window is not None or ids.numel() <= FEW_ROWS:
-        return None
-    past = 0 if cache is None else cache.get_seq_length()
-    length = past + ids.shape[1]
-    if (
-        native.sordino_suits_prompt(known.blocks, len(known.blocks)) != 0
-        or not seen.fits(len(ids), length)
-        or not _fast(known, length, ids.shape[1])
-    ):
-        return None
-    places = torch.arange(past, length)[None] if position_ids is None else position_ids
-    embedded = known.embed(decoder, ids, places)
-    cache = DynamicCache(config=decoder.config) if cache is None else cache
-    held = None if embedded is None else known.enter(decoder, cache, *ids.shape)
-    if embedded is None or held is None:
-        return None
-    x, cos, sin = embedded
-    out, products = torch.empty_like(x), ctypes.c_double()
-    done = native.sordino_prompt(
-        known.blocks, held, len(held), x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), int(cos.shape[0] == 1),
-        seen.address(), *ids.shape, ctypes.addressof(products), torch.get_num_threads(),
-    )  # fmt: skip
-    library.products_seconds(products.value)
-    if done != 0:
-        return None
-    for layer in cache.layers:
-        layer.length += ids.shape[1]
-    return out
-
-
-def _fast(known: Known, length: int, tokens: int) -> bool:
-    """Whether the kernels' attention over so many rows is faster than torch's."""
-    return length <= LONG or tokens == 1 or known.dtype == torch.float32 or library.attends_in_bf16(known.size)
-
-
-def _whole(
-    decoder: Any, known: Known, ids: Tensor, mask: Any, position_ids: Tensor | None, cache: Any, seen: _Seen | None
-) -> Tensor | None:
-    """What layers.py makes of any tokens; None if a layer is not what it knows."""
+def _whole(decoder: Any, ids: Tensor, mask: Any, position_ids: Tensor | None, cache: Any, seen: _Seen | None) -> Tensor | None:
+    """What the kernels make of any tokens, in one call or layer by layer; None if a layer is not what they know."""
+    known = _known(decoder)
     if known.norms is None or known.window is not None or ids.numel() == 0:
         return None
     past = 0 if cache is None else cache.get_seq_length()
@@ -196,10 +154,13 @@ def _whole(
         return None
     x, cos, sin = embedded
     length = past + ids.shape[1]
-    fits = seen is not None and seen.fits(len(ids), length) and _fast(known, length, ids.shape[1])
-    if known.attentions is not None and seen is not None and fits:
+    fast = length <= LONG or ids.shape[1] == 1 or x.dtype == torch.float32 or library.attends_in_bf16(known.size)
+    if known.attentions is not None and seen is not None and seen.fits(len(ids), length) and fast:
         if cache is None and known.packed:
             cache = DynamicCache(config=decoder.config)  # keys and values are rounded on their way in
+        out = _prompt(decoder, known, x, cos, sin, cache, seen)
+        if out is not None:
+            return out
         attend = layers.by_rows(known.attentions, seen.first, cache)
     else:
         mask = create_causal_mask(
@@ -207,6 +168,29 @@ def _whole(
         )
         attend = layers.by_torch(mask, cache)
     return layers.run(list(decoder.layers), known.norms, x, cos, sin, attend)
+
+
+def _prompt(decoder: Any, known: Known, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, seen: _Seen) -> Tensor | None:
+    """What one call makes of many tokens, where linears multiply codes with codes and the cache holds codes; else None."""
+    native, (texts, tokens) = library.active(), x.shape[:2]
+    if native is None or known.blocks is None or not known.packed or texts * tokens <= FEW_ROWS:
+        return None
+    if native.sordino_suits_prompt(known.blocks, len(known.blocks)) != 0:
+        return None
+    held = known.enter(decoder, cache, texts, tokens)
+    if held is None:
+        return None
+    out, products = torch.empty_like(x), ctypes.c_double()
+    done = native.sordino_prompt(
+        known.blocks, held, len(held), x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), int(cos.shape[0] == 1),
+        seen.address(), texts, tokens, ctypes.addressof(products), torch.get_num_threads(),
+    )  # fmt: skip
+    library.products_seconds(products.value)
+    if done != 0:
+        return None
+    for layer in cache.layers:
+        layer.length += tokens
+    return out
 
 
 class _Seen(NamedTuple):

@@ -93,7 +93,7 @@ class Known:
         """Where the packed rows of a cache are, with room for so many more; None if a layer is not what the kernels know.
 
         Raises:
-            InputError: if the cache already holds plain keys and values, another checkpoint's.
+            InputError: if the cache already holds plain keys and values, or another checkpoint's.
         """
         for layer in decoder.layers:
             enter(layer.self_attn, (), {"past_key_values": cache})
