@@ -77,6 +77,7 @@ def main() -> None:
     body += zeroshot.rendered() + solver_options() + analyses() + large_shape() + speeds("## Speed (`benchmarks/speed.py`)")
     body += beside("llama.cpp", "## Speed beside llama.cpp (`benchmarks/vs_llama_cpp.py`)")
     body += beside("OpenVINO", "## Speed beside OpenVINO (`benchmarks/vs_openvino.py`)")
+    body += beside("ONNX Runtime", "## Speed beside ONNX Runtime (`benchmarks/vs_onnxruntime.py`)")
     body += beside_torch("## One linear beside torch's int4 (`benchmarks/vs_torch_int4.py`)")
     body += loading("## Loading (`benchmarks/loading.py`)") + two_paths("## Two paths (`benchmarks/native_vs_torch.py`)")
     (ROOT / "docs" / "results.md").write_text(body)
@@ -85,7 +86,7 @@ def main() -> None:
     fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + means() + prefix() + equivalence())
     fill(
         ROOT / "docs" / "kernels.md",
-        speeds() + beside("llama.cpp") + beside("OpenVINO") + loading() + two_paths()
+        speeds() + beside("llama.cpp") + beside("OpenVINO") + beside("ONNX Runtime") + loading() + two_paths()
         or "Nothing yet: `benchmarks/speed.py` was not run.\n",
     )
     fill(ROOT / "docs" / "howto" / "cost.md", costs())

@@ -86,6 +86,13 @@ OTHERS = {
         "OpenVINO has symmetric codes of 4 bits in groups of 64, and of 8 in embedding and head; activations and cache\n"
         "are as it likes best itself.",
     ),
+    "ONNX Runtime": (
+        "vs_onnxruntime.jsonl",
+        "ONNX Runtime int4",
+        "genai",
+        "ONNX Runtime GenAI has symmetric codes of 4 bits in groups of 64, and of 8 in embedding and head; activations are\n"
+        "multiplied in 8 bits, its builder's own choice for CPUs; the cache is fp32.",
+    ),
 }
 
 

@@ -419,6 +419,14 @@ ON_MODEL = [
 ]
 
 
+def test_doctor_misses_the_tokenizer(model: Path, tmp_path: Path) -> None:
+    """Where the run would; a recipe that reads no text needs none."""
+    bare = Path(shutil.copytree(model, tmp_path / "bare"))
+    (bare / "tokenizer.json").unlink()
+    refused(Sordino("doctor", bare, "-r", "gptq-w4", log=tmp_path).wait(), "no tokenizer")
+    assert Sordino("doctor", bare, "-r", "rtn-w4", log=tmp_path).wait().code == 0
+
+
 @pytest.mark.parametrize(("args", "words"), ON_MODEL, ids=lambda x: " ".join(x[:3]))
 def test_other_commands_on_a_model(model: Path, tmp_path: Path, args: list[str], words: list[str]) -> None:
     refused(Sordino(args[0], model, *args[1:], log=tmp_path).wait(), *words)

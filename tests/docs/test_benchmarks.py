@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SHARED = {"foreign.py", "ladder.py", "speed_tables.py", "tables.py"}  # no scripts
-NO_ARGUMENTS = {"render.py", "llama_cpp_worker.py", "openvino_worker.py"}
+NO_ARGUMENTS = {"render.py", "llama_cpp_worker.py", "openvino_worker.py", "onnxruntime_worker.py"}
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in FOLDER.glob("*.py") if p.name not in SHARED | NO_ARGUMENTS))

@@ -32,6 +32,8 @@ def examine(
         raise InputError(f"--for {unknown[0]}: engines known are {', '.join(ENGINES)}")
     source = open_source(model)
     plan = make_plan(source, load_recipe(recipe, overrides), None, None)
+    if plan.needs_text:
+        source.tokenizer()  # a folder without one fails here and not when the run begins
     anatomy, c = plan.anatomy, plan.recipe.calibration
     dtype = str(plan.dtype).removeprefix("torch.")
     text = f"{c.windows} windows of {c.seqlen}, {plan.heldout} more held out" if plan.needs_text else "none needed"

@@ -1,0 +1,59 @@
+"""Prefill and decode beside ONNX Runtime GenAI: the same shapes, threads and lengths, models taking turns in one run.
+
+    python -m venv build/onnxruntime && build/onnxruntime/bin/pip install torch==2.13.0
+    build/onnxruntime/bin/pip install onnxruntime onnxruntime-genai onnx onnx_ir transformers torch==2.13.0
+    python benchmarks/vs_onnxruntime.py --python build/onnxruntime/bin/python [--threads 2] [--shapes smollm2-135m llama-3.2-1b]
+
+ONNX Runtime has a model of transformers with random weights, exported and rounded by its own builder: symmetric codes of 4
+bits in groups of 64 in the linears, of 8 in embedding and head, as our checkpoints have them; activations are multiplied in 8
+bits, its builder's own choice for CPUs, and the head reads the last token alone. Nothing else should run on the machine. One
+JSON row a shape goes to benchmarks/rows/vs_onnxruntime.jsonl; `python benchmarks/render.py` shows them in docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import sordino
+from foreign import making_parser, measured_beside, version_of
+from ladder import ROWS, keep
+from sordino.measure.shapes import config_of, shape
+
+WORKER = str(Path(__file__).with_name("onnxruntime_worker.py"))
+NAME, GROUP = "ONNX Runtime int4", 64
+OPTIONS = (f"block_size={GROUP}", "algo_config=rtn", "matmul_mixed_precision=last_matmul:int8", "prune_lm_head=true")
+
+
+def main() -> None:
+    args = making_parser(__doc__ or "", "onnxruntime-genai").parse_args()
+    for name in args.shapes:
+        row = compare(name, args.python, args.threads, (args.prompt_tokens, args.new_tokens))
+        keep(ROWS / "vs_onnxruntime.jsonl", row)
+        print(json.dumps(row, indent=1), flush=True)
+
+
+def compare(name: str, python: str, threads: int, tokens: tuple[int, int]) -> dict[str, Any]:
+    """One shape: both engines, and transformers in bf16."""
+    config = shape(name)
+    with tempfile.TemporaryDirectory() as folder:
+        plain, four = Path(folder) / "plain", Path(folder) / "int4"
+        transformers.AutoModelForCausalLM.from_config(config_of(config), dtype=torch.bfloat16).save_pretrained(plain)
+        sordino.load("smollm2")[1].save_pretrained(plain)  # the builder wants a tokenizer; none is measured
+        build = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(plain), "-o", str(four), "-p", "int4"]
+        subprocess.run([*build, "-e", "cpu", "-c", folder, "--extra_options", *OPTIONS], check=True)
+        command = [python, WORKER, str(four), *(str(n) for n in (threads, *tokens))]
+        size = sum(f.stat().st_size for f in four.glob("model.onnx*"))
+        row = measured_beside(name, config, Path(folder), {NAME: (command, size)}, threads, tokens)
+    return row | {"onnxruntime": version_of(python, "onnxruntime"), "genai": version_of(python, "onnxruntime_genai")}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # of this process, which only waits
+    main()
