@@ -68,7 +68,7 @@ ELSEWHERE = {
     "w4a4kv4 dynamic: + tuning": "prefixquant-w4a4kv4-dynamic-tuned",
     "w4a4kv4 static: + tuning": "prefixquant-w4a4kv4-static-tuned",
 }
-ELSEWHERE |= {f"quarot-w{b}a{b} + clip + low-rank": f"bisup-quarot-w{b}a{b}" for b in (3, 4)}
+ELSEWHERE |= {"quarot-w4a4 + clip + low-rank": "bisup-quarot-w4a4", "quarot-w3a3 + clip + smooth + low-rank": "bisup-quarot-w3a3"}
 
 if __name__ == "__main__":
     climb(__doc__, LADDER, "joined.jsonl")
