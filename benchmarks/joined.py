@@ -68,7 +68,10 @@ ELSEWHERE = {
     "w4a4kv4 dynamic: + tuning": "prefixquant-w4a4kv4-dynamic-tuned",
     "w4a4kv4 static: + tuning": "prefixquant-w4a4kv4-static-tuned",
 }
-ELSEWHERE |= {"quarot-w4a4 + clip + low-rank": "bisup-quarot-w4a4", "quarot-w3a3 + clip + smooth + low-rank": "bisup-quarot-w3a3"}
+ELSEWHERE |= {
+    "quarot-w4a4 + clip + low-rank": "bisup-quarot-w4a4",
+    "quarot-w3a3 + clip + smooth + low-rank": "bisup-quarot-w3a3",
+}
 
 if __name__ == "__main__":
     climb(__doc__, LADDER, "joined.jsonl")

@@ -15,7 +15,7 @@ import weight_only
 import zeroshot
 from ladder import ROOT, ROWS, read
 from sordino.recipe import presets
-from speed_tables import beside, beside_torch, loading, speeds, two_paths
+from speed_tables import beside, beside_torch, loading, speeds, summary, two_paths
 from tables import cells, last, latest, spread, table
 
 HEAD = """# Measured results
@@ -82,6 +82,7 @@ def main() -> None:
     body += loading("## Loading (`benchmarks/loading.py`)") + two_paths("## Two paths (`benchmarks/native_vs_torch.py`)")
     (ROOT / "docs" / "results.md").write_text(body)
     fill(ROOT / "README.md", table(first | second | third, SHOWN, 4))
+    fill(ROOT / "README.md", summary(), "speed")
     fill(ROOT / "docs" / "methods" / "d2quant.md", table(second, ["full precision", *d2quant.LADDER], 8))
     fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + means() + prefix() + equivalence())
     fill(
@@ -112,11 +113,11 @@ def costs() -> str:
     return "\n".join([*lines, "", f"Presets that have not been run on smollm2: {missing or 'none'}."]) + "\n"
 
 
-def fill(path: Path, content: str) -> None:
+def fill(path: Path, content: str, mark: str = "results") -> None:
     """Replace what stands between a file's markers."""
-    before, rest = path.read_text().split("<!-- results -->\n", 1)
-    after = rest.split("<!-- /results -->", 1)[1]
-    path.write_text(before + "<!-- results -->\n" + content + "<!-- /results -->" + after)
+    before, rest = path.read_text().split(f"<!-- {mark} -->\n", 1)
+    after = rest.split(f"<!-- /{mark} -->", 1)[1]
+    path.write_text(before + f"<!-- {mark} -->\n" + content + f"<!-- /{mark} -->" + after)
 
 
 def prefix(title: str = "") -> str:

@@ -10,6 +10,8 @@ from tables import last
 
 # What /proc/cpuinfo says of processors that were measured, and what they are.
 PROCESSORS = {"AuthenticAMD 25 17": "AMD Zen 4", "AuthenticAMD 26 2": "AMD Zen 5"}
+# Rows that do not say it: by their kernels. Those with AVX-512 were of a Zen 5 and are in the table of all rows only.
+KERNELS = {"native, amx": "Xeon with AMX", "native, avx2": "AMD Zen 3, no AVX-512"}
 
 
 def processor(row: dict[str, Any]) -> str:
@@ -96,6 +98,9 @@ OTHERS = {
 }
 
 
+SHOWN = "W4A8KV4 static"  # in the table of all engines
+
+
 def beside(engine: str, title: str = "") -> str:
     """Another engine and ours, from the last row of each shape; ratios are medians of those within a round."""
     file, reference, version, note = OTHERS[engine]
@@ -119,11 +124,40 @@ def beside(engine: str, title: str = "") -> str:
                 rates = sorted(tokens / s for s in model[phase])
                 shown.append(f"{statistics.median(rates):.0f} ({rates[0]:.0f} … {rates[-1]:.0f})")
                 for other in (reference, twin):
-                    ratio = statistics.median(a / b for a, b in zip(by[other][phase], model[phase], strict=False))
+                    ratio = median_ratio(by[other][phase], model[phase])
                     shown.append("–" if other == name else f"{ratio:.2f}")
             size = model["weight_bytes"]
             lines.append("| " + " | ".join([*shown, "–" if size is None else f"{size / 1e6:.0f}"]) + " |")
     return "\n".join(lines) + "\n" if lines else ""
+
+
+def summary() -> str:
+    """Ours beside all others in a few numbers: prefill / decode, ratios of medians within a round, from the last rows."""
+    found: dict[tuple[str, str, int], dict[str, str]] = {}
+    for engine, (file, reference, _, _) in OTHERS.items():
+        for row in read(ROWS / file):
+            where = PROCESSORS.get(row.get("cpu", "")) or KERNELS.get(row.get("kernels", "native, amx"))
+            by = {m["model"]: m for m in row["models"]}
+            if where is None or SHOWN not in by:
+                continue
+            cells = found.setdefault((where, row["subject"], row["prompt_tokens"]), {})
+            twin = next(name for name in by if name.endswith("twin"))
+            for name, column in ((twin, "transformers"), (reference, reference)):
+                if column == "transformers" and engine != "llama.cpp":
+                    continue
+                times = [median_ratio(by[name][phase], by[SHOWN][phase]) for phase in ("prefill", "decode")]
+                cells[column] = " / ".join(f"{t:.2f}" for t in times) + (" (fp32)" if name == "fp32 twin" else "")
+    columns = ["transformers", *(reference for _, reference, _, _ in OTHERS.values())]
+    lines = ["| two cores of | shape | prompt | " + " | ".join(["transformers bf16", *columns[1:]]) + " |"]
+    lines += ["|---" * (len(columns) + 3) + "|"]
+    for (where, subject, tokens), cells in sorted(found.items()):
+        lines.append(f"| {where} | {subject} | {tokens} | " + " | ".join(cells.get(c, "–") for c in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def median_ratio(theirs: list[float], ours: list[float]) -> float:
+    """How many times as long others took, round by round."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=False))
 
 
 def beside_torch(title: str = "") -> str:

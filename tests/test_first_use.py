@@ -122,6 +122,36 @@ def test_a_model_with_nan_leaves_nothing_behind(model: Path, tmp_path: Path) -> 
     assert sordino.quantize(model, "gptq-w4", tmp_path / "out", text=TEXT, windows=4, seqlen=32).out == tmp_path / "out"
 
 
+def test_a_report_that_is_gone_or_lacks_its_samples_is_made_again(model: Path, tmp_path: Path) -> None:
+    """Nothing else of a finished run is touched; the text it read is named where paths may be."""
+    out = tmp_path / "out"
+
+    def again(samples: bool = True) -> str:
+        sordino.quantize(model, "gptq-w4", out, text=TEXT, windows=16, seqlen=32, samples=samples)
+        return (out / "report.html").read_text()
+
+    def others() -> dict[str, int]:
+        return {f.name: f.stat().st_mtime_ns for f in out.iterdir() if f.name != "report.html"}
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sordino.report.samples.samples", stop)
+        with pytest.raises(KeyboardInterrupt):
+            again()
+    before, page = others(), (out / "report.html").read_text()
+    assert "the same command makes them" in page and again(samples=False) == page
+    assert str(TEXT) in page and str(TEXT) not in (out / "sordino.json").read_text()
+    whole = again()
+    assert "sky blue" in whole and "the same command makes them" not in whole
+    written = (out / "report.html").stat().st_mtime_ns
+    assert again() == whole and (out / "report.html").stat().st_mtime_ns == written
+    (out / "report.html").unlink()
+    assert "sky blue" not in again(samples=False)
+    assert others() == before
+
+
 def test_json_has_no_words_of_its_own() -> None:
     said = {"ppl": float("nan"), "rows": [{"kl": float("inf"), "n": 3}, (0.5, None, "nan")]}
     assert _strict(said) == {"ppl": None, "rows": [{"kl": None, "n": 3}, [0.5, None, "nan"]]}

@@ -34,6 +34,8 @@ from sordino.walk.source import Source, locate, open_source, without_bars
 from sordino.walk.store import WORK, Work, claim, write_text
 from sordino.walk.walk import Walk
 
+_PENDING = "the run was stopped before they were made; the same command makes them"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -116,33 +118,35 @@ def quantize(
     content = load_text(text) if plan.needs_text else None
     fingerprint = _fingerprint(source, chosen, content, seed, plan, prompt)
     done = None if fresh else _finished(out, fingerprint)
-    if done is not None:
+    if done is not None and not _lacks_report(out, samples):
         return _judged(done)
-    drawn = _windows(source, plan, content, seed)
+    drawn = _windows(source, plan, content, seed) if done is None else None
+    report_later = samples or done is not None
     try:
         with claim(out):
-            if fresh:  # not before everything given is known to be usable
-                _clear(out)
-            begun = (out / WORK / "state.json").is_file()
-            work = Work(out, fingerprint, cpu)
-            work.save()
-            try:
-                result = _run(source, plan, work, drawn, seed, out, progress or _silent, prompt)
-            except InputError:  # a tensor with NaN: there is nothing to go on with
-                if not begun:
-                    work.remove()
-                raise
-            run = _run_facts(work, plan)
-            write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
-            write_text(out / "report.html", quantize_page(out, str(model), result, run))
-            publish(work, out)
-            work.remove()
-            if samples:
-                said = _samples(str(model), out, result, progress or _silent)
-                write_text(out / "report.html", quantize_page(out, str(model), result, run, said))
+            if done is None:
+                if fresh:  # not before everything given is known to be usable
+                    _clear(out)
+                begun = (out / WORK / "state.json").is_file()
+                work = Work(out, fingerprint, cpu)
+                work.save()
+                try:
+                    manifest = _run(source, plan, work, drawn, seed, out, progress or _silent, prompt)
+                except InputError:  # a tensor with NaN: there is nothing to go on with
+                    if not begun:
+                        work.remove()
+                    raise
+                run = _run_facts(work, plan, content)
+                write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
+                done = Result(out, manifest, run)
+                _write_report(str(model), done, _PENDING if samples else None)
+                publish(work, out)
+                work.remove()
+            if report_later:
+                _write_report(str(model), done, _samples(str(model), done, progress or _silent) if samples else None)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write to {out}: {reason(error)}") from None
-    return _judged(Result(out, result, run))
+    return _judged(done)
 
 
 def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
@@ -332,18 +336,29 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _samples(model: str, out: Path, result: dict[str, Any], progress: Progress) -> Any:
+def _write_report(model: str, done: Result, samples: Any) -> None:
+    write_text(done.out / "report.html", quantize_page(done.out, model, done.manifest, done.run, samples))
+
+
+def _lacks_report(out: Path, samples: bool) -> bool:
+    """Whether the page of a finished run is gone, or was never given the samples that are asked for."""
+    file = out / "report.html"
+    return not file.is_file() or (samples and _PENDING in file.read_text(encoding="utf-8", errors="replace"))
+
+
+def _samples(model: str, done: Result, progress: Progress) -> Any:
     """Answers of both models for the report, or why there are none."""
     from sordino.report.samples import samples  # which loads models by this file
 
     progress("samples", 0, 1)
-    said = samples(model, out, result["full_precision_bytes"])
+    said = samples(model, done.out, done.manifest["full_precision_bytes"])
     progress("samples", 1, 1)
     return said
 
 
-def _run_facts(work: Work, plan: Plan) -> dict[str, Any]:
+def _run_facts(work: Work, plan: Plan, text: Text | None) -> dict[str, Any]:
     return {
+        "text": None if text is None else text.spec,
         "seconds": round(work.seconds, 2),
         "cpu_seconds": round(work.cpu_seconds, 2),
         "peak_memory_bytes": peak_memory(),

@@ -171,7 +171,7 @@ def compare(
     _check_writable(json_, csv, md, html)
     with Bars() as bars:
         options: dict[str, Any] = {"against": against, "prefix_from": prefix_from, "text": text}
-        options |= {"tasks": _tasks(tasks, task_data, limit) or None, "speed": speed}
+        options |= {"tasks": _tasks(tasks, task_data, limit), "speed": speed}
         comparison = run(checkpoints, seqlen=seqlen, windows=windows, progress=bars, **options)
     for path, content in ((csv, comparison.to_csv()), (md, comparison.to_markdown())):
         if path:
@@ -357,7 +357,7 @@ def _tasks(names: str | None, data: Path | None, limit: int | None) -> Any:
         if data is not None or limit is not None:
             raise InputError("--task-data and --limit belong to --tasks; name some, e.g. --tasks piqa,arc_easy")
         return ()
-    return open_tasks([n for name in names.split(",") if (n := name.strip())], data, limit)
+    return open_tasks(names, data, limit)
 
 
 def _check_writable(*paths: Path | None) -> None:
@@ -390,6 +390,8 @@ def _strict(data: Any) -> Any:
 def _print_comparison(comparison: Any) -> None:
     for header, rows in comparison.tables():
         _print_table(header, rows)
+    for note in comparison.notes():
+        _out.print(escape(note))
 
 
 def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import heapq
 import json
+import math
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from markupsafe import escape
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -20,6 +22,7 @@ from typer.testing import CliRunner
 import sordino
 from sordino.anatomy import Anatomy, anatomy_of, hidden_states
 from sordino.cli import app
+from sordino.errors import InputError
 from sordino.measure.activations import Activations, Loudest, look
 from sordino.measure.advice import Advice, advise
 from sordino.measure.diffusion import Horizontal, attended, attention_received, horizontal, last_with_rows_rounded
@@ -29,6 +32,7 @@ from sordino.measure.sensitivity import Sensitivity, names_of, round_weights, se
 from sordino.numerics.affine import AffineGrid
 from sordino.protect.prefix import Prefix
 from sordino.recipe import MoveSpec, load_recipe
+from sordino.report.inspect import plots
 from sordino.walk.attention import NAME
 from tiny import STORIES, Sordino, make_tiny
 
@@ -155,8 +159,14 @@ def test_a_rotated_checkpoint_with_a_prefix_is_compared_in_one_basis(tmp_path: P
     recipe = recipe.model_copy(update={"moves": moves})
     result = sordino.quantize(str(model), recipe, tmp_path / "out", text=TEXT, windows=4, seqlen=20)
     assert result.manifest["prefix"]["ids"]
-    found = inspect(result.out, against=model, text=TEXT, windows=2, seqlen=20).vertical
+    inspection = inspect(result.out, against=model, text=TEXT, windows=2, seqlen=20)
+    found = inspection.vertical
     assert max(s.mean for s in (*found.accumulated, *found.isolated)) < 1e-6  # nothing was rounded
+    assert len(plots(inspection)) == 8
+    for name, drawn in plots(inspection).items():  # the same lines as figures by themselves
+        assert inspection.figure(name).svg.count("<polyline") == len(drawn.series) == str(escape(drawn)).count("<polyline")
+    with pytest.raises(InputError, match="there are outlier tokens, "):
+        inspection.figure("none")
 
 
 @torch.no_grad()
@@ -248,6 +258,14 @@ def test_the_command_on_a_trained_model(tmp_path: Path) -> None:
     assert all(escape(a["reason"]) in html and a["recipe"] in done.out for a in found["advice"])
     done = Sordino("inspect", tmp_path / "none", *arguments, log=tmp_path / "log2").wait()
     assert done.code == 2 and len(done.err.splitlines()) == 1 and done.err.startswith("sordino: ") and done.out == ""
+
+
+def test_a_model_whose_answers_are_no_numbers_is_not_looked_at(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", layers=2)
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * math.nan}, model / "model.safetensors")
+    with pytest.raises(InputError, match="no number"):
+        inspect(model, windows=1, seqlen=16)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from lm_eval.evaluator import evaluate as plain_evaluate
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -110,10 +113,12 @@ def test_limit_takes_the_first_items(model: Path, data: Path) -> None:
     assert whole.tasks["mmlu"].samples == ITEMS and part.tasks["piqa"].samples == 5
 
 
-def test_prefix_and_rounded_inputs_stay_on(model: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"format.kv.bits=4": "Be brief."}], ids=["prefix", "packed cache and system prompt"])
+def test_what_a_checkpoint_does_stays_on(model: Path, data: Path, tmp_path: Path, more: dict[str, str]) -> None:
     """Log-likelihoods of a checkpoint equal a plain forward of the checkpoint, one request at a time."""
-    recipe = ("format.activations.bits=8", 'moves=[{move="prefix"}]', "guard=off")
-    sordino.quantize(str(model), "rtn-w4", tmp_path / "out", overrides=recipe, windows=8, seqlen=64)
+    recipe = ("format.activations.bits=8", 'moves=[{move="prefix"}]', "guard=off", *more)
+    prompt = next(iter(more.values()), None)
+    sordino.quantize(str(model), "rtn-w4", tmp_path / "out", overrides=recipe, windows=8, seqlen=64, system_prompt=prompt)
     loaded, tokenizer = sordino.load(tmp_path / "out")
     from sordino.measure.harness import run_suite
 
@@ -142,6 +147,74 @@ def test_a_prefix_takes_places_and_what_is_written_is_not_scored(model: Path, da
         patch.setattr(harness, "_open_local", lambda task, folder: {"tasks": tasks})
         with pytest.raises(InputError, match="scored by what a model writes"):
             open_tasks(["piqa"], data)
+
+
+def short_of_positions(model: Path, to: Path, positions: int) -> Path:
+    """The model with fewer positions."""
+    shutil.copytree(model, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+    return to
+
+
+def test_contexts_that_are_cut_are_counted_and_answers_never_are(model: Path, data: Path, tmp_path: Path) -> None:
+    short = short_of_positions(model, tmp_path / "short", 60)
+    tasks = open_tasks(["boolq", "piqa"], data)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    table = compare([short, model], tasks=tasks, against=str(model))
+    cut, whole = (e.tasks for _, e in table.rows)
+    assert cut is not None and whole is not None
+    boolq = [i.args for i in tasks.suite.tasks["boolq"].instances]
+    want = sum(len(tokenizer(context + answer).input_ids) > 61 for context, answer in boolq)
+    assert cut.tasks["boolq"].cut == want > 0 and not any(t.cut for t in whole.tasks.values())
+    assert cut.to_json()["boolq"]["contexts_cut"] == want and "contexts_cut" not in whole.to_json()["boolq"]
+    assert [note for note in table.notes() if f"boolq: {want} contexts" in note] and str(model) not in "".join(table.notes())
+    alone = sordino.evaluate(short, tasks=tasks)
+    assert ("boolq: contexts too long, cut on the left", str(want)) in alone.lines()
+    with pytest.raises(InputError, match=r"piqa: item \d has an answer of \d+ tokens, the model 10 positions$"):
+        sordino.evaluate(short_of_positions(model, tmp_path / "shorter", 10), tasks=tasks)
+
+
+def test_scores_that_are_no_numbers_are_shown_as_such(model: Path, data: Path, tmp_path: Path) -> None:
+    """Else the harness would take the first answer for the likeliest."""
+    shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * math.nan}, tmp_path / "broken/model.safetensors")
+    table = compare([tmp_path / "broken", model], tasks="piqa, arc_easy", task_data=data, against=str(model))
+    broken, same = (e for _, e in table.rows)
+    assert broken.tasks is not None and math.isnan(broken.tasks.tasks["piqa"].value) and math.isnan(broken.tasks.mean)
+    assert table.cells()[0][-1] == table.cells()[1][-1] == "–"  # nothing to compare; and with itself
+    assert ["NaN" in note and "broken" in note for note in table.notes()] == [True]
+    assert [cells[1:] for cells in table.differences()[0][1]] == [("–", "–"), ("–", "–")]
+    assert same.tasks is not None
+    assert table.plots()["mean of tasks"].frontier == [(same.bytes / 2**20, same.tasks.mean)]
+
+
+def test_differences_task_by_task(model: Path, checkpoint: Path, data: Path) -> None:
+    table = compare(checkpoint, tasks=["piqa", "arc_easy"], task_data=data, against=str(model))
+    [(header, [row])] = table.differences()
+    figures = table.to_json()[0]["tasks"]
+    for name, cell in zip(("piqa", "arc_easy"), row[1:], strict=True):
+        assert cell.startswith(f"{figures[name]['acc_norm_difference']:+.3f} [")
+    assert len(header) == len(row) and table.tables()[-1] == (header, [row])
+
+
+def test_a_tokenizer_that_neither_begins_nor_ends_texts(model: Path, data: Path) -> None:
+    loaded, tokenizer = sordino.load(model)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(InputError, match="begins or ends a text"):
+        open_tasks(["piqa"], data).run(loaded, tokenizer)
+
+
+def test_rows_that_the_harness_cannot_take_and_a_byte_order_mark(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "hellaswag").mkdir()
+    row = {"query_cap": "Cat: it", "endings": ["[x]", "b", "c", "d"], "label": 0}  # its clean-up leaves nothing of the first
+    (tmp_path / "hellaswag" / "val.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match="hellaswag: lm-evaluation-harness cannot make items of these rows"):
+        open_tasks(["hellaswag"], tmp_path)
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "valid.jsonl").write_text("\ufeff" + (data / "piqa" / "valid.jsonl").read_text())
+    assert open_tasks("piqa", tmp_path).suite.tops == {"piqa": ("piqa",)}
 
 
 def test_boolq_with_its_title_apart() -> None:

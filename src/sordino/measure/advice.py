@@ -75,7 +75,7 @@ def _weights(kl: dict[tuple[str, str], float]) -> Iterator[Advice]:
     if whole < SMALL:
         yield Advice("gptq-w4", f"{costs}; {most}: little is left to repair.")
     else:
-        yield Advice("w4", f"{costs}; {most}: GPTQ and tuning pay.")
+        yield Advice("w4", f"{costs}; {most}: there is something to repair.")
     if worst == "down_proj":
         yield Advice("d2quant-w3", f"{most[0].upper()}{most[1:]}: its column scale aims there.")
 

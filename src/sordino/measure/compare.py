@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +17,7 @@ from sordino.corpus import EVAL_TEXT, load_text
 from sordino.errors import InputError
 from sordino.measure.bench import DECODED, PROMPT, bench, positions
 from sordino.measure.evaluate import Evaluation, Reference, evaluate, prompt_beside, reference
-from sordino.measure.tasks import Tasks
+from sordino.measure.tasks import Difference, Tasks, open_tasks
 from sordino.report.notebook import Figure, figure, table
 from sordino.report.svg import Series
 from sordino.runtime.prefix import prefix_ids, quantization_of
@@ -50,7 +51,8 @@ class Trade:
         """The points that no other one beats, from the cheapest on."""
         signs = (1 if self.cost == "MiB" else -1), (-1 if self.figure == MEAN else 1)
         kept: list[tuple[float, float]] = []
-        for x, y, _ in sorted(self.points, key=lambda p: (signs[0] * p[0], signs[1] * p[1])):
+        finite = [p for p in self.points if math.isfinite(p[0]) and math.isfinite(p[1])]
+        for x, y, _ in sorted(finite, key=lambda p: (signs[0] * p[0], signs[1] * p[1])):
             if not kept or signs[1] * y < signs[1] * kept[-1][1]:
                 kept.append((x, y))
         return kept
@@ -102,7 +104,30 @@ class Comparison:
         text = _SIZES + (len(_text_cells(first)) if first.ppl is not None else 0)
         ends = list(dict.fromkeys((text, text + len(_task_cells(first)), len(header))))
         spans = [slice(1, ends[0]), *(slice(*pair) for pair in pairwise(ends))]
-        return [((header[0], *header[s]), [(row[0], *row[s]) for row in cells]) for s in spans]
+        parts = [((header[0], *header[s]), [(row[0], *row[s]) for row in cells]) for s in spans]
+        return [*parts, *self.differences()]
+
+    def differences(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+        """Header and cells of the paired differences to the reference, task by task; nothing where there is none."""
+        tasks = self.rows[0][1].tasks
+        if tasks is None or self.rows[0][1].tasks_against is None or len(tasks.tasks) < 2:  # of one task it is the mean's
+            return []
+        header = ("checkpoint", *(f"{n} {t.metric}, difference [95 %]" for n, t in tasks.tasks.items()))
+        return [(header, [(name, *_difference_cells(e)) for name, e in self.rows])]
+
+    def notes(self) -> list[str]:
+        """What a reader should know of single checkpoints before reading their figures."""
+        found = []
+        for name, e in self.rows:
+            tasks = {} if e.tasks is None else e.tasks.tasks
+            if any(math.isnan(x) for x in (0.0 if e.ppl is None else e.ppl, *(t.value for t in tasks.values()))):
+                found.append(f"{name} answers with what is no number (NaN): a weight is broken, or too large for its dtype.")
+            for task, score in tasks.items():
+                if score.cut:
+                    found.append(
+                        f"{name}, {task}: {score.cut} contexts are longer than its positions and lost their beginning."
+                    )
+        return found
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object a checkpoint."""
@@ -175,8 +200,16 @@ def _task_cells(e: Evaluation) -> tuple[str, ...]:
     cells = (*scores, _with_error(e.tasks.mean, e.tasks.mean_stderr, 3))
     if e.tasks_against is None:
         return cells
-    d = e.tasks.mean_difference(e.tasks_against)
-    return (*cells, "–" if d is None else f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
+    return (*cells, _difference_cell(e.tasks.mean_difference(e.tasks_against)))
+
+
+def _difference_cells(e: Evaluation) -> list[str]:
+    assert e.tasks is not None and e.tasks_against is not None
+    return [_difference_cell(e.tasks.difference(e.tasks_against, name, task.metric)) for name, task in e.tasks.tasks.items()]
+
+
+def _difference_cell(d: Difference | None) -> str:
+    return "–" if d is None else f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
 
 
 def _speed_cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -197,9 +230,15 @@ def _with_error(value: float | None, error: float | None, digits: int) -> str:
 
 
 def _flat(row: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Cells of one line: a table's entries by their path, a range by its ends; what was not asked for has no cell."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
-        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{path}{key}.")
+        elif isinstance(value, list | tuple):
+            flat |= {f"{path}{key}_low": value[0], f"{path}{key}_high": value[-1]}
+        elif key != "tasks":
+            flat[path + key] = value
     return flat
 
 
@@ -211,7 +250,9 @@ def compare(
     windows: int | None = None,
     against: str | Path | None = None,
     prefix_from: str | Path | None = None,
-    tasks: Tasks | None = None,
+    tasks: Tasks | str | Sequence[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
     speed: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -229,14 +270,15 @@ def compare(
         prefix_ids(locate(prefix_from))
         if not any(prefixes):
             raise InputError("a prefix is put before full-precision models, and there is none among these")
-    content = load_text(text or EVAL_TEXT) if text is not None or tasks is None else None
+    suite = (tasks if isinstance(tasks, Tasks) else open_tasks(tasks, task_data, limit)) if tasks else None
+    content = load_text(text or EVAL_TEXT) if text is not None or suite is None else None
     options: dict[str, Any] = {"text": content, "seqlen": seqlen, "windows": windows, "progress": progress}
     exact: Reference | None = None
     rows = []
     for checkpoint, prefix in zip(checkpoints, prefixes, strict=True):
         if against is not None and (exact is None or exact.behind != prompt_beside(checkpoint, against)):
-            exact = reference(against, tasks=tasks, behind=prompt_beside(checkpoint, against), **options)
-        figures = evaluate(checkpoint, against=exact, prefix_from=prefix, tasks=tasks or (), **options)
+            exact = reference(against, tasks=suite, behind=prompt_beside(checkpoint, against), **options)
+        figures = evaluate(checkpoint, against=exact, prefix_from=prefix, tasks=suite or (), **options)
         rows.append((str(checkpoint) if prefix is None else f"{checkpoint} + prefix", figures))
     return Comparison(tuple(rows), None if content is None else content.spec, _speeds(checkpoints, progress) if speed else ())
 

@@ -97,6 +97,9 @@ def _pretty(row: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+_COUNTS = ("samples", "contexts_cut")
+
+
 def _task_lines(result: Evaluation) -> list[tuple[str, str]]:
     """A line for every figure on tasks, with the paired difference where there is one."""
     if result.tasks is None:
@@ -104,7 +107,9 @@ def _task_lines(result: Evaluation) -> list[tuple[str, str]]:
     rows = result.to_json()
     lines = []
     for task, row in (*rows["tasks"].items(), ("tasks", rows["tasks_mean"])):
-        for metric, value in _pretty({k: v for k, v in row.items() if k != "samples" and "_difference" not in k}):
+        if "contexts_cut" in row:
+            lines.append((f"{task}: contexts too long, cut on the left", str(row["contexts_cut"])))
+        for metric, value in _pretty({k: v for k, v in row.items() if k not in _COUNTS and "_difference" not in k}):
             lines.append((f"{task}: {metric}", value))
             ends = [row.get(f"{metric}_difference{end}") for end in ("", "_low", "_high")]
             if ends[0] is not None:
@@ -196,7 +201,7 @@ def evaluate(
     windows: int | None = None,
     against: str | Path | Reference | None = None,
     prefix_from: str | Path | None = None,
-    tasks: Tasks | Sequence[str] = (),
+    tasks: Tasks | str | Sequence[str] = (),
     task_data: str | Path | None = None,
     limit: int | None = None,
     dtype: torch.dtype | str = "auto",

@@ -11,7 +11,9 @@ in blocks of 32 keys, and bf16 scores show it), and so would reading a context o
 from __future__ import annotations
 
 import logging
+import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ Request = tuple[Any, list[int], list[int]]  # (texts, context ids, continuation 
 
 _HOME = Path(lm_eval.tasks.__file__).parent
 _BATCH_TOKENS = 1024
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it warns of is done on purpose here
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it warns of is done on purpose here, or counted
 lm_eval.api.task.tqdm = partial(lm_eval.api.task.tqdm, disable=True)  # bars of half a second, whatever the caller wants
 
 
@@ -63,7 +65,7 @@ def open_suite(names: Sequence[str], data: Path | None) -> Suite:
     """Read tasks, from local files or from the hub under the harness' own names.
 
     Raises:
-        InputError: if a name is unknown, a file is missing or broken, or the hub has no data for it.
+        InputError: if a name is unknown or no figure belongs to it, a file is missing or broken, or the hub has no data.
     """
     loaded = [_open_local(find_local(n), data) for n in names] if data is not None else _open_hub(names)
     tops: dict[str, tuple[str, ...]] = {}
@@ -75,6 +77,9 @@ def open_suite(names: Sequence[str], data: Path | None) -> Suite:
         tops.update({g.name: _leaves(g) for g in found.get("groups", {}).values() if g.name not in inner})
         grouped = {name for leaves in tops.values() for name in leaves}
         tops.update({name: (name,) for name in found["tasks"] if name not in grouped})
+    for name, leaves in tops.items():
+        if name in suite.groups and not suite.groups[name].aggregate_metric_list:
+            raise InputError(f"group '{name}' has no figure of its own; name its tasks: {', '.join(leaves[:5])} …")
     for name, task in suite.tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
             raise InputError(f"task '{name}' is scored by what a model writes; Sordino runs those scored by log-likelihood")
@@ -85,15 +90,20 @@ def open_suite(names: Sequence[str], data: Path | None) -> Suite:
 
 
 def run_suite(suite: Suite, model: Any, tokenizer: Any, limit: int | None, progress: Progress | None) -> dict[str, Any]:
-    """The harness' own results for a model: ``results`` by task or group and ``samples`` by task."""
+    """The harness' own results for a model: ``results`` by task or group and ``samples`` by task; and ``cut`` and ``broken``.
+
+    Raises:
+        InputError: if an answer is longer than the model's positions, or its tokenizer neither begins nor ends a text.
+    """
     task_dict = {
         "tasks": suite.tasks,
         "groups": suite.groups,
         "group_map": {name: group.child_names for name, group in suite.groups.items()},
     }
+    reader = Reader(model, tokenizer, progress)
     with redirect_stdout(sys.stderr):  # our figures alone go there
-        found: dict[str, Any] = evaluate(Reader(model, tokenizer, progress), task_dict, limit=limit, log_samples=True)
-    return found
+        found: dict[str, Any] = evaluate(reader, task_dict, limit=limit, log_samples=True)
+    return found | {"cut": reader.cut, "broken": reader.broken}
 
 
 class Reader(HFLM):  # type: ignore[misc]
@@ -103,22 +113,48 @@ class Reader(HFLM):  # type: ignore[misc]
         model: as :func:`sordino.load` gives it.
         tokenizer: the same.
         progress: called with ("tasks", requests done, all requests).
+
+    Attributes:
+        cut: by task, of how many requests the context is longer than the model's positions; the harness drops its beginning.
+        broken: tasks with a score that is no number.
     """
 
     def __init__(self, model: Any, tokenizer: Any, progress: Progress | None = None):
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise InputError("tasks need a tokenizer with a token that begins or ends a text; this model's has neither")
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH_TOKENS)
+        self.cut: Counter[str] = Counter()
+        self.broken: set[str] = set()
+        self._asked: list[tuple[str, int]] = []  # task and item of each request
         self._max_length = self.max_length - prefix_length(model)  # a prefix takes its places
         self._progress = progress
         self._kept = 0
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Scores of (context, continuation) pairs, without the harness' bars."""
+        self._asked = [(request.task_name, request.doc_id) for request in requests]
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self.broken |= {task for (task, _), (score, _) in zip(self._asked, found, strict=True) if math.isnan(score)}
+        self._asked = []
         return found
+
+    def _check(self, requests: list[Request]) -> None:
+        """Refuse answers that the model has no positions for, and count contexts that lose their beginning."""
+        room = int(self._max_length)
+        for (task, item), (_, context, answer) in zip(self._asked, requests, strict=True):
+            if len(answer) > room:
+                before = prefix_length(self.model)
+                behind = f" behind its prefix of {before}" if before else ""
+                raise InputError(
+                    f"{task}: item {item} has an answer of {len(answer)} tokens, the model {room} positions{behind}"
+                )
+            self.cut[task] += len(context) + len(answer) > room + 1
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        if self._asked:  # else parts of a long text
+            self._check(requests)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done = 0
         for batch in self._batches(requests):
@@ -164,7 +200,11 @@ def _open_local(task: LocalTask, data: Path) -> dict[str, Any]:
     rows = read_rows(task, data)
     manager = TaskManager(include_path=str(_HOME / task.home), include_defaults=False)
     if task.name != "mmlu":
-        found: dict[str, Any] = manager.load(_swapped(manager, task.name, rows))
+        try:
+            found: dict[str, Any] = manager.load(_swapped(manager, task.name, rows))
+        except Exception as error:  # its code for the published rows met others
+            why = f"{type(error).__name__}: {reason(error)}"
+            raise InputError(f"{data / task.folder}: lm-evaluation-harness cannot make items of these rows ({why})") from None
         return found
     group = Group.from_config(GroupConfig(group="mmlu", aggregate_metric_list=[{"metric": "acc", "weight_by_size": True}]))
     known = {e.cfg["dataset_name"]: name for name, e in manager.task_index.items() if "dataset_name" in (e.cfg or {})}

@@ -25,11 +25,11 @@ from sordino.errors import InputError
 from sordino.measure.activations import Activations, look
 from sordino.measure.advice import Advice, advise
 from sordino.measure.diffusion import Horizontal, horizontal
-from sordino.measure.evaluate import Windows
+from sordino.measure.evaluate import Windows, final_states
 from sordino.measure.propagation import Vertical, vertical
 from sordino.measure.sensitivity import Sensitivity, names_of, round_weights, sensitivities, with_weights
 from sordino.protect.prefix import THRESHOLD, choose
-from sordino.report.notebook import table
+from sordino.report.notebook import Figure, figure, table
 from sordino.runtime.attention import attach
 from sordino.runtime.prefix import KEY, VALUE
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
@@ -119,6 +119,24 @@ class Inspection:
         ]
         return lines
 
+    def figure(self, label: str | None = None) -> Figure:
+        """One of the page's plots of lines, by a name like "error along depth".
+
+        Args:
+            label: which; the first one if not given.
+
+        Raises:
+            InputError: if there is none of that name, naming those there are.
+        """
+        from sordino.report.inspect import plots  # which draws what this file finds
+
+        drawn = plots(self)
+        label = label or next(iter(drawn))
+        if label not in drawn:
+            raise InputError(f"no figure '{label}'; there are {', '.join(drawn)}")
+        chosen = drawn[label]
+        return figure(chosen.series, chosen.x_label, chosen.y_label, lines=True)
+
     def _repr_html_(self) -> str:
         return table(self.lines())
 
@@ -155,6 +173,8 @@ def inspect(
     anatomy, ids = anatomy_of(exact), cut.of(tokenizer, exact, name)
     checkpoint = None if against is None else _checkpoint(model, cut, ids, exact, name)
     exact.set_attn_implementation(WINDOW_ATTENTION)
+    if not bool(final_states(exact, ids[0]).isfinite().all()):
+        raise InputError(f"{name} answers with what is no number (NaN): a weight is broken, there is nothing to look at")
     words = tokenizer.convert_ids_to_tokens
     plain, prefix, prefixed = _look(exact, anatomy, ids, words, progress)
     rounded = round_weights(exact, anatomy, BITS, progress)

@@ -87,7 +87,7 @@ def _lines(path: Path) -> tuple[Path, list[tuple[int, str]]]:
     try:
         raw = gzip.decompress(file.read_bytes()) if file is packed else file.read_bytes()
         # Not splitlines: texts may hold other line separators of Unicode.
-        return file, [(n, line) for n, line in enumerate(raw.decode("utf-8").split("\n"), 1) if line.strip()]
+        return file, [(n, line) for n, line in enumerate(raw.decode("utf-8-sig").split("\n"), 1) if line.strip()]
     except FileNotFoundError:
         raise InputError(f"{path} is missing (its .gz too); docs/tasks.md says what the files look like") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ import math
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,12 +53,14 @@ class TaskScore:
         items: metric -> the score of every item, in the order of the data, for metrics that are 0 or 1.
         samples: how many items.
         content: hash of the items, so that other items of the same number are not taken for these.
+        cut: of how many requests (an item has several) the context, too long for the model's positions, lost its beginning.
     """
 
     figures: dict[str, float]
     items: dict[str, tuple[float, ...]]
     samples: int
     content: str = ""
+    cut: int = 0
 
     @property
     def metric(self) -> str:
@@ -100,7 +102,7 @@ class TaskScores:
         return math.sqrt(sum(e * e for e in errors if e is not None)) / len(errors) if None not in errors else None
 
     def difference(self, other: TaskScores, task: str, metric: str) -> Difference | None:
-        """Ours minus another model's on one task; None where the metric is not counted by items.
+        """Ours minus another model's on one task; None where the metric is not counted by items, and to itself.
 
         Raises:
             InputError: if the two were not measured on the same items.
@@ -108,10 +110,12 @@ class TaskScores:
         return _summary([self._drawn(other, task, metric)])
 
     def mean_difference(self, other: TaskScores) -> Difference | None:
-        """Ours minus another model's mean over the tasks; items are drawn anew within every task."""
+        """Ours minus another model's mean over the tasks, likewise; items are drawn anew within every task."""
         return _summary([self._drawn(other, name, task.metric) for name, task in self.tasks.items()])
 
     def _drawn(self, other: TaskScores, name: str, metric: str) -> _Drawn | None:
+        if other is self:
+            return None
         ours, theirs = self.tasks[name], other.tasks.get(name)
         if theirs is None:
             raise InputError(f"{name}: only one of the two models was measured on it")
@@ -126,7 +130,7 @@ class TaskScores:
         """Task -> metric -> figure, with ``_difference``, ``_difference_low``, ``_high`` and ``_p`` to ``other`` beside."""
         rows: dict[str, Any] = {}
         for name, task in self.tasks.items():
-            row: dict[str, Any] = task.figures | {"samples": task.samples}
+            row: dict[str, Any] = task.figures | {"samples": task.samples} | ({"contexts_cut": task.cut} if task.cut else {})
             for metric in task.items if other is not None else ():
                 assert other is not None
                 row |= _flat(metric, self.difference(other, name, metric))
@@ -161,22 +165,31 @@ class Tasks:
         """
         started = time.time()
         found = _harness().run_suite(self.suite, model, tokenizer, self.limit, progress)
-        scores = {n: score_of(n, found["results"][n], found["samples"], leaves) for n, leaves in self.suite.tops.items()}
+        scores = {n: self._score(n, found) for n in self.suite.tops}
         return TaskScores(scores, round(time.time() - started, 2))
 
+    def _score(self, name: str, found: Mapping[str, Any]) -> TaskScore:
+        leaves = self.suite.tops[name]
+        score = score_of(name, found["results"][name], found["samples"], leaves)
+        if found["broken"].intersection(leaves):  # the harness would take the first answer for the likeliest
+            return replace(score, figures=dict.fromkeys(score.figures, math.nan), items={})
+        return replace(score, cut=sum(found["cut"][leaf] for leaf in leaves))
 
-def open_tasks(names: Sequence[str], data: str | Path | None = None, limit: int | None = None) -> Tasks:
+
+def open_tasks(names: str | Sequence[str], data: str | Path | None = None, limit: int | None = None) -> Tasks:
     """Read the data of tasks.
 
     Args:
-        names: piqa, arc_easy, arc_challenge, winogrande, hellaswag, boolq, openbookqa, lambada, mmlu; without ``data``, any
-            name that lm-evaluation-harness knows.
+        names: piqa, arc_easy, arc_challenge, winogrande, hellaswag, boolq, openbookqa, lambada, mmlu, in a list or between
+            commas; without ``data``, any name that lm-evaluation-harness knows.
         data: folder with one folder a task, see docs/tasks.md; None takes the harness' own data from the hub.
         limit: how many items of each task from the start.
 
     Raises:
         InputError: if lm-evaluation-harness is not installed, a name is unknown, or data is missing or broken.
     """
+    if isinstance(names, str):
+        names = [name for part in names.split(",") if (name := part.strip())]
     if not names:
         raise InputError("no task is named; write e.g. --tasks piqa,arc_easy")
     if data is not None and not Path(data).is_dir():
@@ -204,16 +217,11 @@ def score_of(name: str, result: Mapping[str, Any], samples: Mapping[str, Any], l
         result: its entry of the harness' ``results``.
         samples: the harness' ``samples``, by task.
         leaves: names of the tasks in it.
-
-    Raises:
-        InputError: if a group has no figure of its own.
     """
     figures = {}
     for key, value in result.items():
         if isinstance(value, float) and "," in key:
             figures[key.removesuffix(",none")] = value
-    if not figures:
-        raise InputError(f"group '{name}' has no figure of its own; name its tasks: {', '.join(leaves[:5])} …")
     rows = [row for leaf in leaves for row in samples[leaf]]
     items = {m: tuple(float(row[m]) for row in rows) for m in figures if all(row.get(m) in (0, 1) for row in rows)}
     content = zlib.crc32("".join(row["doc_hash"] for row in rows).encode())

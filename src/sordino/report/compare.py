@@ -28,6 +28,8 @@ def comparison_page(comparison: Comparison) -> str:
         title="Checkpoints compared",
         header=comparison.header,
         rows=comparison.cells(),
+        notes=comparison.notes(),
+        differences=comparison.differences(),
         about=" ".join(about),
         plots=_plots(comparison),
     )

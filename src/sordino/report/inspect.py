@@ -14,7 +14,7 @@ from sordino.measure.inspect import Inspection
 from sordino.measure.propagation import Vertical
 from sordino.report.heat import heat
 from sordino.report.page import render
-from sordino.report.svg import Series, plot
+from sordino.report.svg import Plot, Series
 
 _BINS = 96  # columns of a channel map: more cannot be seen
 
@@ -22,38 +22,52 @@ _BINS = 96  # columns of a channel map: more cannot be seen
 def inspect_page(found: Inspection) -> str:
     """One self-contained HTML page."""
     subject = found.checkpoint or found.model
+    drawn = plots(found)
     return render(
         "inspect.html",
         title=f"Inspection of {subject}",
         found=found,
         headline=found.lines(),
-        ratios=_ratios(found),
+        ratios=drawn["outlier tokens"],
         loudest=_loudest(found),
         tokens=[[repr(t.token), t.id, t.times, t.first, t.ratio, t.block] for t in found.plain.most_frequent()],
-        lower=_lower(found),
+        lower=drawn["quiet tokens"],
         maps=[{"site": site, "drawing": _map(found.plain.channels[site], site)} for site in SITES],
-        ranges=_ranges(found.plain),
+        ranges=drawn["ranges"],
         sensitivity=[[c.what, c.where, c.kl, c.error] for c in found.sensitivities],
-        depth=_depth(found.vertical),
-        ratio=_over_depth({"accumulated over isolated": found.vertical.ratio}, "ratio"),
-        singles=_singles(found.vertical),
+        depth=drawn["error along depth"],
+        ratio=drawn["accumulated over isolated error"],
+        singles=drawn["error of single blocks"],
         blocks=_blocks(found.vertical),
-        sources=_sources(found.horizontal),
-        doses=_doses(found.horizontal),
+        sources=drawn["error of single tokens"],
+        doses=drawn["tokens kept exact"],
         shares=_shares(found.horizontal),
     )
 
 
-def _over_depth(lines: dict[str, list[float]], label: str) -> Markup:
-    return plot(
+def plots(found: Inspection) -> dict[str, Plot]:
+    """The page's plots of lines, by name."""
+    return {
+        "outlier tokens": _ratios(found),
+        "quiet tokens": _lower(found),
+        "ranges": _ranges(found.plain),
+        "error along depth": _depth(found.vertical),
+        "accumulated over isolated error": _over_depth({"accumulated over isolated": found.vertical.ratio}, "ratio"),
+        "error of single blocks": _singles(found.vertical),
+        "error of single tokens": _sources(found.horizontal),
+        "tokens kept exact": _doses(found.horizontal),
+    }
+
+
+def _over_depth(lines: dict[str, list[float]], label: str) -> Plot:
+    return Plot(
         [Series(name, [(i, v, f"block {i}, {name}: {v:.4g}") for i, v in enumerate(values)]) for name, values in lines.items()],
         "block",
         label,
-        lines=True,
     )
 
 
-def _ratios(found: Inspection) -> Markup:
+def _ratios(found: Inspection) -> Plot:
     lines = {"as it is": found.plain.ratios, "rotated": found.plain.rotated}
     if found.prefixed is not None:
         lines |= {"behind the prefix": found.prefixed.ratios, "behind the prefix, rotated": found.prefixed.rotated}
@@ -69,7 +83,7 @@ def _loudest(found: Inspection) -> list[list[Any]]:
     ]
 
 
-def _lower(found: Inspection) -> Markup:
+def _lower(found: Inspection) -> Plot:
     lines = dict(found.plain.lower)
     if found.prefixed is not None:
         lines |= {f"{name} behind the prefix": values for name, values in found.prefixed.lower.items()}
@@ -82,12 +96,12 @@ def _map(peaks: list[Tensor], site: str) -> Markup:
     return heat(rows, "channel", "block", f"input of {site}")
 
 
-def _ranges(found: Activations) -> Markup:
+def _ranges(found: Activations) -> Plot:
     lines = {name: [max(abs(low), abs(high)) for low, high in pairs] for name, pairs in found.ranges.items()}
     return _over_depth(lines, "largest magnitude")
 
 
-def _depth(depth: Vertical) -> Markup:
+def _depth(depth: Vertical) -> Plot:
     return _over_depth(
         {
             "accumulated, median": [s.median for s in depth.accumulated],
@@ -99,14 +113,14 @@ def _depth(depth: Vertical) -> Markup:
     )
 
 
-def _singles(depth: Vertical) -> Markup:
+def _singles(depth: Vertical) -> Plot:
     series = [
         Series(
             f"block {k} alone", [(k + j, v, f"block {k} rounded, behind block {k + j}: {v:.4g}") for j, v in enumerate(values)]
         )
         for k, values in depth.single.items()
     ]
-    return plot(series, "block", "relative squared error, median", lines=True)
+    return Plot(series, "block", "relative squared error, median")
 
 
 def _blocks(depth: Vertical) -> list[list[Any]]:
@@ -118,7 +132,7 @@ def _blocks(depth: Vertical) -> list[list[Any]]:
     ]
 
 
-def _sources(across: Horizontal) -> Markup:
+def _sources(across: Horizontal) -> Plot:
     """Over places; windows that tried the same place are averaged."""
     series = []
     for name, key in (("all activations", "diffused"), ("keys and values alone", "kv_diffused")):
@@ -127,14 +141,14 @@ def _sources(across: Horizontal) -> Markup:
             at.setdefault(s.place, []).append(getattr(s, key))
         means = [(place, sum(values) / len(values)) for place, values in sorted(at.items())]
         series.append(Series(name, [(place, mean, f"place {place}: {mean:.4g}") for place, mean in means]))
-    return plot(series, "place of the rounded token", "error of all later tokens", lines=True)
+    return Plot(series, "place of the rounded token", "error of all later tokens")
 
 
-def _doses(across: Horizontal) -> Markup:
+def _doses(across: Horizontal) -> Plot:
     series = [
         Series(kind, [(p, e, f"{kind} {p} kept exact: {e:.4g}") for p, e in curve]) for kind, curve in across.doses.items()
     ]
-    return plot(series, "tokens whose keys and values stay exact", "median relative error", lines=True)
+    return Plot(series, "tokens whose keys and values stay exact", "median relative error")
 
 
 def _shares(across: Horizontal) -> list[list[Any]]:

@@ -61,14 +61,14 @@ def result_lines(manifest: dict[str, Any], run: dict[str, Any]) -> list[tuple[st
         lines.append(("KL to full precision, held out", found))
         if "ppl" in guard:
             lines.append(("perplexity, held out", _perplexities(guard)))
-    if "prefix" in manifest:
-        lines.append(("prefix", _prefix_line(manifest["prefix"])))
+    if prefix := _prefix_line(manifest):
+        lines.append(("prefix", prefix))
     if "system_prompt" in manifest:
         lines.append(("system prompt", f"{manifest['system_prompt']['tokens']} tokens at the end of the prefix"))
     if fallbacks := [str(b["block"]) for b in manifest["blocks"] if b.get("fallback")]:
         lines.append(("blocks where RTN was better and taken", ", ".join(fallbacks)))
     if tuned := [b["moves"]["tune"]["kept"] for b in manifest["blocks"] if "tune" in b.get("moves", {})]:
-        lines.append(("blocks that tuning made better", f"{sum(tuned)} of {len(tuned)}; the others keep what they had"))
+        lines.append(("blocks that tuning made better", f"{sum(tuned)} of {_judged(manifest)}; the others keep what they had"))
     for name, note in manifest.get("finish", {}).items():
         if "kl_before" in note:
             change = f"{note['kl_before']:.4f} → {note['kl_after']:.4f}"
@@ -78,12 +78,21 @@ def result_lines(manifest: dict[str, Any], run: dict[str, Any]) -> list[tuple[st
     return lines
 
 
-def _prefix_line(found: dict[str, Any]) -> str:
-    tokens = " ".join(f"{token!r}" for token in found["tokens"]) or "none: no token stands out far enough"
-    ratios = found["outlier_ratios"]
-    return (
-        f"{tokens} (largest over median token: {max(ratios):.0f}, in block {ratios.index(max(ratios))})" if ratios else tokens
-    )
+def _judged(manifest: dict[str, Any]) -> int:
+    """How many blocks a move could have kept what it did in: those that fell back to plain rounding lose their notes."""
+    return sum("left" not in block for block in manifest["blocks"])
+
+
+def _prefix_line(manifest: dict[str, Any]) -> str:
+    """Tokens of the prefix that are no system prompt, and how far they stood out; empty if there is nothing to say of them."""
+    found, prompt = manifest.get("prefix"), manifest.get("system_prompt", {}).get("tokens", 0)
+    if found is None:
+        return ""
+    tokens, ratios = found["tokens"][: len(found["tokens"]) - prompt], found["outlier_ratios"]
+    if not tokens and not ratios:
+        return ""
+    line = " ".join(map(repr, tokens)) or "none: no token stands out far enough"
+    return f"{line} (largest over median token: {max(ratios):.0f}, in block {ratios.index(max(ratios))})" if ratios else line
 
 
 def _headline(model: str, manifest: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -105,9 +114,10 @@ def _headline(model: str, manifest: dict[str, Any]) -> list[tuple[str, Any]]:
     if "ppl" in guard:
         lines.append(("perplexity on it", _perplexities(guard)))
         lines.append(("likeliest next token is full precision's", f"{100 * guard['top1_agreement']:.1f} % of tokens"))
-    prefix = manifest.get("prefix")
-    if prefix and prefix["ids"]:
-        lines.append(("prefix", " ".join(repr(token) for token in prefix["tokens"])))
+    if prefix := _prefix_line(manifest):
+        lines.append(("prefix", prefix))
+    if prompt := manifest.get("system_prompt"):
+        lines.append(("system prompt", f"{prompt['tokens']} tokens before every text, their keys and values exact"))
     return lines
 
 
@@ -200,7 +210,7 @@ def _moves(manifest: dict[str, Any], run: dict[str, Any]) -> list[list[Any]]:
         notes = blocks.get(name, [])
         judged = [note["kept"] for note in notes if "kept" in note]
         kept = (
-            f"{sum(judged)} of {len(judged)} blocks"
+            f"{sum(judged)} of {_judged(manifest)} blocks"
             if judged
             else {True: "yes", False: "no"}.get(whole.get(name, {}).get("kept"))
         )
@@ -228,6 +238,7 @@ def _notes(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _run_lines(run: dict[str, Any]) -> list[tuple[str, Any]]:
     return [
+        ("calibration text", run.get("text") or "none"),
         ("time", f"{run['seconds']:.0f} s wall, {run['cpu_seconds']:.0f} s CPU (of the last process)"),
         (
             "peak memory",

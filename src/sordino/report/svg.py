@@ -19,7 +19,7 @@ from sordino.report.colours import COLOURS
 WIDTH, HEIGHT = 480, 280
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 26, 42
 _LETTER, _LINE = 7.7, 15.0  # width of a letter and height of a line of text, on a phone
-_LONGEST = 28  # letters beside a point; the end of a path tells more than its beginning
+_LONGEST = 28  # letters beside a point; of a longer name its beginning and its end, which is where paths differ
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,18 @@ class Series:
     name: str
     points: Sequence[tuple[float, float, str]]
     edge: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Lines and what their axes are called; a page shows it as :func:`plot` draws it."""
+
+    series: Sequence[Series]
+    x_label: str
+    y_label: str
+
+    def __html__(self) -> str:
+        return plot(self.series, self.x_label, self.y_label, lines=True)
 
 
 def plot(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, log_x: bool = False) -> Markup:
@@ -101,7 +113,7 @@ def _labelled(places: Sequence[_Place], boxes: list[_Box]) -> Iterator[Markup]:
     """Points with their text; boxes are what other text and points take up already."""
     boxes += [(x - 5, x + 5, y - 5, y + 5) for x, y, _ in places]
     for place in places:
-        text = place[2] if len(place[2]) <= _LONGEST else "…" + place[2][1 - _LONGEST :]
+        text = place[2] if len(place[2]) <= _LONGEST else place[2][:9] + "…" + place[2][10 - _LONGEST :]
         x, y, style, box = _free(place[0], place[1], _LETTER * len(text), boxes)
         boxes.append(box)
         yield _dot(place, 5)
