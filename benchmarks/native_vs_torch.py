@@ -1,9 +1,10 @@
 """Perplexity of checkpoints by the kernels and by torch alone, each in a process of its own.
 
-    python benchmarks/native_vs_torch.py CHECKPOINT … --evaluate wiki.test.raw [--windows 8]
+    python benchmarks/native_vs_torch.py CHECKPOINT … --evaluate wiki.test.raw [--windows 8] [--dtype float32]
 
-Plain forwards of the loaded model, as its users make them: `sordino eval` has an attention of its own. A checkpoint's row
-is named by its folder. One JSON row each goes to benchmarks/rows/native_vs_torch.jsonl.
+Plain forwards of the loaded model, as its users make them: `sordino eval` has an attention of its own. In float32 the two differ
+by how the last bits are rounded; in bfloat16 also by how often a sum is. One JSON row a checkpoint goes to
+benchmarks/rows/native_vs_torch.jsonl.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ def main() -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--evaluate", required=True, help="text to measure on")
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the forwards")
     parser.add_argument("--here", action="store_true", help="print the first checkpoint's perplexity as this process finds it")
     args = parser.parse_args()
     if args.here:
-        print(perplexity(args.checkpoints[0], args.evaluate, args.windows))
+        print(perplexity(args.checkpoints[0], args.evaluate, args.windows, getattr(torch, args.dtype)))
         return
     for checkpoint in args.checkpoints:
-        row: dict[str, Any] = {"recipe": checkpoint.name, "version": code_version(), "windows": args.windows}
+        recipe = json.loads((checkpoint / "sordino.json").read_text())["recipe"]
+        row: dict[str, Any] = {"recipe": recipe, "version": code_version(), "windows": args.windows, "dtype": args.dtype}
         for way, env in WAYS.items():
             command = [
                 sys.executable,
@@ -49,6 +52,8 @@ def main() -> None:
                 args.evaluate,
                 "--windows",
                 str(args.windows),
+                "--dtype",
+                args.dtype,
                 "--here",
             ]
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | env)
@@ -58,9 +63,9 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def perplexity(checkpoint: Path, text: str, windows: int) -> float:
+def perplexity(checkpoint: Path, text: str, windows: int, dtype: torch.dtype) -> float:
     """Of all tokens but the first of every window."""
-    model, tokenizer = load(checkpoint)
+    model, tokenizer = load(checkpoint, dtype=dtype)
     losses = []
     for ids in eval_windows(tokenize(load_text(text), tokenizer), LENGTH, windows):
         logits = model(input_ids=ids[None]).logits[0, :-1].float()

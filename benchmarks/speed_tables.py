@@ -187,14 +187,13 @@ def loading(title: str = "") -> str:
 
 
 def two_paths(title: str = "") -> str:
-    """Perplexity by the kernels and by torch, from the last row of each recipe."""
-    rows = last("native_vs_torch.jsonl", "recipe")
+    """Perplexity by the kernels and by torch, from the last row of each recipe and dtype (bf16 if it does not say)."""
+    rows = {(r["recipe"], r.get("dtype", "bfloat16")): r for r in read(ROWS / "native_vs_torch.jsonl")}
     lines = ["", title] if title and rows else []
     if rows:
-        lines += ["", "Perplexity of one checkpoint by the kernels and by torch alone (smollm2, bf16, WikiText-2 test):", ""]
-        lines += ["| recipe | windows | kernels | torch | apart |", "|---" * 5 + "|"]
-    for recipe, r in rows.items():
-        lines.append(
-            f"| {recipe} | {r['windows']} | {r['native']:.3f} | {r['torch']:.3f} | {r['native'] / r['torch'] - 1:+.2%} |"
-        )
+        lines += ["", "Perplexity of one checkpoint by the kernels and by torch alone (smollm2, WikiText-2 test):", ""]
+        lines += ["| recipe | dtype | windows | kernels | torch | apart |", "|---" * 6 + "|"]
+    for (recipe, dtype), r in rows.items():
+        apart = f"{r['native'] / r['torch'] - 1:+.3%}"
+        lines.append(f"| {recipe} | {dtype} | {r['windows']} | {r['native']:.3f} | {r['torch']:.3f} | {apart} |")
     return "\n".join(lines) + "\n" if lines else ""
