@@ -2,8 +2,8 @@
 
     python benchmarks/native_vs_torch.py CHECKPOINT … --evaluate wiki.test.raw [--windows 8] [--dtype float32]
 
-Plain forwards of the loaded model, as its users make them: `sordino eval` has an attention of its own. In float32 the two differ
-by how the last bits are rounded; in bfloat16 also by how often a sum is. One JSON row a checkpoint goes to
+Plain forwards of the loaded model, as its users make them: `sordino eval` has an attention of its own. In float32 the two
+differ by how the last bits are rounded; in bfloat16 also by how often a sum is. One JSON row a checkpoint goes to
 benchmarks/rows/native_vs_torch.jsonl.
 """
 
