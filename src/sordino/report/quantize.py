@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from sordino.measure.size import stored_split
+from sordino.moves import MOVES
 from sordino.report.colours import COLOURS
 from sordino.report.page import render
 from sordino.report.svg import Series, plot
@@ -199,7 +201,7 @@ def _block_row(block: dict[str, Any]) -> list[Any]:
 
 
 def _moves(manifest: dict[str, Any], run: dict[str, Any]) -> list[list[Any]]:
-    """What each part of the run took, and what it did in short: (part, seconds, whether it was kept, its figures)."""
+    """What each part of the run took, and what it did in short: (part, what it is, seconds, whether kept, its figures)."""
     blocks: dict[str, list[dict[str, Any]]] = {}
     for block in manifest["blocks"]:
         for name, note in block.get("moves", {}).items():
@@ -214,7 +216,9 @@ def _moves(manifest: dict[str, Any], run: dict[str, Any]) -> list[list[Any]]:
             if judged
             else {True: "yes", False: "no"}.get(whole.get(name, {}).get("kept"))
         )
-        rows.append([name, seconds.get(name), kept, "; ".join(_changes(notes) + _changes([whole.get(name, {})]))])
+        about = inspect.getdoc(MOVES[name]) if name in MOVES else None
+        what = (about or "").partition("\n")[0]
+        rows.append([name, what, seconds.get(name), kept, "; ".join(_changes(notes) + _changes([whole.get(name, {})]))])
     return rows
 
 
