@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,21 +16,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sordino.contract import Progress
-from sordino.corpus import DEFAULT_TEXT, Text, calibration_windows, load_text, tokenize
+from sordino.corpus import DEFAULT_TEXT
 from sordino.errors import InputError, SordinoError, reason
-from sordino.heap import keep_freed_memory, peak_memory
+from sordino.heap import keep_freed_memory
 from sordino.numerics.machine import fast
-from sordino.protect.prompt import Prompt
 from sordino.recipe import Recipe, load_recipe
 from sordino.report.notebook import Figure, figure, table
 from sordino.report.quantize import block_series, quantize_page, result_lines
-from sordino.version import __version__, source_digest
-from sordino.walk.assemble import assemble, publish
-from sordino.walk.plan import Plan, make_plan
-from sordino.walk.prompt import prompt_of
-from sordino.walk.source import Source, locate, open_source, without_bars
+from sordino.walk.assemble import publish
+from sordino.walk.job import Job, make_job, run_facts, run_job, windows_of
+from sordino.walk.source import locate, without_bars
 from sordino.walk.store import WORK, Work, claim, write_text
-from sordino.walk.walk import Walk
 
 _PENDING = "the run was stopped before they were made; the same command makes them"
 
@@ -108,42 +102,24 @@ def quantize(
     """
     cpu = time.process_time()
     keep_freed_memory()
-    out = Path(out)
-    source = open_source(str(model))
+    out, tell = Path(out), progress or _silent
     changes = [overrides] if isinstance(overrides, str) else overrides
     chosen = load_recipe(recipe, (*changes, *_calibration(windows, seqlen)))
     _check_owner(out)
-    plan = make_plan(source, chosen, blocks, out)
-    prompt = None if system_prompt is None else prompt_of(system_prompt, source, plan)
-    content = load_text(text) if plan.needs_text else None
-    fingerprint = _fingerprint(source, chosen, content, seed, plan, prompt)
-    done = None if fresh else _finished(out, fingerprint)
+    job = make_job(str(model), chosen, out, text, seed, blocks, system_prompt)
+    done = None if fresh else _finished(out, job.fingerprint)
     if done is not None and not _lacks_report(out, samples):
         return _judged(done)
-    drawn = _windows(source, plan, content, seed) if done is None else None
-    report_later = samples or done is not None
+    drawn = windows_of(job) if done is None else None
+    mend = done is not None
     try:
         with claim(out):
             if done is None:
                 if fresh:  # not before everything given is known to be usable
                     _clear(out)
-                begun = (out / WORK / "state.json").is_file()
-                work = Work(out, fingerprint, cpu)
-                work.save()
-                try:
-                    manifest = _run(source, plan, work, drawn, seed, out, progress or _silent, prompt)
-                except InputError:  # a tensor with NaN: there is nothing to go on with
-                    if not begun:
-                        work.remove()
-                    raise
-                run = _run_facts(work, plan, content)
-                write_text(out / "run.json", json.dumps(run, indent=1) + "\n")
-                done = Result(out, manifest, run)
-                _write_report(str(model), done, _PENDING if samples else None)
-                publish(work, out)
-                work.remove()
-            if report_later:
-                _write_report(str(model), done, _samples(str(model), done, progress or _silent) if samples else None)
+                done = _make(job, drawn, out, cpu, tell, _PENDING if samples else None)
+            if samples or mend:
+                _write_report(job.model, done, _samples(job.model, done, tell) if samples else None)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write to {out}: {reason(error)}") from None
     return _judged(done)
@@ -190,93 +166,28 @@ def _dtype_for(folder: Path) -> torch.dtype | str:
     return fast(torch.bfloat16) if named == "bfloat16" else "auto"
 
 
-def _windows(source: Source, plan: Plan, text: Text | None, seed: int) -> Tensor | None:
-    """Calibration, held-out and extra windows, int64 [N, L]; None if the plan needs no text."""
-    if not -(2**63) <= seed < 2**63:
-        raise InputError(f"--seed {seed} does not fit 64 bits")
-    if text is None:
-        return None
-    ids = tokenize(text, source.tokenizer())
-    vocabulary = source.shape(f"{plan.anatomy.embeddings}.weight")[0]
-    if len(ids) and int(ids.max()) >= vocabulary:
-        raise InputError(f"{source.path}: the tokenizer has token {int(ids.max())}, the model only {vocabulary} embeddings")
-    c = plan.recipe.calibration
-    return calibration_windows(ids, c.seqlen, c.windows, plan.heldout, seed, plan.extra)
-
-
-def _run(
-    source: Source,
-    plan: Plan,
-    work: Work,
-    windows: Tensor | None,
-    seed: int,
-    out: Path,
-    progress: Progress,
-    prompt: Prompt | None,
-) -> dict[str, Any]:
-    """Walk, check the final guard, assemble; returns the manifest."""
-    walk = Walk(source, plan, work, windows, seed, progress, prompt.ids if prompt else ())
-    ends = walk.run()
-    plan = walk.plan  # in the basis that was learned, if one was
-    progress("write", 0, 1)
-    guard: dict[str, Any] = dict(ends.guard)
-    if not guard and plan.heldout:
-        guard["not_run"] = f"only blocks {plan.blocks[0]}:{plan.blocks[1]} were quantized"
-    # Written so that a NaN fails too; a per cent, or a ten-thousandth of a nat, is within what bf16 rounding moves.
-    elif guard and not guard["kl"] <= 1.01 * guard["rtn_kl"] + 1e-4:
-        guard["failed"] = True
-    manifest = {
-        "sordino": __version__,
-        "recipe": plan.recipe.name,
-        "recipe_digest": plan.recipe.digest,
-        "run": work.fingerprint,
-        "seed": seed,
-        "coverage": plan.coverage(),
-        "bits_per_weight": plan.bits_per_weight(len(walk.prefix.ids) if walk.prefix else 0),
-        "full_precision_bytes": source.bytes,
-        "batch": plan.batch,
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "guard": guard,
-        "blocks": work.state["reports"],
-        **({"learned": work.state["learned"]} if "learned" in work.state else {}),
-        **({"finish": work.finished} if work.finished else {}),
-        **({"prefix": _prefix_facts(walk, source)} if walk.prefix or "prefix" in walk.artifacts else {}),
-        **({"system_prompt": {"text": prompt.text, "tokens": len(prompt.ids)}} if prompt else {}),
-    }
-    stored = assemble(source, plan, work, ends, out, manifest)
-    progress("write", 1, 1)
-    return stored
-
-
-def _prefix_facts(walk: Walk, source: Source) -> dict[str, Any]:
-    """The prefix and, where it was searched, how far the outliers stood out without it."""
-    ids, found = list(walk.prefix.ids if walk.prefix else ()), walk.artifacts.get("prefix")
-    ratios = [round(r, 2) for r in found.ratios] if found else []
-    return {"ids": ids, "tokens": source.tokenizer().convert_ids_to_tokens(ids), "outlier_ratios": ratios}
+def _make(job: Job, windows: Tensor | None, out: Path, cpu: float, progress: Progress, samples: str | None) -> Result:
+    """Run it, or go on with it, to a checkpoint that can be loaded; ``samples`` stand in the report for now."""
+    begun = (out / WORK / "state.json").is_file()
+    work = Work(out, job.fingerprint, cpu)
+    work.save()
+    try:
+        manifest = run_job(job, work, windows, out, progress)
+    except InputError:  # a tensor with NaN: there is nothing to go on with
+        if not begun:
+            work.remove()
+        raise
+    done = Result(out, manifest, run_facts(work, job.plan, job.text))
+    write_text(out / "run.json", json.dumps(done.run, indent=1) + "\n")
+    _write_report(job.model, done, samples)
+    publish(work, out)
+    work.remove()
+    return done
 
 
 def _calibration(windows: int | None, seqlen: int | None) -> list[str]:
     given = {"windows": windows, "seqlen": seqlen}
     return [f"calibration.{k}={v}" for k, v in given.items() if v is not None]
-
-
-def _fingerprint(
-    source: Source, recipe: Recipe, text: Text | None, seed: int, plan: Plan, prompt: Prompt | None
-) -> dict[str, Any]:
-    return {
-        "model": source.fingerprint(),
-        "recipe": recipe.digest,
-        "text": text.digest if text else None,
-        "system_prompt": {"text": prompt.text, "ids": list(prompt.ids)} if prompt else None,
-        "seed": seed,
-        "blocks": list(plan.blocks),
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "versions": {
-            "sordino": f"{__version__}+{source_digest()}",
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
-    }
 
 
 def _check_owner(out: Path) -> None:
@@ -354,21 +265,6 @@ def _samples(model: str, done: Result, progress: Progress) -> Any:
     said = samples(model, done.out, done.manifest["full_precision_bytes"])
     progress("samples", 1, 1)
     return said
-
-
-def _run_facts(work: Work, plan: Plan, text: Text | None) -> dict[str, Any]:
-    return {
-        "text": None if text is None else text.spec,
-        "seconds": round(work.seconds, 2),
-        "cpu_seconds": round(work.cpu_seconds, 2),
-        "peak_memory_bytes": peak_memory(),
-        "estimated_memory_bytes": plan.memory,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "parts": work.state["spent"],
-    }
 
 
 def _silent(what: str, done: int, total: int) -> None:
