@@ -14,7 +14,7 @@ import prefixquant
 import weight_only
 import zeroshot
 from ladder import ROOT, ROWS, read
-from sordino.recipe import presets
+from sordino.recipe import load_recipe, presets
 from speed_tables import beside, beside_torch, loading, speeds, summary, two_paths
 from tables import cells, last, latest, spread, table
 
@@ -99,12 +99,13 @@ def costs() -> str:
     """CPU seconds and peak memory of the presets as they are; and which have no row."""
     # What a name stands for now: rows of a preset's earlier forms have names of their own.
     meant = weight_only.LADDER | d2quant.LADDER | prefixquant.LADDER | bisup.LADDER | joined.LADDER
+    same = {load_recipe(n, [f"guard={g}"]).digest: n for n in presets() for g in ("on", "off", "tell")}
     found: dict[str, list[dict[str, Any]]] = {}
     for file in ("weight_only.jsonl", "d2quant.jsonl", "prefixquant.jsonl", "bisup.jsonl", "joined.jsonl"):
         for row in latest(file).values():
-            recipe, overrides, _ = meant.get(row["name"], ("", [], []))
-            if recipe and all(o.startswith("guard=") for o in overrides):
-                found.setdefault(recipe, []).append(row)
+            recipe, overrides, _ = meant.get(row["name"], (None, [], []))
+            if recipe and (preset := same.get(load_recipe(recipe, overrides).digest)):
+                found.setdefault(preset, []).append(row)
     lines = ["| preset | CPU s | peak GiB |", "|---|---|---|"]
     for name in sorted(found, key=lambda n: min(r["quantize"]["cpu_seconds"] for r in found[n])):
         shown = cells(name, found[name])
