@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sordino.numerics.cayley import cayley, cayley_step, skew_part
-from sordino.numerics.hadamard import orthogonal
+from sordino.numerics.hadamard import rotation
 
 SIZES = st.integers(1, 24)
 SEEDS = st.integers(0, 99)
@@ -34,7 +34,7 @@ def test_the_transform_is_what_a_dense_inverse_and_the_eigenvalues_say(n: int, s
 
 def test_the_paper_s_iteration_ends_there() -> None:
     a = random(12, 12)
-    skew, q = (a - a.T) / (a - a.T).abs().sum(0).max(), orthogonal(12)[0]
+    skew, q = (a - a.T) / (a - a.T).abs().sum(0).max(), rotation(12).matrix()
     y = q
     for _ in range(60):
         y = q + skew @ (q + y) / 2
@@ -44,7 +44,7 @@ def test_the_paper_s_iteration_ends_there() -> None:
 @settings(max_examples=30)
 @given(n=SIZES, batch=st.integers(1, 3), seed=SEEDS, rate=st.floats(1e-3, 1e3), scale=st.sampled_from([0.0, 1e-9, 1.0, 1e9]))
 def test_q_stays_orthogonal_however_long_the_steps(n: int, batch: int, seed: int, rate: float, scale: float) -> None:
-    q = torch.stack([orthogonal(n, seed + i)[0] for i in range(batch)])
+    q = torch.stack([rotation(n, seed + i).matrix() for i in range(batch)])
     for i in range(20):
         q = cayley_step(q, scale * random(batch, n, n, seed=seed + i), rate)
     torch.testing.assert_close(q @ q.mT, torch.eye(n, dtype=torch.float64).expand_as(q), atol=1e-12, rtol=0)
@@ -53,7 +53,7 @@ def test_q_stays_orthogonal_however_long_the_steps(n: int, batch: int, seed: int
 @given(n=st.integers(2, 12), seed=SEEDS)
 def test_the_skew_part_is_the_slope_along_the_manifold(n: int, seed: int) -> None:
     """The loss <G, Q> along Q cayley(tB) has slope <G, QB>, which is <A, B> for skew B."""
-    q, grad, b = orthogonal(n, seed)[0], random(n, n, seed=seed), random(n, n, seed=seed + 1)
+    q, grad, b = rotation(n, seed).matrix(), random(n, n, seed=seed), random(n, n, seed=seed + 1)
     b = b - b.T
     t = 1e-5
     slope = ((grad * (q @ cayley(t * b))).sum() - (grad * (q @ cayley(-t * b))).sum()) / (2 * t)
@@ -64,7 +64,7 @@ def test_the_skew_part_is_the_slope_along_the_manifold(n: int, seed: int) -> Non
 @settings(max_examples=20)
 def test_descent_finds_a_rotation(n: int, seed: int) -> None:
     """Procrustes: |XQ - XT|² for a T that can be reached by turning falls with every short step, and in the end to little."""
-    x, start = random(4 * n, n, seed=seed) / (4 * n) ** 0.5, orthogonal(n, seed)[0]
+    x, start = random(4 * n, n, seed=seed) / (4 * n) ** 0.5, rotation(n, seed).matrix()
     a = random(n, n, seed=seed + 7)
     target = start @ cayley(0.5 * (a - a.T) / (a - a.T).norm())
     q, losses = start, []

@@ -16,7 +16,6 @@ from sordino.numerics.hadamard import (
     galois_field,
     hadamard,
     has_hadamard,
-    orthogonal,
     rotation,
 )
 
@@ -165,7 +164,7 @@ def test_orders_that_cannot_exist_are_refused(n: int) -> None:
 
 @pytest.mark.parametrize("n", [0, -1, -4])
 def test_sizes_below_one_are_refused(n: int) -> None:
-    for function in (factor, has_hadamard, hadamard, orthogonal, rotation):
+    for function in (factor, has_hadamard, hadamard, rotation):
         with pytest.raises(ValueError, match=str(n)):
             function(n)
 
@@ -179,8 +178,8 @@ def test_returned_matrices_may_be_overwritten() -> None:
     for n in (1, 12, 24):
         hadamard(n).zero_()
         assert_hadamard(hadamard(n), n)
-        orthogonal(n)[0].zero_()
-        assert torch.allclose(orthogonal(n)[0].norm(dim=1), torch.ones(n, dtype=torch.float64))
+        rotation(n).matrix().zero_()
+        assert torch.allclose(rotation(n).matrix().norm(dim=1), torch.ones(n, dtype=torch.float64))
 
 
 # --- factoring ---
@@ -233,7 +232,8 @@ def test_hadamard_is_dense_factor_times_sylvester(n: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 260), st.integers(0, 2**31))
 def test_matrix_is_orthonormal_and_named(n: int, seed: int) -> None:
-    matrix, name = orthogonal(n, seed)
+    made = rotation(n, seed)
+    matrix, name = made.matrix(), made.name
     eye = torch.eye(n, dtype=torch.float64)
     assert matrix.dtype == torch.float64
     assert (matrix @ matrix.T - eye).abs().max() < 1e-12
@@ -260,11 +260,11 @@ def test_names(n: int, name: str) -> None:
 
 
 def test_seed_decides_only_what_is_seeded() -> None:
-    first = orthogonal(43 * 4, seed=3)[0]
+    first = rotation(43 * 4, seed=3).matrix()
     rotation.cache_clear()
-    assert torch.equal(first, orthogonal(43 * 4, seed=3)[0])
-    assert not torch.allclose(first, orthogonal(43 * 4, seed=4)[0])
-    assert torch.equal(orthogonal(36, seed=3)[0], orthogonal(36, seed=4)[0])
+    assert torch.equal(first, rotation(43 * 4, seed=3).matrix())
+    assert not torch.allclose(first, rotation(43 * 4, seed=4).matrix())
+    assert torch.equal(rotation(36, seed=3).matrix(), rotation(36, seed=4).matrix())
 
 
 def test_seeding_leaves_the_global_generator_alone() -> None:

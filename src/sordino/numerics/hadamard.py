@@ -19,7 +19,7 @@ from math import isqrt, sqrt
 import torch
 from torch import Tensor
 
-__all__ = ["GaloisField", "Rotation", "factor", "galois_field", "hadamard", "has_hadamard", "orthogonal", "rotation"]
+__all__ = ["GaloisField", "Rotation", "factor", "galois_field", "hadamard", "has_hadamard", "rotation"]
 
 
 def _digits(value: int, base: int, count: int) -> list[int]:
@@ -314,9 +314,3 @@ def rotation(n: int, seed: int = 0) -> Rotation:
         return Rotation(n, _seeded_orthogonal(k, seed), m, " x ".join([f"seeded orthogonal {k}", *tail]))
     name = f"Hadamard {n} = " + " x ".join([f"Paley {part}" for part in parts] + tail)
     return Rotation(n, _product(map(_paley, parts)).double() / sqrt(k), m, name)
-
-
-def orthogonal(n: int, seed: int = 0) -> tuple[Tensor, str]:
-    """Return `rotation(n, seed)` as a fresh orthonormal float64 [n, n] matrix, with its name; same errors."""
-    made = rotation(n, seed)
-    return made.matrix(), made.name
