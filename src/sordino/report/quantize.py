@@ -39,7 +39,8 @@ def quantize_page(
         errors=_block_errors(manifest),
         linears=_linear_errors(manifest),
         blocks=[_block_row(b) for b in manifest["blocks"]],
-        moves=_moves(manifest, run),
+        moves=(moves := _moves(manifest, run)),
+        about=_about([row[0] for row in moves]),
         notes=_notes(manifest),
         samples=samples,
         run=_run_lines(run),
@@ -201,7 +202,7 @@ def _block_row(block: dict[str, Any]) -> list[Any]:
 
 
 def _moves(manifest: dict[str, Any], run: dict[str, Any]) -> list[list[Any]]:
-    """What each part of the run took, and what it did in short: (part, what it is, seconds, whether kept, its figures)."""
+    """What each part of the run took, and what it did in short: (part, seconds, whether it was kept, its figures)."""
     blocks: dict[str, list[dict[str, Any]]] = {}
     for block in manifest["blocks"]:
         for name, note in block.get("moves", {}).items():
@@ -216,10 +217,13 @@ def _moves(manifest: dict[str, Any], run: dict[str, Any]) -> list[list[Any]]:
             if judged
             else {True: "yes", False: "no"}.get(whole.get(name, {}).get("kept"))
         )
-        about = inspect.getdoc(MOVES[name]) if name in MOVES else None
-        what = (about or "").partition("\n")[0]
-        rows.append([name, what, seconds.get(name), kept, "; ".join(_changes(notes) + _changes([whole.get(name, {})]))])
+        rows.append([name, seconds.get(name), kept, "; ".join(_changes(notes) + _changes([whole.get(name, {})]))])
     return rows
+
+
+def _about(names: list[str]) -> list[tuple[str, str]]:
+    """Moves among these, each with the first line of what it says of itself."""
+    return [(name, (inspect.getdoc(MOVES[name]) or "").partition("\n")[0]) for name in names if name in MOVES]
 
 
 def _changes(notes: list[dict[str, Any]]) -> list[str]:
