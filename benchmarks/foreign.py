@@ -6,18 +6,25 @@ import argparse
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ladder import code_version, cpu, speed
-from sordino.measure.shapes import stored
+import torch
+import transformers
+
+from ladder import ROWS, code_version, cpu, keep, speed
+from sordino.measure.shapes import config_of, shape, stored
 from sordino.measure.workers import Order, Worker, in_turns
 from sordino.numerics.machine import multiplies_bf16
 from sordino.runtime.kernels import status
 from speed import recipe_file
 
+# An interpreter, a folder with a model of transformers, one for the engine's -> a command that lacks threads, prompt tokens and
+# new tokens, and bytes of weights.
+Export = Callable[[str, Path, Path], tuple[list[str], int]]
 OURS = ["W4", "W4A8KV4 static"]
 
 
@@ -108,6 +115,29 @@ def measured_beside(
             for s in speeds
         ],
     }
+
+
+def measure_exported(args: argparse.Namespace, name: str, file: str, export: Export, versions: dict[str, str]) -> None:
+    """Rows beside an engine that makes its own model of one of transformers.
+
+    Args:
+        args: of :func:`making_parser`.
+        name: of the engine's model in the row.
+        file: under benchmarks/rows.
+        export: see :data:`Export`.
+        versions: fields of the row, and the modules whose versions they hold.
+    """
+    for subject in args.shapes:
+        config, tokens = shape(subject), (args.prompt_tokens, args.new_tokens)
+        with tempfile.TemporaryDirectory() as folder:
+            plain, made = Path(folder) / "plain", Path(folder) / "made"
+            transformers.AutoModelForCausalLM.from_config(config_of(config), dtype=torch.bfloat16).save_pretrained(plain)
+            command, size = export(args.python, plain, made)
+            command += [str(n) for n in (args.threads, *tokens)]
+            row = measured_beside(subject, config, Path(folder), {name: (command, size)}, args.threads, tokens)
+        row |= {field: version_of(args.python, module) for field, module in versions.items()}
+        keep(ROWS / file, row)
+        print(json.dumps(row, indent=1), flush=True)
 
 
 def version_of(python: str, module: str) -> str:

@@ -1,4 +1,4 @@
-"""One llama.cpp model, measured when asked; runs under an interpreter that has llama-cpp-python, and needs nothing else.
+"""One llama.cpp model, measured when asked; runs under an interpreter that has llama-cpp-python.
 
     python llama_cpp_worker.py quantize FROM TO     F16 to Q4_0
     python llama_cpp_worker.py serve FILE THREADS PROMPT_TOKENS NEW_TOKENS
@@ -9,13 +9,13 @@ it, or bytes at most. See vs_llama_cpp.py.
 
 from __future__ import annotations
 
-import json
 import random
-import resource
 import sys
 import time
 
 import llama_cpp as cpp
+
+from answering import answer
 
 
 def main() -> None:
@@ -51,22 +51,16 @@ def serve(file: str, threads: int, prompt_tokens: int, new_tokens: int) -> None:
             raise SystemExit("llama.cpp could not decode")
         cpp.llama_get_logits(context)  # waits for them
 
-    tell("ready")
-    for line in sys.stdin:
-        if line.strip() == "memory":
-            tell(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-            continue
+    def run() -> list[float]:
         cpp.llama_memory_clear(cpp.llama_get_memory(context), True)
         started = time.perf_counter()
         decode(tokens)
         filled = time.perf_counter()
         for token in tokens[:new_tokens]:
             decode([token])
-        tell([filled - started, time.perf_counter() - filled])
+        return [filled - started, time.perf_counter() - filled]
 
-
-def tell(answer: object) -> None:
-    print(json.dumps(answer), flush=True)
+    answer(run)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ bytes at most. See vs_onnxruntime.py.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 
 import numpy as np
 import onnxruntime_genai as genai
+
+from answering import answer
 
 
 def main() -> None:
@@ -24,11 +25,8 @@ def main() -> None:
     model = genai.Model(config)
     ids = np.random.default_rng(0).integers(0, 1000, prompt_tokens).astype(np.int32)
     length = prompt_tokens + new_tokens + 1
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "memory":
-            print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024), flush=True)
-            continue
+
+    def run() -> list[float]:
         options = genai.GeneratorParams(model)
         options.set_search_options(do_sample=False, min_length=length, max_length=length)  # no token ends it early
         generator = genai.Generator(model, options)
@@ -38,7 +36,9 @@ def main() -> None:
         filled = time.perf_counter()
         for _ in range(new_tokens):
             generator.generate_next_token()
-        print(json.dumps([filled - started, time.perf_counter() - filled]), flush=True)
+        return [filled - started, time.perf_counter() - filled]
+
+    answer(run)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ it, or bytes at most. See vs_openvino.py.
 
 from __future__ import annotations
 
-import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -18,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
+
+from answering import answer
 
 
 def main() -> None:
@@ -66,18 +66,16 @@ def serve(folder: str, threads: int, prompt_tokens: int, new_tokens: int) -> Non
         out = request.infer({k: v for k, v in given.items() if k in names}, share_inputs=True, share_outputs=True)
         return int(next(iter(out.values()))[0, -1].argmax())
 
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "memory":
-            print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024), flush=True)
-            continue
+    def run() -> list[float]:
         request.reset_state()
         started = time.perf_counter()
         token = forward(ids, 0)
         filled = time.perf_counter()
         for i in range(new_tokens):
             token = forward(np.array([[token]]), prompt_tokens + i)
-        print(json.dumps([filled - started, time.perf_counter() - filled]), flush=True)
+        return [filled - started, time.perf_counter() - filled]
+
+    answer(run)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import weight_only
 import zeroshot
 from ladder import ROOT, ROWS, read
 from sordino.recipe import load_recipe, presets
-from speed_tables import beside, beside_torch, loading, speeds, summary, two_paths
+from speed_tables import OTHERS, beside, beside_torch, loading, speeds, summary, two_paths
 from tables import cells, last, latest, spread, table
 
 HEAD = """# Measured results
@@ -75,9 +75,8 @@ def main() -> None:
     body += equivalence("## Ways to compute the same thing (`benchmarks/equivalence.py`)")
     body += prompt("## A protected system prompt (`benchmarks/prompt.py`)")
     body += zeroshot.rendered() + solver_options() + analyses() + large_shape() + speeds("## Speed (`benchmarks/speed.py`)")
-    body += beside("llama.cpp", "## Speed beside llama.cpp (`benchmarks/vs_llama_cpp.py`)")
-    body += beside("OpenVINO", "## Speed beside OpenVINO (`benchmarks/vs_openvino.py`)")
-    body += beside("ONNX Runtime", "## Speed beside ONNX Runtime (`benchmarks/vs_onnxruntime.py`)")
+    for engine, (file, *_) in OTHERS.items():
+        body += beside(engine, f"## Speed beside {engine} (`benchmarks/{Path(file).stem}.py`)")
     body += beside_torch("## One linear beside torch's int4 (`benchmarks/vs_torch_int4.py`)")
     body += loading("## Loading (`benchmarks/loading.py`)") + two_paths("## Two paths (`benchmarks/native_vs_torch.py`)")
     (ROOT / "docs" / "results.md").write_text(body)
@@ -87,7 +86,7 @@ def main() -> None:
     fill(ROOT / "docs" / "methods" / "prefixquant.md", ladder + means() + prefix() + equivalence())
     fill(
         ROOT / "docs" / "kernels.md",
-        speeds() + beside("llama.cpp") + beside("OpenVINO") + beside("ONNX Runtime") + loading() + two_paths()
+        speeds() + "".join(map(beside, OTHERS)) + loading() + two_paths()
         or "Nothing yet: `benchmarks/speed.py` was not run.\n",
     )
     fill(ROOT / "docs" / "howto" / "cost.md", costs())

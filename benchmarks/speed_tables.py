@@ -96,8 +96,6 @@ OTHERS = {
         "multiplied in 8 bits, its builder's own choice for CPUs; the cache is fp32.",
     ),
 }
-
-
 SHOWN = "W4A8KV4 static"  # in the table of all engines
 
 
@@ -133,6 +131,7 @@ def beside(engine: str, title: str = "") -> str:
 
 def summary() -> str:
     """Ours beside all others in a few numbers: prefill / decode, ratios of medians within a round, from the last rows."""
+    columns = {"twin": "transformers bf16"} | {reference: reference for _, reference, _, _ in OTHERS.values()}
     found: dict[tuple[str, str, int], dict[str, str]] = {}
     for engine, (file, reference, _, _) in OTHERS.items():
         for row in read(ROWS / file):
@@ -141,18 +140,22 @@ def summary() -> str:
             if where is None or SHOWN not in by:
                 continue
             cells = found.setdefault((where, row["subject"], row["prompt_tokens"]), {})
-            twin = next(name for name in by if name.endswith("twin"))
-            for name, column in ((twin, "transformers"), (reference, reference)):
-                if column == "transformers" and engine != "llama.cpp":
-                    continue
-                times = [median_ratio(by[name][phase], by[SHOWN][phase]) for phase in ("prefill", "decode")]
-                cells[column] = " / ".join(f"{t:.2f}" for t in times) + (" (fp32)" if name == "fp32 twin" else "")
-    columns = ["transformers", *(reference for _, reference, _, _ in OTHERS.values())]
-    lines = ["| two cores of | shape | prompt | " + " | ".join(["transformers bf16", *columns[1:]]) + " |"]
-    lines += ["|---" * (len(columns) + 3) + "|"]
+            cells[reference] = both_ratios(by[reference], by[SHOWN])
+            if engine == "llama.cpp":  # measured on most machines
+                cells["twin"] = next(
+                    both_ratios(m, by[SHOWN]) + (" (fp32)" if name == "fp32 twin" else "")
+                    for name, m in by.items()
+                    if name.endswith("twin")
+                )
+    lines = ["| two cores of | shape | prompt | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 3) + "|"]
     for (where, subject, tokens), cells in sorted(found.items()):
         lines.append(f"| {where} | {subject} | {tokens} | " + " | ".join(cells.get(c, "–") for c in columns) + " |")
     return "\n".join(lines) + "\n"
+
+
+def both_ratios(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Of prefill and of decode."""
+    return " / ".join(f"{median_ratio(theirs[phase], ours[phase]):.2f}" for phase in ("prefill", "decode"))
 
 
 def median_ratio(theirs: list[float], ours: list[float]) -> float:

@@ -12,19 +12,13 @@ JSON row a shape goes to benchmarks/rows/vs_onnxruntime.jsonl; `python benchmark
 
 from __future__ import annotations
 
-import json
 import subprocess
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 
 import sordino
-from foreign import making_parser, measured_beside, version_of
-from ladder import ROWS, keep
-from sordino.measure.shapes import config_of, shape
+from foreign import making_parser, measure_exported
 
 WORKER = str(Path(__file__).with_name("onnxruntime_worker.py"))
 NAME, GROUP = "ONNX Runtime int4", 64
@@ -33,25 +27,16 @@ OPTIONS = (f"block_size={GROUP}", "algo_config=rtn", "matmul_mixed_precision=las
 
 def main() -> None:
     args = making_parser(__doc__ or "", "onnxruntime-genai").parse_args()
-    for name in args.shapes:
-        row = compare(name, args.python, args.threads, (args.prompt_tokens, args.new_tokens))
-        keep(ROWS / "vs_onnxruntime.jsonl", row)
-        print(json.dumps(row, indent=1), flush=True)
+    versions = {"onnxruntime": "onnxruntime", "genai": "onnxruntime_genai"}
+    measure_exported(args, NAME, "vs_onnxruntime.jsonl", export, versions)
 
 
-def compare(name: str, python: str, threads: int, tokens: tuple[int, int]) -> dict[str, Any]:
-    """One shape: both engines, and transformers in bf16."""
-    config = shape(name)
-    with tempfile.TemporaryDirectory() as folder:
-        plain, four = Path(folder) / "plain", Path(folder) / "int4"
-        transformers.AutoModelForCausalLM.from_config(config_of(config), dtype=torch.bfloat16).save_pretrained(plain)
-        sordino.load("smollm2")[1].save_pretrained(plain)  # the builder wants a tokenizer; none is measured
-        build = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(plain), "-o", str(four), "-p", "int4"]
-        subprocess.run([*build, "-e", "cpu", "-c", folder, "--extra_options", *OPTIONS], check=True)
-        command = [python, WORKER, str(four), *(str(n) for n in (threads, *tokens))]
-        size = sum(f.stat().st_size for f in four.glob("model.onnx*"))
-        row = measured_beside(name, config, Path(folder), {NAME: (command, size)}, threads, tokens)
-    return row | {"onnxruntime": version_of(python, "onnxruntime"), "genai": version_of(python, "onnxruntime_genai")}
+def export(python: str, plain: Path, made: Path) -> tuple[list[str], int]:
+    """ONNX Runtime's model of one of transformers."""
+    sordino.load("smollm2")[1].save_pretrained(plain)  # the builder wants a tokenizer; none is measured
+    build = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(plain), "-o", str(made), "-p", "int4"]
+    subprocess.run([*build, "-e", "cpu", "-c", str(made.parent), "--extra_options", *OPTIONS], check=True)
+    return [python, WORKER, str(made)], sum(f.stat().st_size for f in made.glob("model.onnx*"))
 
 
 if __name__ == "__main__":

@@ -13,18 +13,12 @@ row a shape goes to benchmarks/rows/vs_openvino.jsonl; `python benchmarks/render
 
 from __future__ import annotations
 
-import json
 import subprocess
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 
-from foreign import making_parser, measured_beside, version_of
-from ladder import ROWS, keep
-from sordino.measure.shapes import config_of, shape
+from foreign import making_parser, measure_exported
 
 WORKER = str(Path(__file__).with_name("openvino_worker.py"))
 NAME, GROUP = "OpenVINO int4", 64
@@ -32,23 +26,13 @@ NAME, GROUP = "OpenVINO int4", 64
 
 def main() -> None:
     args = making_parser(__doc__ or "", "optimum-intel[openvino]").parse_args()
-    for name in args.shapes:
-        row = compare(name, args.python, args.threads, (args.prompt_tokens, args.new_tokens))
-        keep(ROWS / "vs_openvino.jsonl", row)
-        print(json.dumps(row, indent=1), flush=True)
+    measure_exported(args, NAME, "vs_openvino.jsonl", export, {"openvino": "openvino"})
 
 
-def compare(name: str, python: str, threads: int, tokens: tuple[int, int]) -> dict[str, Any]:
-    """One shape: both engines, and transformers in bf16."""
-    config = shape(name)
-    with tempfile.TemporaryDirectory() as folder:
-        plain, four = Path(folder) / "plain", Path(folder) / "int4"
-        transformers.AutoModelForCausalLM.from_config(config_of(config), dtype=torch.bfloat16).save_pretrained(plain)
-        subprocess.run([python, WORKER, "export", str(plain), str(four), str(GROUP)], check=True)
-        command = [python, WORKER, "serve", str(four), *(str(n) for n in (threads, *tokens))]
-        size = (four / "openvino_model.bin").stat().st_size
-        row = measured_beside(name, config, Path(folder), {NAME: (command, size)}, threads, tokens)
-    return row | {"openvino": version_of(python, "openvino")}
+def export(python: str, plain: Path, made: Path) -> tuple[list[str], int]:
+    """OpenVINO's model of one of transformers."""
+    subprocess.run([python, WORKER, "export", str(plain), str(made), str(GROUP)], check=True)
+    return [python, WORKER, "serve", str(made)], (made / "openvino_model.bin").stat().st_size
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def _make(job: Job, windows: Tensor | None, out: Path, cpu: float, progress: Pro
         if not begun:
             work.remove()
         raise
-    done = Result(out, manifest, run_facts(work, job.plan, job.text))
+    done = Result(out, manifest, run_facts(work, job))
     write_text(out / "run.json", json.dumps(done.run, indent=1) + "\n")
     _write_report(job.model, done, samples)
     publish(work, out)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SHARED = {"foreign.py", "ladder.py", "speed_tables.py", "tables.py"}  # no scripts
+SHARED = {"answering.py", "foreign.py", "ladder.py", "speed_tables.py", "tables.py"}  # no scripts
 NO_ARGUMENTS = {"render.py", "llama_cpp_worker.py", "openvino_worker.py", "onnxruntime_worker.py"}
 
 

@@ -17,8 +17,8 @@ from sordino.corpus import EVAL_TEXT, load_text
 from sordino.errors import InputError
 from sordino.measure.bench import DECODED, PROMPT, bench, positions
 from sordino.measure.evaluate import Evaluation, Reference, evaluate, prompt_beside, reference
-from sordino.measure.tasks import Difference, Tasks, open_tasks
-from sordino.report.notebook import Figure, figure, table
+from sordino.measure.tasks import Difference, Tasks, tasks_asked_for
+from sordino.report.notebook import Figure, chosen, figure, table
 from sordino.report.svg import Series
 from sordino.runtime.prefix import prefix_ids, quantization_of
 from sordino.walk.source import locate
@@ -174,11 +174,7 @@ class Comparison:
         Raises:
             InputError: if that was not measured.
         """
-        plots = self.plots()
-        label = label or next(iter(plots))
-        if label not in plots:
-            raise InputError(f"no figure '{label}'; there are {', '.join(plots)}")
-        trade = plots[label]
+        trade = chosen(self.plots(), label)
         return figure(trade.series, trade.cost, trade.figure, lines=False, log_x=True)
 
     def _repr_html_(self) -> str:
@@ -270,7 +266,7 @@ def compare(
         prefix_ids(locate(prefix_from))
         if not any(prefixes):
             raise InputError("a prefix is put before full-precision models, and there is none among these")
-    suite = (tasks if isinstance(tasks, Tasks) else open_tasks(tasks, task_data, limit)) if tasks else None
+    suite = tasks_asked_for(tasks, task_data, limit)
     content = load_text(text or EVAL_TEXT) if text is not None or suite is None else None
     options: dict[str, Any] = {"text": content, "seqlen": seqlen, "windows": windows, "progress": progress}
     exact: Reference | None = None

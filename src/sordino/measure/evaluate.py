@@ -22,7 +22,7 @@ from sordino.contract import Progress
 from sordino.corpus import EVAL_TEXT, Text, eval_windows, load_text, tokenize
 from sordino.errors import InputError
 from sordino.measure.size import size_of
-from sordino.measure.tasks import Tasks, TaskScores, open_tasks
+from sordino.measure.tasks import Tasks, TaskScores, tasks_asked_for
 from sordino.numerics.divergence import token_kl
 from sordino.report.notebook import table
 from sordino.runtime.attention import attach
@@ -228,7 +228,7 @@ def evaluate(
         InputError: if something cannot be loaded, the text is shorter than one window, or a window behind the prefix is longer
             than the model's positions.
     """
-    suite = (tasks if isinstance(tasks, Tasks) else open_tasks(tasks, task_data, limit)) if tasks else None
+    suite = tasks_asked_for(tasks, task_data, limit)
     cut = Windows(load_text(text or EVAL_TEXT), seqlen, windows) if text is not None or suite is None else None
     subject, tokenizer = load(model, dtype=dtype)
     if prefix_from is not None:

@@ -29,7 +29,7 @@ from sordino.measure.evaluate import Windows, final_states
 from sordino.measure.propagation import Vertical, vertical
 from sordino.measure.sensitivity import Sensitivity, names_of, round_weights, sensitivities, with_weights
 from sordino.protect.prefix import THRESHOLD, choose
-from sordino.report.notebook import Figure, figure, table
+from sordino.report.notebook import Figure, chosen, figure, table
 from sordino.runtime.attention import attach
 from sordino.runtime.prefix import KEY, VALUE
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
@@ -130,12 +130,8 @@ class Inspection:
         """
         from sordino.report.inspect import plots  # which draws what this file finds
 
-        drawn = plots(self)
-        label = label or next(iter(drawn))
-        if label not in drawn:
-            raise InputError(f"no figure '{label}'; there are {', '.join(drawn)}")
-        chosen = drawn[label]
-        return figure(chosen.series, chosen.x_label, chosen.y_label, lines=True)
+        plot = chosen(plots(self), label)
+        return figure(plot.series, plot.x_label, plot.y_label, lines=True)
 
     def _repr_html_(self) -> str:
         return table(self.lines())

@@ -199,6 +199,11 @@ def open_tasks(names: str | Sequence[str], data: str | Path | None = None, limit
     return Tasks(_harness().open_suite(list(dict.fromkeys(names)), None if data is None else Path(data)), limit)
 
 
+def tasks_asked_for(tasks: Tasks | str | Sequence[str], data: str | Path | None, limit: int | None) -> Tasks | None:
+    """What a measurement is given: opened tasks as they are, names as :func:`open_tasks` reads them, nothing for none."""
+    return (tasks if isinstance(tasks, Tasks) else open_tasks(tasks, data, limit)) if tasks else None
+
+
 def _harness() -> ModuleType:
     try:
         from sordino.measure import harness

@@ -5,15 +5,18 @@ Strings and numbers in, markup out; nothing here knows a result. Everything give
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from markupsafe import Markup
 
+from sordino.errors import InputError
 from sordino.report.colours import COLOURS, LIGHT
 from sordino.report.svg import HEIGHT, LEFT, WIDTH, Series, draw
 
+T = TypeVar("T")
 _KEY = 18  # height of one line of the legend
 # Fixed colours on white: a notebook's dark theme is not known to a picture.
 _STYLE = (
@@ -53,6 +56,18 @@ def figure(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool,
     size = f"0 0 {WIDTH} {HEIGHT + _KEY * len(named)}"
     head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="{}" width="{}"><style>').format(size, WIDTH)
     return Figure(str(head + Markup(_STYLE) + Markup("</style>") + Markup("").join(parts) + Markup("</svg>\n")))
+
+
+def chosen(plots: Mapping[str, T], label: str | None) -> T:
+    """The plot of a name; the first one without a name.
+
+    Raises:
+        InputError: if there is none, naming those there are.
+    """
+    label = label or next(iter(plots))
+    if label not in plots:
+        raise InputError(f"no figure '{label}'; there are {', '.join(plots)}")
+    return plots[label]
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), title: str = "") -> str:

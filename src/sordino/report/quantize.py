@@ -71,7 +71,7 @@ def result_lines(manifest: dict[str, Any], run: dict[str, Any]) -> list[tuple[st
     if fallbacks := [str(b["block"]) for b in manifest["blocks"] if b.get("fallback")]:
         lines.append(("blocks where RTN was better and taken", ", ".join(fallbacks)))
     if tuned := [b["moves"]["tune"]["kept"] for b in manifest["blocks"] if "tune" in b.get("moves", {})]:
-        lines.append(("blocks that tuning made better", f"{sum(tuned)} of {_judged(manifest)}; the others keep what they had"))
+        lines.append(("blocks that tuning made better", f"{sum(tuned)} of {_rounded(manifest)}; the others keep what they had"))
     for name, note in manifest.get("finish", {}).items():
         if "kl_before" in note:
             change = f"{note['kl_before']:.4f} → {note['kl_after']:.4f}"
@@ -81,7 +81,7 @@ def result_lines(manifest: dict[str, Any], run: dict[str, Any]) -> list[tuple[st
     return lines
 
 
-def _judged(manifest: dict[str, Any]) -> int:
+def _rounded(manifest: dict[str, Any]) -> int:
     """How many blocks a move could have kept what it did in: those that fell back to plain rounding lose their notes."""
     return sum("left" not in block for block in manifest["blocks"])
 
@@ -213,7 +213,7 @@ def _moves(manifest: dict[str, Any], run: dict[str, Any]) -> list[list[Any]]:
         notes = blocks.get(name, [])
         judged = [note["kept"] for note in notes if "kept" in note]
         kept = (
-            f"{sum(judged)} of {_judged(manifest)} blocks"
+            f"{sum(judged)} of {_rounded(manifest)} blocks"
             if judged
             else {True: "yes", False: "no"}.get(whole.get(name, {}).get("kept"))
         )

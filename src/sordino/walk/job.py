@@ -156,14 +156,14 @@ def _fingerprint(
     }
 
 
-def run_facts(work: Work, plan: Plan, text: Text | None) -> dict[str, Any]:
+def run_facts(work: Work, job: Job) -> dict[str, Any]:
     """What ``run.json`` says: what may differ between two runs with the same bytes."""
     return {
-        "text": None if text is None else text.spec,
+        "text": None if job.text is None else job.text.spec,
         "seconds": round(work.seconds, 2),
         "cpu_seconds": round(work.cpu_seconds, 2),
         "peak_memory_bytes": peak_memory(),
-        "estimated_memory_bytes": plan.memory,
+        "estimated_memory_bytes": job.plan.memory,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
