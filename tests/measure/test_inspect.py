@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import sordino
-from sordino.anatomy import Anatomy, anatomy_of, hidden_states
+from sordino.anatomy import SITES, Anatomy, anatomy_of, hidden_states
 from sordino.cli import app
 from sordino.errors import InputError
 from sordino.measure.activations import Activations, Loudest, look
@@ -32,7 +32,7 @@ from sordino.measure.sensitivity import Sensitivity, names_of, round_weights, se
 from sordino.numerics.affine import AffineGrid
 from sordino.protect.prefix import Prefix
 from sordino.recipe import MoveSpec, load_recipe
-from sordino.report.inspect import plots
+from sordino.report.inspect import maps, plots
 from sordino.walk.attention import NAME
 from tiny import STORIES, Sordino, make_tiny
 
@@ -165,6 +165,9 @@ def test_a_rotated_checkpoint_with_a_prefix_is_compared_in_one_basis(tmp_path: P
     assert len(plots(inspection)) == 8
     for name, drawn in plots(inspection).items():  # the same lines as figures by themselves
         assert inspection.figure(name).svg.count("<polyline") == len(drawn.series) == str(escape(drawn)).count("<polyline")
+    assert len(maps(inspection)) == len(SITES)
+    for name, map_ in maps(inspection).items():
+        assert inspection.figure(name).svg.count("<rect") == str(escape(map_)).count("<rect") > 0
     with pytest.raises(InputError, match="there are outlier tokens, "):
         inspection.figure("none")
 

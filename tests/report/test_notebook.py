@@ -19,7 +19,8 @@ from sordino.measure.compare import Comparison
 from sordino.measure.evaluate import Evaluation
 from sordino.measure.tasks import TaskScore, TaskScores
 from sordino.measure.workers import Speed
-from sordino.report.notebook import Figure, figure, table
+from sordino.report.heat import Heat
+from sordino.report.notebook import Figure, figure, picture, table
 from sordino.report.svg import Series
 
 EVIL = "<script>alert(1)</script>&\"'"
@@ -126,6 +127,14 @@ def test_a_legend_names_several_series_and_all_is_inside() -> None:
     assert all(float(e.attrib["y"]) < height for e in root.iter(f"{SVG}rect"))
     assert len(list(root.iter(f"{SVG}polyline"))) == 3
     assert "Nothing to draw" in drawn(figure([Series("a", [])], "x", "y", lines=True)).findtext(f"{SVG}text", "")
+
+
+def test_a_map_is_a_figure_with_its_words_inside() -> None:
+    root = drawn(picture(Heat([[1.0, 4.0], [2.0, 3.0]], "x", "y", EVIL)))
+    assert len(list(root.iter(f"{SVG}rect"))) == 3  # 1 stays empty
+    assert f"{EVIL}; full colour: 4 times the median channel" in [e.text for e in root.iter(f"{SVG}text")]
+    height = float(root.attrib["viewBox"].split()[3])
+    assert all(float(e.attrib["y"]) < height for tag in ("text", "rect") for e in root.iter(SVG + tag))
 
 
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1), TEXT)

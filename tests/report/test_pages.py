@@ -12,6 +12,7 @@ from statistics import median
 
 import pytest
 import torch
+from markupsafe import escape
 from typer.testing import CliRunner
 
 import sordino
@@ -26,7 +27,7 @@ from sordino.measure.size import stored_split
 from sordino.recipe import load_recipe
 from sordino.report import samples as module
 from sordino.report.compare import comparison_page
-from sordino.report.heat import heat
+from sordino.report.heat import Heat
 from sordino.report.inspect import inspect_page
 from sordino.report.quantize import quantize_page
 from sordino.report.samples import LARGEST, Sample, samples
@@ -221,7 +222,7 @@ def test_tokens_and_reasons_that_hold_html_do_nothing(run: tuple[Path, Result]) 
 
 
 def test_map_is_empty_where_nothing_stands_out() -> None:
-    drawn = Page(str(heat([[1.0, 4.0], [float("nan"), 2.0]], "x", "y", EVIL)))
+    drawn = Page(escape(Heat([[1.0, 4.0], [float("nan"), 2.0]], "x", "y", EVIL)))
     strengths = [float(v) for k, v in drawn.attributes if k == "fill-opacity"]
     assert strengths == [1.0, 0.5]  # logarithmic
     assert ("aria-label", f"{EVIL}: largest 4") in drawn.attributes

@@ -29,7 +29,7 @@ from sordino.measure.evaluate import Windows, final_states
 from sordino.measure.propagation import Vertical, vertical
 from sordino.measure.sensitivity import Sensitivity, names_of, round_weights, sensitivities, with_weights
 from sordino.protect.prefix import THRESHOLD, choose
-from sordino.report.notebook import Figure, chosen, figure, table
+from sordino.report.notebook import Figure, chosen, picture, table
 from sordino.runtime.attention import attach
 from sordino.runtime.prefix import KEY, VALUE
 from sordino.walk.attention import NAME as WINDOW_ATTENTION
@@ -120,7 +120,7 @@ class Inspection:
         return lines
 
     def figure(self, label: str | None = None) -> Figure:
-        """One of the page's plots of lines, by a name like "error along depth".
+        """One of the page's plots of lines or maps of channels, by a name like "error along depth".
 
         Args:
             label: which; the first one if not given.
@@ -128,10 +128,9 @@ class Inspection:
         Raises:
             InputError: if there is none of that name, naming those there are.
         """
-        from sordino.report.inspect import plots  # which draws what this file finds
+        from sordino.report.inspect import drawings  # which draws what this file finds
 
-        plot = chosen(plots(self), label)
-        return figure(plot.series, plot.x_label, plot.y_label, lines=True)
+        return picture(chosen(drawings(self), label))
 
     def _repr_html_(self) -> str:
         return table(self.lines())

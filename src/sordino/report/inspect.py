@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from markupsafe import Markup
 from torch import Tensor
 
 from sordino.anatomy import SITES
@@ -12,7 +11,7 @@ from sordino.measure.activations import Activations
 from sordino.measure.diffusion import Horizontal
 from sordino.measure.inspect import Inspection
 from sordino.measure.propagation import Vertical
-from sordino.report.heat import heat
+from sordino.report.heat import Heat
 from sordino.report.page import render
 from sordino.report.svg import Plot, Series
 
@@ -32,7 +31,7 @@ def inspect_page(found: Inspection) -> str:
         loudest=_loudest(found),
         tokens=[[repr(t.token), t.id, t.times, t.first, t.ratio, t.block] for t in found.plain.most_frequent()],
         lower=drawn["quiet tokens"],
-        maps=[{"site": site, "drawing": _map(found.plain.channels[site], site)} for site in SITES],
+        maps=[{"site": site, "drawing": drawing} for site, drawing in zip(SITES, maps(found).values(), strict=True)],
         ranges=drawn["ranges"],
         sensitivity=[[c.what, c.where, c.kl, c.error] for c in found.sensitivities],
         depth=drawn["error along depth"],
@@ -57,6 +56,16 @@ def plots(found: Inspection) -> dict[str, Plot]:
         "error of single tokens": _sources(found.horizontal),
         "tokens kept exact": _doses(found.horizontal),
     }
+
+
+def maps(found: Inspection) -> dict[str, Heat]:
+    """The page's maps of channels, by name, in the order of the sites."""
+    return {f"channels of the input of {site}": _map(found.plain.channels[site], site) for site in SITES}
+
+
+def drawings(found: Inspection) -> dict[str, Plot | Heat]:
+    """All of them by name."""
+    return {**plots(found), **maps(found)}
 
 
 def _over_depth(lines: dict[str, list[float]], label: str) -> Plot:
@@ -90,10 +99,10 @@ def _lower(found: Inspection) -> Plot:
     return _over_depth(lines, "median over smallest token")
 
 
-def _map(peaks: list[Tensor], site: str) -> Markup:
+def _map(peaks: list[Tensor], site: str) -> Heat:
     """Blocks down, channels across; a cell shows its largest channel over the block's median one."""
     rows = [[float(c.max()) for c in (p / p.median().clamp(min=1e-30)).tensor_split(min(_BINS, len(p)))] for p in peaks]
-    return heat(rows, "channel", "block", f"input of {site}")
+    return Heat(rows, "channel", "block", f"input of {site}")
 
 
 def _ranges(found: Activations) -> Plot:

@@ -13,8 +13,10 @@ from typing import TypeVar
 from markupsafe import Markup
 
 from sordino.errors import InputError
+from sordino.report import heat
 from sordino.report.colours import COLOURS, LIGHT
-from sordino.report.svg import HEIGHT, LEFT, WIDTH, Series, draw
+from sordino.report.heat import Heat
+from sordino.report.svg import HEIGHT, LEFT, WIDTH, Plot, Series, draw
 
 T = TypeVar("T")
 _KEY = 18  # height of one line of the legend
@@ -23,7 +25,7 @@ _STYLE = (
     f"svg{{font:12px system-ui,sans-serif;background:{LIGHT['paper']}}}"
     f"text{{fill:{LIGHT['soft']}}}line{{stroke:{LIGHT['rule']}}}line.edge{{stroke:var(--c);stroke-dasharray:4 3}}"
     ".mid{text-anchor:middle}.end{text-anchor:end}polyline{fill:none;stroke:var(--c);stroke-width:1.8}"
-    f"circle,rect.key{{fill:var(--c)}}g text{{fill:{LIGHT['ink']}}}"
+    f"circle,rect{{fill:var(--c)}}g text{{fill:{LIGHT['ink']}}}"
 ) + "".join(f".s{i}{{--c:{LIGHT[f'c{i}']}}}" for i in range(COLOURS))
 
 
@@ -47,14 +49,25 @@ class Figure:
 
 def figure(series: Sequence[Series], x_label: str, y_label: str, *, lines: bool, log_x: bool = False) -> Figure:
     """A plot by itself; see :func:`sordino.report.svg.plot` for the arguments. The legend names series if there are several."""
-    parts = [draw(series, x_label, y_label, lines=lines, log_x=log_x) or Markup('<text x="9" y="20">Nothing to draw.</text>')]
-    named = series if len(series) > 1 else ()
+    drawn = draw(series, x_label, y_label, lines=lines, log_x=log_x) or Markup('<text x="9" y="20">Nothing to draw.</text>')
+    parts, named = [], series if len(series) > 1 else ()
     for i, s in enumerate(named):
         y = HEIGHT + _KEY * i
-        key = Markup('<g class="s{}"><rect class="key" x="{}" y="{}" width="10" height="10"/><text x="{}" y="{}">{}</text></g>')
+        key = Markup('<g class="s{}"><rect x="{}" y="{}" width="10" height="10"/><text x="{}" y="{}">{}</text></g>')
         parts.append(key.format(i % COLOURS, LEFT, y, LEFT + 16, y + 9, s.name))
-    size = f"0 0 {WIDTH} {HEIGHT + _KEY * len(named)}"
-    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="{}" width="{}"><style>').format(size, WIDTH)
+    return _document(WIDTH, HEIGHT + _KEY * len(named), drawn, *parts)
+
+
+def picture(drawing: Plot | Heat) -> Figure:
+    """A drawing of a page by itself."""
+    if isinstance(drawing, Plot):
+        return figure(drawing.series, drawing.x_label, drawing.y_label, lines=True)
+    words = Markup('<text x="{}" y="{}">{}; {}</text>').format(heat.LEFT, drawing.height + 11, drawing.title, drawing.key)
+    return _document(heat.WIDTH, drawing.height + _KEY, drawing.draw(), words)
+
+
+def _document(width: int, height: int, *parts: Markup) -> Figure:
+    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" width="{}"><style>').format(width, height, width)
     return Figure(str(head + Markup(_STYLE) + Markup("</style>") + Markup("").join(parts) + Markup("</svg>\n")))
 
 
