@@ -26,7 +26,7 @@ ROTATED = ["format.weights.override=[]", 'moves=[{move="rotate"}]']
 # name -> (recipe, overrides)
 LADDER: dict[str, tuple[str, list[str]]] = {
     **{name: (name, []) for name in ("w4", "w3", "w2")},
-    "rotated gptq-w2": ("d2quant-w2", [*ROTATED, 'format.weights.solver={name="gptq"}']),
+    "rotated gptaq-w2": ("d2quant-w2", ROTATED),
     **{name: (name, []) for name in ("d2quant-w2", "d2quant-paper-w2")},
     **{name: (name, ["guard=off"]) for name in ("quarot-w4a4kv4", "spinquant-w4a4kv4")},  # as in prefixquant.py
     **{name: (name, ["guard=off"]) for name in (f"prefixquant-w4a4kv4-{mode}-tuned" for mode in ("static", "dynamic"))},
@@ -34,8 +34,8 @@ LADDER: dict[str, tuple[str, list[str]]] = {
 }
 # What the papers claim: the first one's mean over the second one's.
 PAIRS = (
-    ("d2quant-w2", "rotated gptq-w2"),
-    ("d2quant-paper-w2", "rotated gptq-w2"),
+    ("d2quant-w2", "rotated gptaq-w2"),
+    ("d2quant-paper-w2", "rotated gptaq-w2"),
     ("prefixquant-w4a4kv4-static-tuned", "prefixquant-w4a4kv4-dynamic-tuned"),
     ("prefixquant-w4a4kv4-static-tuned", "quarot-w4a4kv4"),
     ("prefixquant-w4a4kv4-static-tuned", "spinquant-w4a4kv4"),
