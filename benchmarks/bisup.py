@@ -3,7 +3,7 @@
 python benchmarks/bisup.py --calibrate wiki.valid.raw --evaluate wiki.test.raw --also c4.txt [--only NAME …] [--sweeps]
 
 Rows are the vertical part: host, + clips, + smoothing, + low-rank, and the target that leaves earlier error alone. The
-prompt's rows come from prompt.py (`--recipe quarot-w3a3` for the prompt alone, `--recipe bisup-quarot-w3a3` for all of it).
+prompt's rows come from prompt.py: `--recipe quarot-w3a3` for the prompt alone, `--recipe bisup-quarot-w3a3` for all of it.
 `--keys-early` instead: the Atom hosts with keys rounded before the rotary embedding, as Atom's code has it; simulated, since
 the packed cache holds what attention reads. Blocks are calibrated with keys rounded behind it.
 `--sweeps` instead: one option at a time on blocks 0:10 of a host at W3A3, told by the held-out error against the full-precision
@@ -171,7 +171,7 @@ def rendered() -> str:
         closed = [math.log(statistics.mean(host) / r["ppl"]) / math.log(statistics.mean(host) / exact[0]) for r in mine if host]
         share = spread([100 * c for c in closed], 0) + " %" if closed and " " in name else "–"
         bits = [f"{mine[0][k]:.2f}" if mine[0].get(k) else "–" for k in ("bits_per_input", "bits_per_kv")]
-        depth = accumulated(mine[0].get("errors", []))
+        depth = accumulated([statistics.mean(e) for e in zip(*(r.get("errors", []) for r in mine), strict=True)])
         lines.append(f"| {' | '.join([*shown[:2], *bits, *shown[3:7], share, depth, shown[8]])} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 

@@ -7,8 +7,10 @@ the recipe: without a prompt (F0), with it (F1), with the token that begins it a
 these: without a prompt (Q0); with keys and values of the prompt that the quantized model made and rounded itself (Q1), that it
 made in full width (Q2), that full precision made (Q3); with those of the beginning token alone, full precision's (QB). All Q
 share one set of weights, calibrated without a prompt, so that only the prefix differs; "shipped" is what
-`quantize --system-prompt` makes, calibrated behind the prompt. Guards are off. All rows score the same tokens.
-Beside them the dose curve (docs/inspect.md) at the recipe's width of keys and values.
+`quantize --system-prompt` makes, calibrated behind the prompt. Guards are off. All rows score the same tokens. A recipe that
+trains smoothing divides the values of its prefix, which full precision's of another run do not fit: it has no Q3 and no QB.
+Beside them what passes from token to token (docs/inspect.md) in the model as it is, its keys and values rounded without
+rotations or clips at the recipe's width.
 """
 
 from __future__ import annotations
@@ -41,15 +43,13 @@ CHAT = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 HELD_AGAINST = {"F0": ["Q0"], "F1": ["Q1", "Q2", "Q3", "shipped"], "FB": ["QB"]}
+SPREAD_FIGURES = ("correlation", "kv_correlation", "shares", "kv_shares")
+FROM_FULL = ("Q3", "QB", "FB")  # and what they alone are held against
 
 
 def main() -> None:
     args = _arguments()
     recipe = load_recipe(args.recipe, [*args.set, "guard=off"])
-    if any(move.move == "tune" and move.options.get("smooth") for move in recipe.moves):
-        raise SystemExit(
-            "a recipe whose tuning smooths divides the values of its prefix: those of full precision do not fit it"
-        )
     key = {"digest": recipe.digest, "version": code_version(), "seed": args.seed, "model": called(args.model)}
     key |= {"prompt": args.system_prompt, "windows": args.windows, "seqlen": args.seqlen}
     if there(ROWS / "prompt.jsonl", key):
@@ -57,9 +57,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models, tokens = make(recipe, Path(folder), args)
         row = {"name": "prompt", **key, "recipe": args.recipe, "overrides": args.set, "prompt_tokens": tokens}
-        row |= measure(models, args) | {"doses": doses(recipe, args)}
-    # Mean bits of a cached number with the prompt in 16 (Q2, Q3), at the length of the windows.
-    row["kv_bits"] = (16 * tokens + recipe.format.kv.bits * args.seqlen) / (tokens + args.seqlen)
+        row |= measure(models, args) | across_tokens(recipe, args)
+    # Mean bits of a cached number with the prompt in 16 (Q2, Q3, shipped), at the length of the windows.
+    row["kv_bits"] = (16 * tokens + row["rows"]["Q0"]["bits_per_kv"] * args.seqlen) / (tokens + args.seqlen)
     keep(ROWS / "prompt.jsonl", row)
     print(json.dumps(row, indent=1))
 
@@ -80,6 +80,8 @@ def make(recipe: Recipe, work: Path, args: argparse.Namespace) -> tuple[dict[str
         ("F1", "F0", "F0", prompt, False),
         ("FB", "F0", "F0", prompt[:1], False),
     ):
+        if name in FROM_FULL and any(move.smooths for move in build_moves(recipe.moves)):
+            continue
         tensors = prefix_made_by(sordino.load(models[by])[0], ids, rounded)
         models[name] = put_prefix(models[base], work / name, ids, tensors)
     return models, len(prompt)
@@ -99,24 +101,27 @@ def measure(models: dict[str, Path], args: argparse.Namespace) -> dict[str, Any]
     rows: dict[str, dict[str, Any]] = {}
     tokens = set()
     for full, held in HELD_AGAINST.items():
+        if full not in models:
+            continue
         exact = reference(models[full], **options)
         assert exact.ids is not None
         tokens.add(hashlib.sha256(exact.ids.numpy().tobytes()).hexdigest()[:16])
-        for name in (full, *held):
+        for name in (n for n in (full, *held) if n in models):
             found = sordino.evaluate(models[name], against=exact, **options).to_json()
-            rows[name] = {k: found[k] for k in ("ppl", "ppl_stderr", "kl", "kl_stderr", "bits_per_weight")}
+            rows[name] = {k: found[k] for k in ("ppl", "ppl_stderr", "kl", "kl_stderr", "bits_per_weight", "bits_per_kv")}
     pairs = [(name, full) for full, held in HELD_AGAINST.items() for name in held] + [("Q3", "Q1"), ("Q3", "Q2")]
-    gaps = {f"{a} - {b}": round(math.log(rows[a]["ppl"] / rows[b]["ppl"]), 5) for a, b in pairs}
+    gaps = {f"{a} - {b}": round(math.log(rows[a]["ppl"] / rows[b]["ppl"]), 5) for a, b in pairs if {a, b} <= rows.keys()}
     (text_ids,) = tokens
     return {"text_ids": text_ids, "rows": rows, "gaps": gaps}
 
 
-def doses(recipe: Recipe, args: argparse.Namespace) -> dict[str, list[tuple[int, float]]]:
-    """Error of later tokens where so many tokens' keys and values stay exact, those of all others rounded as by the recipe."""
+def across_tokens(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
+    """Error of later tokens where so many tokens' keys and values stay exact ("doses"), and by which tokens it comes about."""
     exact, tokenizer = sordino.load(args.model, dtype=torch.float32)
     ids = eval_windows(tokenize(load_text(args.evaluate), tokenizer), SPREAD[1], SPREAD[0])
     exact.set_attn_implementation(WINDOW_ATTENTION)
-    return horizontal(exact, anatomy_of(exact), ids, recipe.format.kv.bits, args.seed).doses
+    found = horizontal(exact, anatomy_of(exact), ids, recipe.format.kv.bits, args.seed)
+    return {"doses": found.doses, "spread": {k: getattr(found, k) for k in SPREAD_FIGURES}, "spread_windows": list(SPREAD)}
 
 
 def _arguments() -> argparse.Namespace:

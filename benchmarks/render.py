@@ -243,16 +243,38 @@ def prompt(title: str = "") -> str:
     for (model, recipe), run in runs.items():
         lines += ["", *([title, ""] if title else [])]
         lines += [f"{model}, `{recipe}`, a prompt of {run['prompt_tokens']} tokens; rows as in {link}."]
+        if "bits_per_kv" in run["rows"]["Q0"]:  # older rows counted codes alone
+            kv = f"{run['rows']['Q0']['bits_per_kv']:.3f}, with the prompt in 16 bits {run['kv_bits']:.3f}"
+            lines += [f"Bits of a cached number: {kv}; of a weight {run['rows']['Q0']['bits_per_weight']:.3f}."]
         lines += ["", "| row | PPL | KL |", "|---|---|---|"]
         for name, r in run["rows"].items():
             lines.append(f"| {name} | {r['ppl']:.3f} ± {r['ppl_stderr']:.3f} | {r['kl']:.4f} ± {r['kl_stderr']:.4f} |")
         if doses := run.get("doses"):
-            lines += ["", "Median relative error of later tokens where so many tokens' keys and values stay exact:", ""]
+            lines += [
+                "",
+                "Median relative error of later tokens of the model as it is, not turned, not clipped, where so many tokens'",
+                "keys and values stay exact and all others are rounded at the recipe's width (two windows of 256 tokens):",
+                "",
+            ]
             sizes = [str(p) for p, _ in next(iter(doses.values()))]
             lines += ["| tokens | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
             lines += [f"| {kind} | " + " | ".join(f"{e:.4f}" for _, e in curve) + " |" for kind, curve in doses.items()]
+        if spread := run.get("spread"):
+            lines += [
+                "",
+                f"Of what rounded keys and values carry to later tokens, {shared(spread['kv_shares'])}; of what whole tokens",
+            ]
+            lines += [
+                f"do, {shared(spread['shares'])}. Rank correlation with the attention received: {spread['kv_correlation']:.2f}"
+            ]
+            lines += [f"and {spread['correlation']:.2f}."]
         title = ""
     return "\n".join(lines) + "\n" if lines else ""
+
+
+def shared(shares: dict[str, float]) -> str:
+    """Part of the whole that the first places carry."""
+    return ", ".join(f"the first {p} places carry {share:.1%}" for p, share in shares.items())
 
 
 def solver_options() -> str:

@@ -202,6 +202,7 @@ class Move:
     reshapes_alone = False  # what its survey found is of blocks that no other move reshapes
     kept = 0  # input channels of every rounded linear, its last ones, that stay at 8 bits
     side = 0  # rank of a pair beside every rounded linear
+    smooths = False  # changes the size of input channels of rounded linears, which a pair beside them would not follow
     final_bias = False  # gives the final norm a bias
 
     def check(self, fmt: Format, anatomy: Anatomy, target: str | None) -> None:

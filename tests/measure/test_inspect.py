@@ -232,7 +232,7 @@ def _advice(*, weights: float, ratio: float, share: float, peak: float, model: P
 def test_advice_follows_the_figures_and_names_them(tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", layers=2, ffn=128)
     many = _advice(weights=0.5, ratio=9.0, share=0.9, peak=2.0, model=model)
-    recipes = ["w4", "d2quant-w3", "quarot-w4a4kv4", "w4a8kv4", "", "bisup-quarot-w4a4", "prefixquant-w4a4kv4-dynamic"]
+    recipes = ["w4", "d2quant-w3", "quarot-w4a4kv4", "w4a8kv4", "", "w4a4kv4", "prefixquant-w4a4kv4-dynamic"]
     assert [a.recipe for a in many] == recipes
     figures = ["0.5000 nats", "0.5000 alone", "1.250 nats", "0.875 nats", "0.0010 nats", "9.0 times", "make 90.0%"]
     assert all(figure in a.reason for figure, a in zip(figures, many, strict=True))

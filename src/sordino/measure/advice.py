@@ -109,7 +109,7 @@ def _depth(depth: Vertical) -> Iterator[Advice]:
     ratio = depth.ratio[-1]
     if ratio > 2:
         reason = f"Behind the last block the error is {ratio:.1f} times what that block makes alone: it accumulates along depth"
-        yield Advice("bisup-quarot-w4a4", f"{reason}, and tuning against the full-precision stream acts on just that.")
+        yield Advice("w4a4kv4", f"{reason}, and tuning against the full-precision stream acts on just that.")
     else:
         yield Advice("", f"Behind the last block the error is {ratio:.1f} times that block's own: it hardly accumulates.")
 

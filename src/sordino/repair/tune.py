@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sordino.anatomy import SITES, Anatomy, Site, hidden_states
 from sordino.contract import BlockContext, Move, ParameterSpace, StreamName
-from sordino.errors import InputError, SordinoError
+from sordino.errors import InputError
 from sordino.numerics.divergence import token_weights
 from sordino.numerics.side import best_pair
 from sordino.recipe import Format, Natural, PositiveInt, Rate
@@ -91,7 +91,7 @@ class Tune(Move):
         self.gains, self.inputs, self.with_biases = gains, inputs, biases
         self.clips, self.rank, self.start, self.updates, self.target = clips, rank, start, updates, target
         self.smooth, self.smooth_mode, self.smooth_start = smooth, smooth_mode, smooth_start
-        self.wants_side, self.side = side, rank if side else 0
+        self.wants_side, self.side, self.smooths = side, rank if side else 0, smooth > 0
 
     @property
     def efficient(self) -> bool:
@@ -104,8 +104,6 @@ class Tune(Move):
             raise InputError("move 'tune': clips, rank, smooth replace weights and scales; set weights=0 and scales=0")
         if self.wants_side and not self.rank:
             raise InputError("move 'tune': side says where the low-rank update goes; set its rank")
-        if self.smooth > 0 and self.wants_side:
-            raise InputError("move 'tune': smooth and a pair at the side (side) do not go together; leave one out")
         if self.smooth > 0 and self.gains > 0:
             raise InputError("move 'tune': smooth works through the norms' gains; set gains=0")
         if self.clips > 0 and self.inputs > 0:
@@ -125,8 +123,6 @@ class Tune(Move):
             ctx.shift(norm, torch.zeros(()))
         exact: StreamName = "fp" if self.target == "full" else "q"
         before, state = ctx.error(exact=exact), ctx.snapshot()
-        if self.smooth > 0 and any(r.side is not None for r in ctx.solved.values()):
-            raise SordinoError("move 'tune': smooth and a pair at the side (side) do not go together; leave one out")
         x, target = ctx.stream("q"), self._target(ctx)
         loudest = _loudest(ctx) if self.smooth > 0 and self.smooth_start == "search" else None
         spaces = self._spaces(ctx)
@@ -162,7 +158,12 @@ class Tune(Move):
         if not kept:
             ctx.restore(state)
         errors = {} if math.isnan(before) else {"before": before, "after": after}
-        ctx.notes[self.name] = {**errors, "kept": kept, "loss": first_and_last(losses)}
+        earlier = sum(name.partition(" ")[0] == self.name for name in ctx.notes)  # a recipe may tune twice
+        ctx.notes[f"{self.name} {earlier + 1}" if earlier else self.name] = {
+            **errors,
+            "kept": kept,
+            "loss": first_and_last(losses),
+        }
 
     def _target(self, ctx: BlockContext) -> Tensor:
         """What the block should put out, [N, L, D]."""
@@ -198,11 +199,14 @@ class Tune(Move):
                         error = _exact(ctx, site, linear.name) - replace(rounded, side=None).values()
                         found[linear.name] = SideBranch(*best_pair(error, stats.h, self.rank))
                         continue
+                    # The update is in the codes' own units, in front of a column scale.
+                    column = rounded.column
+                    h = stats.h if column is None else stats.h * torch.outer(column, column).to(stats.h.dtype)
                     if self.start == "random":
-                        directions = random_directions(stats.h, stats.tokens, self.rank, rng)
+                        directions = random_directions(h, stats.tokens, self.rank, rng)
                     else:
-                        error = rounded_from(rounded) - rounded.low_values()
-                        directions = error_directions(error, stats.h, stats.tokens, self.rank)
+                        error = rounded_from(rounded) - rounded.grid_values()
+                        directions = error_directions(error, h, stats.tokens, self.rank)
                     found[linear.name] = LowRank(directions, len(rounded.codes))
         return found
 

@@ -70,7 +70,7 @@ def result_lines(manifest: dict[str, Any], run: dict[str, Any]) -> list[tuple[st
         lines.append(("system prompt", f"{manifest['system_prompt']['tokens']} tokens at the end of the prefix"))
     if fallbacks := [str(b["block"]) for b in manifest["blocks"] if b.get("fallback")]:
         lines.append(("blocks where RTN was better and taken", ", ".join(fallbacks)))
-    if tuned := [b["moves"]["tune"]["kept"] for b in manifest["blocks"] if "tune" in b.get("moves", {})]:
+    if tuned := [any(kept) for b in manifest["blocks"] if (kept := _tuned(b))]:
         lines.append(("blocks that tuning made better", f"{sum(tuned)} of {_rounded(manifest)}; the others keep what they had"))
     for name, note in manifest.get("finish", {}).items():
         if "kl_before" in note:
@@ -79,6 +79,11 @@ def result_lines(manifest: dict[str, Any], run: dict[str, Any]) -> list[tuple[st
     lines.append(("time", f"{run['seconds']:.0f} s wall, {run['cpu_seconds']:.0f} s CPU"))
     lines.append(("peak memory", f"{run['peak_memory_bytes'] / 2**30:.2f} GiB"))
     return lines
+
+
+def _tuned(block: dict[str, Any]) -> list[bool]:
+    """Whether each tuning of a block was kept."""
+    return [note["kept"] for name, note in block.get("moves", {}).items() if name.partition(" ")[0] == "tune"]
 
 
 def _rounded(manifest: dict[str, Any]) -> int:

@@ -78,10 +78,12 @@ def plan_block(
         fmt = recipe.format.weights.resolve(name)
         chosen = span[0] <= index < span[1] and fmt.bits != 16
         column = chosen and fmt.column_scale and linear.name not in anatomy.absorbable()
-        if column and (recipe.format.activations.rounded or side):
+        if chosen and fmt.column_scale and side:
+            raise InputError(f"{name}: a column scale and a pair at the side (side) do not go together; leave one out")
+        if column and recipe.format.activations.rounded:
             raise InputError(
                 f"{name}: no linear before it can take over a column scale, only {', '.join(anatomy.absorbable())} have one; "
-                "stored by itself it goes with plain inputs and without a low-rank pair"
+                "stored by itself it goes with plain inputs"
             )
         if chosen and _by_output(fmt) and (fmt.grid != "affine" or fmt.column_scale):
             raise InputError(f'{name}: solver search="output" is for affine grids without a column scale; use "weight"')

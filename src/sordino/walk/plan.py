@@ -294,6 +294,13 @@ def _check_moves(moves: tuple[Move, ...], source: Source, anatomy: Anatomy) -> N
             raise InputError(f"move '{move.name}' starts from a rotation of the residual stream; put 'rotate' before it")
         if late := [m for m in moves[moves.index(move) :] if m in turning or m.inner()]:
             raise InputError(f"move '{move.name}' must stand behind '{late[0].name}'")
+    ranks = {m.side for m in moves} - {0}
+    if len(ranks) > 1:
+        raise InputError(
+            f"pairs at the side of linears (side) are of one rank in all moves, not of {min(ranks)} and {max(ranks)}"
+        )
+    if ranks and any(m.smooths for m in moves):
+        raise InputError("smooth and pairs at the side of linears (side) do not go together; leave one out")
     if having(moves, "prefix"):
         check_rotary(source.config)
 
