@@ -35,6 +35,7 @@ HOSTS = {
 }
 NONE = "weights=0, scales=0, inputs=0, gains=0"
 CLIP, RANK, SMOOTH = "clips=0.1", "rank=16", "smooth=0.002"
+BASE = f"{CLIP}, {RANK}"
 
 
 def tuned(host: str, options: str) -> str:
@@ -50,11 +51,11 @@ def grid(host: str, bits: int) -> Ladder:
         name: (name, [TELL], SEEDS),
         f"{name} + clip": (name, [TELL, tuned(host, CLIP)], [0]),
         f"{name} + clip + smooth": (name, [TELL, tuned(host, f"{CLIP}, {SMOOTH}")], [0]),
-        f"{name} + clip + low-rank": (name, [TELL, tuned(host, f"{CLIP}, {RANK}")], SEEDS),
+        f"{name} + clip + low-rank": (name, [TELL, tuned(host, BASE)], SEEDS),
         f"{name} + clip + smooth + low-rank": (name, [TELL, tuned(host, f"{CLIP}, {SMOOTH}, {RANK}")], SEEDS),
         f"{name} + clip + low-rank, quantized target": (
             name,
-            [TELL, tuned(host, f'{CLIP}, {RANK}, target="quantized"')],
+            [TELL, tuned(host, f'{BASE}, target="quantized"')],
             [0],
         ),
     }
@@ -63,7 +64,6 @@ def grid(host: str, bits: int) -> Ladder:
 LADDER: Ladder = {k: v for host in HOSTS for bits in (4, 3) for k, v in grid(host, bits).items()}
 
 # option -> what it is set to, the rest as in BASE. A default that BASE or the first row of smoothing has gets no second row.
-BASE = f"{CLIP}, {RANK}"
 SWEEPS: dict[str, list[str]] = {
     "rank": [f"{CLIP}, rank={r}" for r in (0, 8, 32, 64)],
     "start": [f'{BASE}, start="random"'],

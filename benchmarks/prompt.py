@@ -44,7 +44,7 @@ CHAT = (
 )
 HELD_AGAINST = {"F0": ["Q0"], "F1": ["Q1", "Q2", "Q3", "shipped"], "FB": ["QB"]}
 SPREAD_FIGURES = ("correlation", "kv_correlation", "shares", "kv_shares")
-FROM_FULL = ("Q3", "QB", "FB")  # and what they alone are held against
+FROM_FULL = ("Q3", "QB", "FB")  # FB is there for QB alone
 
 
 def main() -> None:
@@ -72,6 +72,7 @@ def make(recipe: Recipe, work: Path, args: argparse.Namespace) -> tuple[dict[str
     made = sordino.quantize(args.model, recipe, work / "shipped", system_prompt=args.system_prompt, **options).manifest
     prompt = made["prefix"]["ids"][-made["system_prompt"]["tokens"] :]
     models = {name: work / name for name in ("Q0", "F0", "shipped")}
+    left_out = FROM_FULL if any(move.smooths for move in build_moves(recipe.moves)) else ()
     for name, base, by, ids, rounded in (
         ("Q1", "Q0", "Q0", prompt, True),
         ("Q2", "Q0", "Q0", prompt, False),
@@ -80,7 +81,7 @@ def make(recipe: Recipe, work: Path, args: argparse.Namespace) -> tuple[dict[str
         ("F1", "F0", "F0", prompt, False),
         ("FB", "F0", "F0", prompt[:1], False),
     ):
-        if name in FROM_FULL and any(move.smooths for move in build_moves(recipe.moves)):
+        if name in left_out:
             continue
         tensors = prefix_made_by(sordino.load(models[by])[0], ids, rounded)
         models[name] = put_prefix(models[base], work / name, ids, tensors)

@@ -250,24 +250,24 @@ def prompt(title: str = "") -> str:
         for name, r in run["rows"].items():
             lines.append(f"| {name} | {r['ppl']:.3f} ± {r['ppl_stderr']:.3f} | {r['kl']:.4f} ± {r['kl_stderr']:.4f} |")
         if doses := run.get("doses"):
+            windows, length = run.get("spread_windows", (2, 256))  # older rows do not say so, and had these
             lines += [
                 "",
                 "Median relative error of later tokens of the model as it is, not turned, not clipped, where so many tokens'",
-                "keys and values stay exact and all others are rounded at the recipe's width (two windows of 256 tokens):",
+                f"keys and values stay exact, all others rounded at the recipe's width ({windows} windows of {length} tokens):",
                 "",
             ]
             sizes = [str(p) for p, _ in next(iter(doses.values()))]
             lines += ["| tokens | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
             lines += [f"| {kind} | " + " | ".join(f"{e:.4f}" for _, e in curve) + " |" for kind, curve in doses.items()]
-        if spread := run.get("spread"):
+        if carried := run.get("spread"):
+            of_kv, of_all = ("–" if (c := carried[k]) is None else f"{c:.2f}" for k in ("kv_correlation", "correlation"))
             lines += [
                 "",
-                f"Of what rounded keys and values carry to later tokens, {shared(spread['kv_shares'])}; of what whole tokens",
+                f"Of what rounded keys and values carry to later tokens, {shared(carried['kv_shares'])};",
+                f"of what whole tokens do, {shared(carried['shares'])}.",
+                f"Rank correlation with the attention received: {of_kv} and {of_all}.",
             ]
-            lines += [
-                f"do, {shared(spread['shares'])}. Rank correlation with the attention received: {spread['kv_correlation']:.2f}"
-            ]
-            lines += [f"and {spread['correlation']:.2f}."]
         title = ""
     return "\n".join(lines) + "\n" if lines else ""
 

@@ -48,11 +48,11 @@ class BlockContext(Protocol):
 
     index: int
     anatomy: Anatomy
-    artifacts: dict[str, Any]  # what the surveys found, by move name
+    artifacts: dict[str, Any]  # what the surveys found, by the moves' titles
     fp: nn.Module  # the reshaped full-precision twin, read-only
     q: nn.Module  # the transformers layer being quantized
     solved: dict[str, Rounded]  # what the solver made of each linear, by name inside the block
-    notes: dict[str, Any]  # what moves want to have said in the block's report, by move name
+    notes: dict[str, Any]  # what moves want to have said in the block's report, by the moves' titles
     stored: torch.dtype  # dtype that the checkpoint has for what is not rounded
     call: dict[str, Any]  # keyword arguments (masks, rotary angles) of the block for these windows
     norm: nn.Module | None  # the final norm, beside the last block only
@@ -185,8 +185,14 @@ class Move:
     """
 
     name = "move"
+    turn = 1  # which of the recipe's moves of this name it is
     needs_fp_stream = False  # ask for the full-precision stream on the calibration windows
     needs_latent = False  # ask the solvers to keep what they rounded
+
+    @property
+    def title(self) -> str:
+        """What its notes stand under: its name, numbered from the second one of a recipe."""
+        return self.name if self.turn == 1 else f"{self.name} {self.turn}"
 
     def bytes_per_weight(self, lean: bool) -> int:
         """Memory that finish takes for every block weight of the whole model, in bytes; 0 if it does not load it.

@@ -42,13 +42,15 @@ def build_moves(specs: tuple[MoveSpec, ...]) -> list[Move]:
     Raises:
         InputError: if a move is unknown, or refuses its options.
     """
-    moves = []
-    for spec in specs:
+    moves: list[Move] = []
+    for place, spec in enumerate(specs):
         factory = MOVES.get(spec.move)
         if factory is None:
             known = ", ".join(sorted(MOVES))
             raise InputError(f"move '{spec.move}' {_ELSEWHERE.get(spec.move, 'is unknown')}; available: {known}")
-        moves.append(factory(**_options(spec, factory)))
+        move = factory(**_options(spec, factory))
+        move.turn = sum(earlier.move == spec.move for earlier in specs[: place + 1])
+        moves.append(move)
     return moves
 
 

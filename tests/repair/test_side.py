@@ -55,16 +55,18 @@ DOWN = 'format.weights.override=[{match="*.down_proj", column_scale=true}]'
 @pytest.mark.parametrize(
     ("moves", "more", "words"),
     [
-        (f'{{move="tune", {PLAIN}, clips=0.01, side=true}}', "", "set its rank"),
-        (f"{TUNE}, {ONE}", "", "not of 4 and 8"),
-        (f"{ONE}, {SMOOTH}", "", "smooth and pairs"),
-        (ONE.replace("side", "smooth=0.002, side"), "", "smooth and pairs"),
-        (ONE, DOWN, "column scale and a pair"),
+        (f'{{move="tune", {PLAIN}, clips=0.01, side=true}}', [], "set its rank"),
+        (f"{TUNE}, {ONE}", [], "not of 4 and 8"),
+        (f"{ONE}, {SMOOTH}", [], "smooth and pairs"),
+        (ONE.replace("side", "smooth=0.002, side"), [], "smooth and pairs"),
+        (ONE, [DOWN], "column scale and a pair"),
     ],
 )
-def test_what_does_not_go_with_a_side_is_refused_before_the_walk(moves: str, more: str, words: str, tmp_path: Path) -> None:
+def test_what_does_not_go_with_a_side_is_refused_before_the_walk(
+    moves: str, more: list[str], words: str, tmp_path: Path
+) -> None:
     model = make_tiny(tmp_path / "model", layers=1)
-    recipe = load_recipe("gptq-w3", [f"moves=[{moves}]", "format.weights.group=16", *filter(None, [more])])
+    recipe = load_recipe("gptq-w3", [f"moves=[{moves}]", "format.weights.group=16", *more])
     with pytest.raises(InputError, match=words):
         sordino.quantize(str(model), recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()

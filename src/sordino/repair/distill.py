@@ -102,7 +102,7 @@ class Distill(Move):
             for w, old in zip(gains.weights, first_gains, strict=True):
                 w.copy_(old)
         divergences = {} if unguarded else {"kl_before": before, "kl_after": after}
-        ctx.notes[self.name] = {**divergences, "kept": kept, "windows": len(train), "loss": first_and_last(losses)}
+        ctx.notes[self.title] = {**divergences, "kept": kept, "windows": len(train), "loss": first_and_last(losses)}
 
 
 def divergence(ctx: FinishContext, windows: Tensor) -> Tensor:

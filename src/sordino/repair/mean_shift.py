@@ -68,7 +68,7 @@ class MeanShift(Move):
             if not kept:
                 ctx.shift(norm, -shift)
             self._pending = shift if kept else torch.zeros_like(shift)
-            ctx.notes[self.name] = {"mse_before": before, "mse_after": after, "kept": kept}
+            ctx.notes[self.title] = {"mse_before": before, "mse_after": after, "kept": kept}
             if ctx.norm is not None:
                 self._semi = mean_final(ctx, ctx.norm)
         elif site == "gate_up" and self.form == "linear" and self._pending is not None:
@@ -86,7 +86,7 @@ class MeanShift(Move):
         kept = self.always or not after >= before
         ctx.shift_final(shift if kept else torch.zeros_like(shift))
         errors = {} if math.isnan(before) else {"final_mse_before": before, "final_mse_after": after}
-        ctx.notes[self.name] |= {**errors, "final_kept": kept}
+        ctx.notes[self.title] |= {**errors, "final_kept": kept}
 
 
 def mean_input(ctx: BlockContext, which: StreamName) -> Tensor:

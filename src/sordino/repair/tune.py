@@ -158,12 +158,7 @@ class Tune(Move):
         if not kept:
             ctx.restore(state)
         errors = {} if math.isnan(before) else {"before": before, "after": after}
-        earlier = sum(name.partition(" ")[0] == self.name for name in ctx.notes)  # a recipe may tune twice
-        ctx.notes[f"{self.name} {earlier + 1}" if earlier else self.name] = {
-            **errors,
-            "kept": kept,
-            "loss": first_and_last(losses),
-        }
+        ctx.notes[self.title] = {**errors, "kept": kept, "loss": first_and_last(losses)}
 
     def _target(self, ctx: BlockContext) -> Tensor:
         """What the block should put out, [N, L, D]."""
